@@ -1,0 +1,461 @@
+"""A Llama-style Transformer in one file: configuration, attention, feed-forward, RoPE and a static KV cache.
+
+    args = ModelArgs.from_hf(json.load(open("config.json")))
+    model = Transformer(args)
+    model.setup_caches(max_batch_size=1, max_seq_length=2048)
+    logits = model(idx, input_pos)
+
+One class covers Llama 1 to 3.3, CodeLlama, Mistral, Qwen 2, 2.5 and 3: the configuration alone decides. Query, key
+and value projections are stacked into one matrix (`wqkv`), gate and up projections into another (`w13`), because at
+batch size one a layer costs its launches as well as its bytes. Every shape is static, so that the decode step can be
+recorded as one CUDA graph; what grows with the text is only `kv_pos`, the list of cache slots attention may read.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE frequencies are stretched to longer contexts: `linear` (Chen et al. 2023) or `llama3` (Llama 3.1)."""
+
+    type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context_length: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """The shape of a model. Sizes count elements; `context_length` is the number of positions it was trained for."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int  # width of the feed-forward
+    vocab_size: int
+    context_length: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False  # the output projection is the embedding table
+    qkv_bias: bool = False
+    out_bias: bool = False  # on the attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm on every query and key head (Qwen 3)
+    sliding_window: int | None = None  # a query sees this many keys, itself included
+
+    def __post_init__(self):
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: RoPE turns pairs")
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "ModelArgs":
+        """The arguments that a Hugging Face `config.json` describes.
+
+        Reads what transformers 4 wrote (`rope_theta`, `rope_scaling`) and what 5 writes (`rope_parameters`).
+        Raises ValueError for an architecture or a setting that this Transformer does not compute.
+        """
+        architecture = (config.get("architectures") or [None])[0]
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        config = {**ARCHITECTURES[architecture], **config}
+        missing = [key for key in REQUIRED_HF_FIELDS if config.get(key) is None]
+        if missing:
+            raise ValueError(f"config.json has no {', '.join(missing)}")
+        for key, supported in SUPPORTED_HF_VALUES.items():
+            if config.get(key, supported[0]) not in supported:
+                raise ValueError(f"config.json: {key} {config[key]!r} is not supported; supported: {supported}")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        n_heads = config["num_attention_heads"]
+        return cls(
+            dim=config["hidden_size"],
+            n_layers=config["num_hidden_layers"],
+            n_heads=n_heads,
+            n_kv_heads=config.get("num_key_value_heads") or n_heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // n_heads,
+            hidden_dim=config["intermediate_size"],
+            vocab_size=config["vocab_size"],
+            context_length=config["max_position_embeddings"],
+            norm_eps=config["rms_norm_eps"],
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            rope_scaling=_rope_scaling_from_hf(rope, config["max_position_embeddings"]),
+            tie_embeddings=bool(config.get("tie_word_embeddings")),
+            qkv_bias=bool(config["attention_bias"]),
+            out_bias=bool(config["attention_bias"]) and architecture != "Qwen2ForCausalLM",
+            mlp_bias=bool(config.get("mlp_bias")),
+            qk_norm=architecture == "Qwen3ForCausalLM",
+            sliding_window=_sliding_window_from_hf(config),
+        )
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "ModelArgs":
+        """The inverse of `dataclasses.asdict`. Raises ValueError for missing or unknown fields."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(config.keys() - fields)
+        missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in config]
+        if unknown or missing:
+            raise ValueError(f"model config: unknown fields {unknown}, missing fields {missing}")
+        scaling = config.get("rope_scaling")
+        return cls(**{**config, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+
+    @classmethod
+    def from_name(cls, name: str) -> "ModelArgs":
+        """The preset called exactly `name`. Raises ValueError that lists the presets."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown model {name!r}; choose from: {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+
+# Architecture -> what its configuration class in transformers assumes when config.json does not say.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_bias": False},
+    "MistralForCausalLM": {
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "attention_bias": False, "sliding_window": 4096,
+        "num_key_value_heads": 8,
+    },
+    "Qwen2ForCausalLM": {
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "attention_bias": True, "num_key_value_heads": 32,
+        "sliding_window": 4096, "max_window_layers": 28,
+    },
+    "Qwen3ForCausalLM": {
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "attention_bias": False, "num_key_value_heads": 32,
+        "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128,
+    },
+}  # fmt: skip
+REQUIRED_HF_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+)
+SUPPORTED_HF_VALUES: dict[str, tuple] = {
+    "hidden_act": ("silu", "swish"),
+    "partial_rotary_factor": (1.0, None),
+    "quantization_config": (None,),
+}
+
+
+def _rope_scaling_from_hf(rope: dict[str, Any], context_length: int) -> RopeScaling | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("partial_rotary_factor") not in (None, 1.0):
+        raise ValueError(f"config.json: partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise ValueError(f"config.json: rope type {kind!r} is not supported; supported: default, linear, llama3")
+    if kind == "linear":
+        return RopeScaling("linear", float(rope["factor"]))
+    original = rope.get("original_max_position_embeddings") or context_length
+    return RopeScaling(
+        "llama3",
+        float(rope["factor"]),
+        float(rope["low_freq_factor"]),
+        float(rope["high_freq_factor"]),
+        original,
+    )
+
+
+def _sliding_window_from_hf(config: dict[str, Any]) -> int | None:
+    window = config.get("sliding_window")
+    architecture = config["architectures"][0]
+    if architecture.startswith("Llama") or (architecture.startswith("Qwen") and not config.get("use_sliding_window")):
+        window = None  # transformers does not look at it either
+    layer_types = set(config.get("layer_types") or [])
+    unknown = layer_types - {"full_attention", "sliding_attention"}
+    first_window_layer = config.get("max_window_layers", 0) if window and not layer_types else 0
+    if unknown or len(layer_types) > 1 or 0 < first_window_layer < config["num_hidden_layers"]:
+        raise ValueError(f"config.json: layers of several attention types {sorted(layer_types)} are not supported")
+    no_layer_slides = layer_types == {"full_attention"} or first_window_layer >= config["num_hidden_layers"]
+    return None if no_layer_slides else window
+
+
+def _preset(dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, context_length, rope_theta, **other):
+    sizes = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "hidden_dim": hidden_dim}
+    rest = {"head_dim": dim // n_heads, "norm_eps": 1e-5, **other}
+    return ModelArgs(**sizes, vocab_size=vocab_size, context_length=context_length, rope_theta=rope_theta, **rest)
+
+
+_LLAMA_31, _LLAMA_32 = RopeScaling("llama3", 8.0), RopeScaling("llama3", 32.0)
+
+# The shapes that benchmarks use, as their config.json on the hub gives them.
+PRESETS: dict[str, ModelArgs] = {
+    "stories-15m": _preset(288, 6, 6, 6, 768, 32000, 256, 1e4, tie_embeddings=True),
+    "tinyllama-1.1b": _preset(2048, 22, 32, 4, 5632, 32000, 2048, 1e4),
+    "open-llama-7b": _preset(4096, 32, 32, 32, 11008, 32000, 2048, 1e4, norm_eps=1e-6),
+    "llama-2-7b": _preset(4096, 32, 32, 32, 11008, 32000, 4096, 1e4),
+    "llama-2-13b": _preset(5120, 40, 40, 40, 13824, 32000, 4096, 1e4),
+    "llama-2-70b": _preset(8192, 80, 64, 8, 28672, 32000, 4096, 1e4),
+    "codellama-7b": _preset(4096, 32, 32, 32, 11008, 32016, 16384, 1e6),
+    "codellama-34b": _preset(8192, 48, 64, 8, 22016, 32000, 16384, 1e6),
+    "llama-3-8b": _preset(4096, 32, 32, 8, 14336, 128256, 8192, 5e5),
+    "llama-3-70b": _preset(8192, 80, 64, 8, 28672, 128256, 8192, 5e5),
+    "llama-3.1-8b": _preset(4096, 32, 32, 8, 14336, 128256, 131072, 5e5, rope_scaling=_LLAMA_31),
+    "llama-3.1-70b": _preset(8192, 80, 64, 8, 28672, 128256, 131072, 5e5, rope_scaling=_LLAMA_31),
+    "llama-3.1-405b": _preset(16384, 126, 128, 8, 53248, 128256, 131072, 5e5, rope_scaling=_LLAMA_31),
+    "llama-3.2-1b": _preset(2048, 16, 32, 8, 8192, 128256, 131072, 5e5, rope_scaling=_LLAMA_32, tie_embeddings=True),
+    "llama-3.2-3b": _preset(3072, 28, 24, 8, 8192, 128256, 131072, 5e5, rope_scaling=_LLAMA_32, tie_embeddings=True),
+    "mistral-7b": _preset(4096, 32, 32, 8, 14336, 32000, 32768, 1e4, sliding_window=4096),
+    "qwen-2.5-7b": _preset(3584, 28, 28, 4, 18944, 152064, 32768, 1e6, norm_eps=1e-6, qkv_bias=True),
+    "qwen-3-8b": _preset(4096, 36, 32, 8, 12288, 151936, 40960, 1e6, norm_eps=1e-6, qk_norm=True),
+}
+
+
+def rope_table(args: ModelArgs, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles (Su et al. 2021), float32 `[*positions.shape, head_dim // 2]`."""
+    exponents = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device=positions.device) / args.head_dim
+    freqs = 1.0 / args.rope_theta**exponents
+    scaling = args.rope_scaling
+    if scaling is not None and scaling.type == "linear":
+        freqs = freqs / scaling.factor
+    elif scaling is not None:
+        # Long wavelengths are stretched, short ones kept, those between interpolated (Llama 3.1's reference code).
+        turns = scaling.original_context_length * freqs / (2 * math.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = kept.clamp(0, 1)
+        freqs = freqs * kept + freqs / scaling.factor * (1 - kept)
+    angles = positions.float()[..., None] * freqs
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `x [B, S, H, D]`, pairing element i with i + D/2 as Hugging Face does; `cos`, `sin` `[B, S, D/2]`."""
+    left, right = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square layer norm (Zhang and Sennrich 2019), computed in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, but compiled for a CPU its one-row product streams the weight at the memory's speed.
+
+    There `F.linear` reaches about 60 % of the read bandwidth; a multiply-and-sum that Inductor fuses about 90 %.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and torch.compiler.is_compiling() and x.numel() == self.in_features:
+            # Inductor stores what as_strided sees: x is made once, not again for every output.
+            row = x.reshape(-1).as_strided((self.in_features,), (1,))
+            # It sums up to 4096 terms in registers, longer rows through memory at two thirds of the speed.
+            pieces = (-1, divisor(self.in_features, at_most=4096))
+            products = self.weight.float().unflatten(1, pieces) * row.float().view(pieces)
+            y = products.sum(-1).sum(-1).view(*x.shape[:-1], -1)
+            return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+        return F.linear(x, self.weight, self.bias)
+
+
+def divisor(n: int, at_most: int) -> int:
+    """The largest divisor of `n` that is not above `at_most`."""
+    return next(d for d in range(min(n, at_most), 0, -1) if n % d == 0)
+
+
+class KVCache(nn.Module):
+    """Keys and values of one layer, `[B, n_kv_heads, capacity, head_dim]`, allocated once and written in place."""
+
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+        self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+
+    def write(self, input_pos: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store `k`, `v` `[B, n_kv_heads, S, D]` at the slots `input_pos [B, S]` of the first B rows."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None, None]
+        heads = torch.arange(k.shape[1], device=k.device)[None, :, None]
+        slots = input_pos[:, None, :]
+        self.k[rows, heads, slots] = k
+        self.v[rows, heads, slots] = v
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) over the fresh keys, or over the valid part of the cache."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = args.n_heads, args.n_kv_heads, args.head_dim
+        self.qkv_sizes = [args.n_heads * args.head_dim] + [args.n_kv_heads * args.head_dim] * 2
+        self.wqkv = Linear(args.dim, sum(self.qkv_sizes), bias=args.qkv_bias)
+        self.wo = Linear(args.n_heads * args.head_dim, args.dim, bias=args.out_bias)
+        self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else None
+        self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else None
+        self.kv_cache: KVCache | None = None
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, n_slots: int, mask: Tensor | None
+    ) -> Tensor:
+        B, S, _ = x.shape
+        q, k, v = self.wqkv(x).split(self.qkv_sizes, dim=-1)
+        q = q.view(B, S, self.n_heads, self.head_dim)
+        k = k.view(B, S, self.n_kv_heads, self.head_dim)
+        v = v.view(B, S, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, KV, S, D]
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2)
+        if input_pos is not None:
+            self.kv_cache.write(input_pos, k, v)
+        if mask is None:  # the queries are the whole text so far: what is cached is what is at hand
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            if input_pos is not None:
+                k, v = self.kv_cache.k[:B, :, :n_slots], self.kv_cache.v[:B, :, :n_slots]
+            y = grouped_attention(q, k, v, mask)
+        return self.wo(y.transpose(1, 2).reshape(B, S, -1))
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of `q [B, H, S, D]` over `k`, `v` `[B, KV, L, D]`, with `mask` bool `[B, 1, S, L]`; `[B, H, S, D]`.
+
+    The H / KV query heads that share a key head become rows of one product, so keys and values are read once and
+    never copied per head.
+    """
+    (B, H, S, D), KV = q.shape, k.shape[1]
+    q = q.reshape(B, KV, H // KV * S, D)
+    if S > 1:
+        mask = mask.repeat(1, 1, H // KV, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, S, D)
+
+
+class FeedForward(nn.Module):
+    """The gated feed-forward `w2(silu(gate(x)) * up(x))` (SwiGLU, Shazeer 2020); `w13` is gate above up."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w13 = Linear(args.dim, 2 * args.hidden_dim, bias=args.mlp_bias)
+        self.w2 = Linear(args.hidden_dim, args.dim, bias=args.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention = Attention(args)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.feed_forward = FeedForward(args)
+
+    @torch.compiler.nested_compile_region  # the blocks are alike: a compiler translates the first and reuses it
+    def forward(self, x, cos, sin, input_pos, n_slots, mask):
+        x = x + self.attention(self.attention_norm(x), cos, sin, input_pos, n_slots, mask)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """The decoder. Call it without caches for whole texts (training, scoring), with them to generate."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = Linear(args.dim, args.vocab_size, bias=False)
+        if args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        self.max_batch_size = self.max_seq_length = 0
+
+    def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
+        """Allocate the KV cache for `max_batch_size` rows of `max_seq_length` positions. Call it once.
+
+        Raises ValueError if the model was not made for so many positions.
+        """
+        if max_batch_size < 1 or not 1 <= max_seq_length <= self.args.context_length:
+            raise ValueError(
+                f"a cache of {max_batch_size} x {max_seq_length} positions does not fit: "
+                f"this model takes at least 1 row and 1 to {self.args.context_length} positions"
+            )
+        self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
+        weight = self.tok_embeddings.weight
+        # One slot to spare: a view of the whole cache would be contiguous, a layout that is compiled for on its own.
+        shape = (max_batch_size, self.args.n_kv_heads, max_seq_length + 1, self.args.head_dim)
+        for layer in self.layers:
+            layer.attention.kv_cache = KVCache(shape, weight.device, weight.dtype)
+        slots = torch.arange(max_seq_length, device=weight.device)
+        cos, sin = rope_table(self.args, slots)
+        self.register_buffer("slots", slots, persistent=False)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(
+        self,
+        idx: Tensor,
+        input_pos: Tensor | None = None,
+        kv_pos: Tensor | None = None,
+        logits_at: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next token, `[B, S, vocab_size]`, or `[B, N, vocab_size]` with `logits_at`.
+
+        idx: token ids, int `[B, S]`.
+        input_pos: their positions, int `[S]` (shared) or `[B, S]` (per row), consecutive along S; keys and values are
+            stored there. None: no cache, the text is complete and starts at 0.
+        kv_pos: the cache slots that attention may read, `self.slots[:L]` with L above every position. None: found by
+            looking at `input_pos`, which waits for the device and checks it (ValueError). Callers that pass it have
+            checked.
+        logits_at: int `[B, N]`, indices along S for which the output projection is computed. None: all.
+        """
+        B, S = idx.shape
+        if input_pos is None:
+            kv_pos = torch.arange(S, device=idx.device)
+            positions = kv_pos.expand(B, S)
+            cos, sin = rope_table(self.args, positions)
+        else:
+            if kv_pos is None:
+                n_slots = self._check_positions(idx, input_pos)
+                kv_pos = self.slots[:n_slots]
+            positions = input_pos.expand(B, S)
+            cos, sin = self.cos[positions], self.sin[positions]
+        mask, n_slots = None, kv_pos.shape[0]
+        if n_slots != S or self.args.sliding_window is not None:  # else S consecutive queries are slots 0..S-1
+            mask = kv_pos <= positions[:, None, :, None]  # [B, 1, S, L]
+            if self.args.sliding_window is not None:
+                mask = mask & (kv_pos > positions[:, None, :, None] - self.args.sliding_window)
+        x = self.tok_embeddings(idx)
+        cached_at = None if input_pos is None else positions
+        for layer in self.layers:
+            x = layer(x, cos, sin, cached_at, n_slots, mask)
+        if logits_at is not None:
+            x = x.gather(1, logits_at[:, :, None].expand(-1, -1, x.shape[-1]))
+        return self.output(self.norm(x))
+
+    def _check_positions(self, idx: Tensor, input_pos: Tensor) -> int:
+        """The number of cache slots in use after `input_pos`; ValueError where it does not fit the cache."""
+        if self.max_seq_length == 0:
+            raise ValueError("input_pos needs a cache: call setup_caches(max_batch_size, max_seq_length) first")
+        B, S = idx.shape
+        if B > self.max_batch_size:
+            raise ValueError(f"batch of {B} rows, but setup_caches was given max_batch_size={self.max_batch_size}")
+        if input_pos.shape not in ((S,), (B, S)):
+            raise ValueError(f"input_pos has shape {tuple(input_pos.shape)}; for idx {B, S} use {(S,)} or {B, S}")
+        rows = input_pos.reshape(-1, S)
+        if bool((rows.diff(dim=1) != 1).any()):
+            raise ValueError("input_pos must be consecutive along a row: pad prompts on the right")
+        first, last = int(rows.min()), int(rows.max())
+        if first < 0 or last >= self.max_seq_length:
+            raise ValueError(
+                f"positions {first} to {last} do not fit the cache, whose capacity is {self.max_seq_length}"
+            )
+        return last + 1
