@@ -1,0 +1,386 @@
+"""Text to token ids and back: one interface over the three tokenizer formats that checkpoints come with.
+
+    tokenizer = load_tokenizer("checkpoints/meta-llama/Llama-2-7b-chat-hf")
+    ids = tokenizer.encode("Hello")  # [1, 15043]
+    text = tokenizer.decode(ids)     # "Hello"
+
+Worth knowing: in every format a token stands for bytes, not characters, and a character may span tokens.
+So decoding is: look up each token's bytes, feed them to an incremental UTF-8 decoder. The millionth token
+costs what the first did, and decoding a list is decoding a stream of it.
+"""
+
+import base64
+import codecs
+import importlib
+import json
+import re
+from collections.abc import Iterable
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+# The special tokens that follow Llama 3's ranks, 256 in all (3.0 has the same ids, fewer of them named).
+# https://github.com/meta-llama/llama-models/blob/main/models/llama3/tokenizer.py
+_LLAMA3_NAMES = (
+    "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id "
+    "step_id start_header_id end_header_id eom_id eot_id python_tag"
+)
+_LLAMA3_SPECIAL = [f"<|{name}|>" for name in _LLAMA3_NAMES.split()]
+_LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(2, 258 - len(_LLAMA3_SPECIAL))]
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Byte-level BPE spells tokens in printable characters: a printable byte is its own character, the others are
+# U+0100 and up (GPT-2's table, https://github.com/openai/gpt-2/blob/master/src/encoder.py).
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_CHAR_TO_BYTE = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
+_BYTE_TO_CHAR = {byte: char for char, byte in _CHAR_TO_BYTE.items()}
+# The codec error handler "surrogateescape" turns an undecodable byte into one of these characters.
+_ESCAPED_TO_REPLACEMENT = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
+
+
+class Tokenizer:
+    """What the rest of the project sees of a tokenizer; `load_tokenizer` makes one.
+
+    Attributes:
+        bos_id: id of the beginning-of-text token, None where the model has none.
+        stop_ids: ids that end a generation.
+        vocab_size: all ids are below it. A model may have more embedding rows; those decode to no text.
+    """
+
+    def __init__(self, backend: "_HuggingFace | _SentencePiece", stop_ids: Iterable[int], template: str):
+        self._backend = backend
+        self._template = template
+        ids = {name: backend.id_of(token) for name, token in backend.special.items()}
+        self.vocab_size: int = backend.vocab_size
+        self.bos_id: int | None = ids.get("bos_token")
+        self.stop_ids: frozenset[int] = frozenset({*stop_ids, ids.get("eos_token")} - {None})
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of `text`. A special token's text ("</s>", "<|eot_id|>") becomes that token's id.
+
+        `bos=True` adds what the model's own configuration adds, which for Qwen is nothing. Pass `bos=False`
+        with the output of `apply_chat_template`: it holds its special tokens already.
+        """
+        return self._backend.encode(text, bos)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`. Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
+        stream = IncrementalDecoder(self)
+        return "".join(map(stream.put, ids)) + stream.finish()
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._template)
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The prompt made of `messages`, like [{"role": "user", "content": "Hi"}], special tokens included.
+
+        Raises ValueError if the model has no template, or the template is broken or rejects the messages.
+        Equal to `apply_chat_template(tokenize=False)` of transformers.
+        """
+        if not self._template:
+            raise ValueError("the model has no chat template: pass a plain prompt, or add chat_template.jinja")
+        if not messages:
+            raise ValueError("no messages to apply the chat template to: pass at least one")
+        jinja2 = _require("jinja2")
+        messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
+        inputs = {"messages": messages, "tools": None, "documents": None, **self._backend.special}
+        try:
+            return _compile_template(self._template).render(inputs, add_generation_prompt=add_generation_prompt)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"chat template: {error}") from error
+
+
+class IncrementalDecoder:
+    """Decodes a stream of tokens: what `put` and then `finish` return adds up to `tokenizer.decode(ids)`."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._bytes_of = tokenizer._backend.bytes_of
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer._backend.utf8_errors)
+        self._drop_space = tokenizer._backend.adds_space
+
+    def put(self, token_id: int) -> str:
+        """The text that `token_id` completes: "" while a character still lacks bytes."""
+        piece = self._bytes_of(int(token_id))
+        if self._drop_space and piece:
+            self._drop_space = False
+            piece = piece.removeprefix(b" ")
+        return self._utf8.decode(piece).translate(_ESCAPED_TO_REPLACEMENT)
+
+    def finish(self) -> str:
+        """What is left at the end: "", or U+FFFD for a character that never got all its bytes."""
+        return self._utf8.decode(b"", final=True).translate(_ESCAPED_TO_REPLACEMENT)
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory: tokenizer.json, else tokenizer.model (SentencePiece or Llama 3).
+
+    Beside it are read, where present: tokenizer_config.json, special_tokens_map.json, added_tokens.json,
+    generation_config.json, config.json, chat_template.jinja. Whether BOS is added: as tokenizer.json's
+    post-processor says; for SentencePiece as `add_bos_token` says, true if absent; for Llama 3 ranks always.
+    Raises FileNotFoundError if there is no tokenizer, ValueError naming the file if one is damaged, and
+    ImportError with the command to run if the package for its format is missing.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such directory, expected one that holds a tokenizer")
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        path = directory / "tokenizer.model"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory}: no tokenizer, expected tokenizer.json or tokenizer.model")
+    data = path.read_bytes()
+    if not data.strip():
+        raise ValueError(f"{path}: the file is empty, download it again")
+    config = _read_json(directory / "tokenizer_config.json")
+    special, added = _read_special_tokens(directory, config)
+    stop_ids = [*_read_eos(directory / "generation_config.json"), *_read_eos(directory / "config.json")]
+    if path.suffix == ".json":
+        backend = _HuggingFace(_parse_tokenizer_json(data, path), special, added)
+    elif re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
+        special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} | special
+        backend = _HuggingFace(_parse_llama3_ranks(data, path), special, added)
+        stop_ids += map(backend.id_of, ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"))
+    else:
+        backend = _SentencePiece(data, path, config, special, added)
+        stop_ids += [backend.model.eos_id()] if backend.model.eos_id() >= 0 else []
+    return Tokenizer(backend, stop_ids, _read_template(directory, config))
+
+
+class _HuggingFace:
+    """A tokenizer of the `tokenizers` package: byte-level BPE, or a SentencePiece model rewritten as BPE."""
+
+    def __init__(self, encoder, special: dict[str, str], added: list[dict[str, Any]]):
+        self.encoder, self.special = encoder, special
+        encoder.no_truncation()
+        encoder.no_padding()
+        known = {token.content for token in encoder.get_added_tokens_decoder().values()}
+        flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+        for token in added:
+            if token["content"] not in known:
+                given = {flag: token[flag] for flag in flags if flag in token}
+                encoder.add_tokens([_require("tokenizers").AddedToken(token["content"], **given)])
+        self.silent = {i for i, token in encoder.get_added_tokens_decoder().items() if token.special}
+        self.vocab_size = 1 + max(encoder.get_vocab().values(), default=-1)
+
+        kind = encoder.decoder.__getstate__() if encoder.decoder else b""
+        self.byte_level, self.byte_fallback = b'"ByteLevel"' in kind, b'"ByteFallback"' in kind
+        # If a run of <0x..> tokens is not UTF-8, the package loses the run, SentencePiece only the bad bytes.
+        # Here too: a character that has been shown is never taken back.
+        self.utf8_errors = "surrogateescape" if self.byte_fallback else "replace"
+        self.join = encoder.decoder.decode if encoder.decoder else " ".join
+        self.adds_space = any(self.join([t]) != self.join(["a", t])[1:] for t in ("a", "\u2581a"))
+
+    def encode(self, text: str, bos: bool) -> list[int]:
+        return self.encoder.encode(text, add_special_tokens=bos).ids
+
+    def id_of(self, token: str) -> int | None:
+        return self.encoder.token_to_id(token)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        token = self.encoder.id_to_token(token_id)
+        if token is None or token_id in self.silent:
+            return b""
+        if self.byte_level and _CHAR_TO_BYTE.keys() >= set(token):
+            return bytes(_CHAR_TO_BYTE[char] for char in token)
+        if self.byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes.fromhex(token[3:5])
+        return self.join(["a", token])[1:].encode()  # not at the start, where a space may be dropped
+
+
+class _SentencePiece:
+    """A SentencePiece model and the tokens added to it, tokenizing as Llama's reference code does.
+
+    transformers 5 rebuilds the model in the `tokenizers` package, where spaces can come out differently: it
+    adds no word-start space before a space, and merges by the pieces' ids instead of by their scores, the
+    lowest of which Llama 2's runs of spaces have.
+    """
+
+    utf8_errors = "surrogateescape"  # one U+FFFD for each undecodable byte
+
+    def __init__(self, data: bytes, path: Path, config: dict, special: dict[str, str], added: list[dict]):
+        load = _require("sentencepiece").SentencePieceProcessor
+        try:
+            self.model = model = load(model_proto=data)
+            # Protobuf messages merge when concatenated: this sets normalizer_spec.add_dummy_prefix to false.
+            self.model_without_space = load(model_proto=data + b"\x1a\x02\x18\x00")
+        except (RuntimeError, ValueError) as error:
+            expected = "expected a SentencePiece model or lines of 'base64 rank'"
+            raise ValueError(f"{path}: not a tokenizer, {expected}, download it again") from error
+        self.adds_space = model.encode("a") != self.model_without_space.encode("a")
+        self.vocab_size = model.get_piece_size()
+        control = [i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i)]
+        self.added = {model.id_to_piece(i): {"id": i, "special": True} for i in control}
+        for token in added:
+            known = self.id_of(token["content"])
+            token_id = token.get("id", self.vocab_size if known is None else known)
+            self.added[token["content"]] = {**token, "id": token_id}
+            self.vocab_size = max(self.vocab_size, token_id + 1)
+        self.text_of = {t["id"]: "" if t.get("special") else content for content, t in self.added.items()}
+        self.pattern = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))))
+        ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+        self.special = {name: model.id_to_piece(i) for name, i in ids.items() if i >= 0} | special
+        bos_token = self.special.get("bos_token") if config.get("add_bos_token") is not False else None
+        self.bos = [self.id_of(bos_token)] if bos_token else []
+        # The word-start space comes once, at the text's start; with "legacy", after special tokens as well.
+        self.legacy = config.get("legacy", False)
+
+    def encode(self, text: str, bos: bool) -> list[int]:
+        ids, start = list(self.bos) if bos else [], 0
+        for match in self.pattern.finditer(text):
+            token, section = self.added[match[0]], text[start : match.start()]
+            ids += self._encode_section(section.rstrip() if token.get("lstrip") else section, start == 0)
+            ids.append(token["id"])
+            start = match.end()
+            if token.get("rstrip"):
+                start = len(text) - len(text[start:].lstrip())
+        return ids + self._encode_section(text[start:], start == 0)
+
+    def _encode_section(self, section: str, at_start: bool) -> list[int]:
+        return (self.model if at_start or self.legacy else self.model_without_space).encode(section)
+
+    def id_of(self, token: str) -> int | None:
+        if token in self.added:
+            return self.added[token]["id"]
+        token_id = self.model.piece_to_id(token)  # the id of <unk> if there is no such piece
+        return token_id if self.model.id_to_piece(token_id) == token else None
+
+    def bytes_of(self, token_id: int) -> bytes:
+        if token_id in self.text_of:
+            return self.text_of[token_id].encode()
+        if token_id >= self.model.get_piece_size():
+            return b""
+        piece = self.model.id_to_piece(token_id)
+        is_byte = self.model.is_byte(token_id)  # <0xE4>
+        return bytes.fromhex(piece[3:5]) if is_byte else piece.replace("\u2581", " ").encode()
+
+
+def _parse_tokenizer_json(data: bytes, path: Path):
+    tokenizers = _require("tokenizers")
+    try:
+        return tokenizers.Tokenizer.from_str(data.decode())
+    except Exception as error:  # the package raises nothing narrower
+        raise ValueError(f"{path}: not a Hugging Face tokenizer ({error}), download it again") from error
+
+
+def _parse_llama3_ranks(data: bytes, path: Path):
+    """Llama 3's tokenizer.model, in tiktoken's format, as a BPE of the `tokenizers` package.
+
+    tiktoken merges the two neighbours that together rank lowest, whatever they are. So each split of a token
+    into two tokens is a merge, in order of the token's rank. `ignore_merges`: a whole word goes first.
+    """
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number} is not 'base64 rank', download it again") from error
+    if list(ranks.values()) != list(range(len(ranks))) or sum(len(token) == 1 for token in ranks) != 256:
+        raise ValueError(f"{path}: expected ranks 0, 1, 2, ... and every byte among them, download it again")
+    name = {token: "".join(map(_BYTE_TO_CHAR.get, token)) for token in ranks}
+    splits = ((token[:i], token[i:]) for token in ranks for i in range(1, len(token)))
+    merges = [(name[left], name[right]) for left, right in splits if left in ranks and right in ranks]
+    vocab = {name[token]: rank for token, rank in ranks.items()}
+
+    lib = _require("tokenizers")
+    encoder = lib.Tokenizer(lib.models.BPE(vocab, merges, ignore_merges=True))
+    split = lib.pre_tokenizers.Split(lib.Regex(_LLAMA3_SPLIT), "isolated")
+    spell = lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    encoder.pre_tokenizer = lib.pre_tokenizers.Sequence([split, spell])
+    encoder.decoder = lib.decoders.ByteLevel()
+    encoder.add_special_tokens(_LLAMA3_SPECIAL)
+    bos = [("<|begin_of_text|>", len(ranks))]
+    encoder.post_processor = lib.processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=bos)
+    return encoder
+
+
+def _read_special_tokens(directory: Path, config: dict[str, Any]) -> tuple[dict[str, str], list[dict]]:
+    """The named special tokens ({"bos_token": "<s>"}), and all tokens listed beside the tokenizer, by id."""
+    found: dict[str, dict[str, Any]] = {}
+    if "added_tokens_decoder" in config:
+        for token_id, token in config["added_tokens_decoder"].items():
+            found[token["content"]] = {**token, "id": int(token_id)}
+    else:  # older directories keep them in files of their own
+        config = config | _read_json(directory / "special_tokens_map.json")
+        for content, token_id in _read_json(directory / "added_tokens.json").items():
+            found[content] = {"content": content, "id": token_id}
+    named = {key: v for key, v in config.items() if key.endswith("_token") and v and isinstance(v, str | dict)}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    for value in [*named.values(), *(extra.values() if isinstance(extra, dict) else extra)]:
+        token = value if isinstance(value, dict) else {"content": value}
+        content = token["content"]
+        found[content] = {"normalized": False, **token, **found.get(content, {}), "special": True}
+    special = {key: value if isinstance(value, str) else value["content"] for key, value in named.items()}
+    return special, sorted(found.values(), key=lambda token: token.get("id", float("inf")))
+
+
+def _read_eos(path: Path) -> list[int]:
+    value = _read_json(path).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token_id, int) for token_id in ids):
+        raise ValueError(f"{path}: eos_token_id is {value!r}, expected an integer or a list of integers")
+    return ids
+
+
+def _read_template(directory: Path, config: dict[str, Any]) -> str:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
+    return template
+
+
+@cache
+def _compile_template(source: str):
+    """Compile a template from the internet: the sandbox, settings and extras are those of transformers."""
+    jinja2, sandbox, ext = _require("jinja2"), _require("jinja2.sandbox"), _require("jinja2.ext")
+
+    class Generation(ext.Extension):  # {% generation %} marks the assistant's words for training
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body).set_lineno(line)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, **options):  # jinja2's own escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    env = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    )
+    env.filters["tojson"] = tojson
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return env.from_string(source)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def _require(module: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f"this tokenizer needs the package {package}: pip install {package}") from error
