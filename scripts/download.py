@@ -1,0 +1,176 @@
+"""Fetch from the Hugging Face hub what a model needs to run: config, tokenizer and one set of weights.
+
+Usage: python scripts/download.py meta-llama/Llama-3.1-8B [MORE ...] [--revision REV] [--checkpoint_dir checkpoints]
+
+Worth knowing: `hf_hub_download` throws a half-fetched file away (huggingface_hub 2.4; changed during 1.x), so an
+interrupted 10 GB shard would start anew. Files are therefore written here, to `NAME.HASH.incomplete`, and get their
+name only once their bytes hash to what the hub lists: running the command again resumes, and checks what is there.
+"""
+
+import argparse
+import errno
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import constants, errors, hf_hub_url, model_info
+from huggingface_hub.file_download import http_get
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import build_hf_headers
+
+CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+CONFIG_FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+# In order of preference; an index stands for the shards it names.
+HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def choose_files(names: list[str]) -> list[str]:
+    """Choose from a repository's listing the files to fetch: config, tokenizer and, last, one set of weights.
+
+    Of sharded Hugging Face weights this is the index alone (`shards_of` gives the rest).
+    Raises ValueError, naming what the repository holds, if there are no weights of a known layout.
+    """
+    chosen = [name for name in CONFIG_FILES if name in names]
+    if weights := [name for name in HF_WEIGHTS if name in names]:
+        return chosen + weights[:1]
+    for folder in ("", "original/"):  # Meta's own layout, https://github.com/meta-llama/llama-models
+        shards = sorted(n for n in names if re.fullmatch(folder + r"consolidated\.(\d+\.)?pth", n))
+        if shards and folder + "params.json" in names:
+            extra = {folder + "params.json", folder + "tokenizer.model"}.intersection(names).difference(chosen)
+            return chosen + sorted(extra) + shards
+    held = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    layouts = "model.safetensors or pytorch_model.bin (or its index), or consolidated.*.pth with params.json"
+    raise ValueError(f"no weights to fetch; expected {layouts}, the repository holds: {held or 'nothing'}")
+
+
+def shards_of(index_text: str, names: list[str]) -> list[str]:
+    """The shards named by the `weight_map` of an index file, which must be among the repository's `names`.
+
+    Raises ValueError if the index is malformed, or names a file outside its folder or not in the repository.
+    """
+    try:
+        shards = sorted({str(shard) for shard in json.loads(index_text)["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the weights' index has no weight_map from tensor to file ({error!r})") from error
+    for shard in shards:
+        if PurePosixPath(shard).is_absolute() or ".." in shard.split("/") or re.search(r"[\\:]", shard):
+            raise ValueError(f"the weights' index names {shard!r}; a shard must lie in the index's own folder")
+        if shard not in names:
+            raise ValueError(f"the weights' index names {shard!r}, which the repository does not hold")
+    return shards
+
+
+def content_hash(file: RepoSibling) -> str:
+    """What the hub lists as the hash of a file: the sha256 of a large one, git's blob hash of any other."""
+    return file.lfs.sha256 if file.lfs else file.blob_id
+
+
+def is_complete(path: Path, file: RepoSibling) -> bool:
+    """Whether `path` holds the very bytes that the hub lists."""
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    digest = hashlib.sha256() if file.lfs else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest() == content_hash(file)
+
+
+def fetch(file: RepoSibling, url: str, path: Path, headers: dict[str, str]) -> None:
+    """Bring one file to `path`, going on where an earlier run stopped; raises OSError if its hash is wrong."""
+    if is_complete(path, file):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{content_hash(file)[:12]}.incomplete")
+    if partial.is_file() and partial.stat().st_size > file.size:
+        partial.unlink()
+    with partial.open("ab") as stream:
+        sizes = {"resume_size": stream.tell(), "expected_size": file.size}
+        http_get(url, stream, headers=headers, displayed_filename=file.rfilename, **sizes)
+    if not is_complete(partial, file):
+        partial.unlink()
+        raise OSError(f"{file.rfilename} arrived damaged (its hash is not the hub's) and was removed")
+    partial.replace(path)
+
+
+def download(repo_id: str, checkpoint_dir: Path | str, revision: str | None = None, token: str | None = None) -> Path:
+    """Download `repo_id` into `checkpoint_dir/repo_id`, and return that directory.
+
+    The revision is resolved to a commit first, so all files are of one commit. Without a `token`, HF_TOKEN or the
+    stored login is used. Raises huggingface_hub's errors (GatedRepoError, RepositoryNotFoundError, ...), OSError
+    (disk full, damaged file) and ValueError (a repository without usable weights; see `choose_files`, `shards_of`).
+    The hub's protocol: https://huggingface.co/docs/hub/api.
+    """
+    info = model_info(repo_id, revision=revision, token=token, files_metadata=True)
+    files = {file.rfilename: file for file in info.siblings or []}
+    if info.sha is None or any(file.size is None or file.blob_id is None for file in files.values()):
+        raise ValueError(f"{constants.ENDPOINT} lists no commit, or no sizes and hashes: is it a Hugging Face hub?")
+    directory = Path(checkpoint_dir) / repo_id
+    headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}  # a compressed answer cannot resume
+
+    def get(name: str) -> None:
+        fetch(files[name], hf_hub_url(repo_id, name, revision=info.sha), directory / name, headers)
+
+    chosen = choose_files(list(files))
+    if chosen[-1].endswith(".index.json"):
+        get(chosen[-1])
+        chosen += shards_of((directory / chosen[-1]).read_text(encoding="utf-8"), list(files))
+    total = sum(files[name].size for name in chosen)
+    print(f"{repo_id} at {info.sha[:12]}: {len(chosen)} files, {total / 1e9:.2f} GB", flush=True)
+    for name in chosen:
+        get(name)
+    return directory
+
+
+def explain(error: Exception, repo_id: str, revision: str | None) -> str | None:
+    """One line: what went wrong and what would be right; None if neither the user nor the network is at fault."""
+    hub, again = constants.ENDPOINT, "; run the same command again to resume"
+    known = {
+        errors.HFValidationError: f"bad repository id {repo_id!r}; expected OWNER/NAME, like meta-llama/Llama-3.1-8B",
+        errors.GatedRepoError: f"{repo_id} is gated: accept its licence at {hub}/{repo_id} and set HF_TOKEN",
+        errors.RepositoryNotFoundError: f"{hub} has no model {repo_id!r}: check its name; if private, set HF_TOKEN",
+        errors.RevisionNotFoundError: f"{repo_id} has no revision {revision!r}; expected a branch, tag or commit",
+    }
+    for kind, message in known.items():  # in this order: a GatedRepoError is a RepositoryNotFoundError too
+        if isinstance(error, kind):
+            return message
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        return f"{hub} answered {status} for {repo_id}" + (": check HF_TOKEN" if status in (401, 403) else again)
+    # Whose exception it is depends on huggingface_hub's version: requests with 0.x, httpx with 1.x, httpx2 with 2.x.
+    if type(error).__module__.startswith(("requests", "urllib3", "http")):
+        return f"cannot reach {hub} ({type(error).__name__}): check the network and HF_ENDPOINT{again}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left for {repo_id}: free some, or choose another --checkpoint_dir{again}"
+    if isinstance(error, (OSError, ValueError)):
+        return f"{repo_id}: {' '.join(str(error).split())}" + (again if isinstance(error, OSError) else "")
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Download models from the Hugging Face hub.")
+    parser.add_argument("repo_ids", nargs="+", metavar="REPO_ID", help="OWNER/NAME on the hub")
+    parser.add_argument("--revision", help="branch, tag or commit (default: the main branch)")
+    parser.add_argument("--checkpoint_dir", type=Path, default=Path("checkpoints"), help="models go to DIR/REPO_ID")
+    parser.add_argument("--token", help="access token (default: HF_TOKEN, or the stored login)")
+    args = parser.parse_args()
+    for repo_id in args.repo_ids:
+        try:
+            directory = download(repo_id, args.checkpoint_dir, args.revision, args.token)
+        except KeyboardInterrupt:
+            print("stopped; run the same command again to resume", file=sys.stderr)
+            return 130
+        except Exception as error:
+            message = explain(error, repo_id, args.revision)
+            if message is None:
+                raise
+            print(f"error: {message}", file=sys.stderr)
+            return 2
+        print(f"done: {directory}\nnext: python scripts/convert_hf_checkpoint.py --checkpoint_dir {directory}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

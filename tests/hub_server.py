@@ -1,0 +1,119 @@
+"""As much of the Hugging Face hub as a download needs, on 127.0.0.1: listing, files, redirects, ranges, failures.
+
+Usage: `with Hub() as hub: hub.repos["org/model"] = {"config.json": b"{}"}`, then HF_ENDPOINT=hub.url.
+Large files are redirected, as the hub does, to a CDN: here the same server under another host name, localhost.
+The protocol: https://huggingface.co/docs/hub/api and the source of huggingface_hub.
+"""
+
+import hashlib
+import json
+import re
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "c0ffee" + "0" * 34
+LARGE = 100_000  # bytes; from here on a file counts as stored in LFS
+
+
+def listing(name: str, data: bytes) -> dict:
+    """A file's entry in the listing of its repository."""
+    entry = {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
+    if len(data) >= LARGE:
+        entry["lfs"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 130}
+    return entry
+
+
+class Hub:
+    """A running hub: set `repos`, `gated` and `faults`, read `requests`.
+
+    `faults[name]` says, request by request, what goes wrong with a file: `("cut", n)` or `("stall", n)` after n bytes,
+    `"down"` (status 503), or bytes to serve in place of the file's own.
+    """
+
+    def __init__(self) -> None:
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.gated: set[str] = set()
+        self.faults: dict[str, list] = {}
+        self.requests: list[tuple[str, dict[str, str]]] = []  # path, headers in lower case
+        self.resume = threading.Event()  # ends a stall
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.port = self.server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> "Hub":
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.resume.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def fetched(self) -> list[str]:
+        """The files asked for so far, in order, redirects not counted."""
+        return [path.split(f"/resolve/{COMMIT}/")[1] for path, _ in self.requests if "/resolve/" in path]
+
+    def headers(self, part: str) -> list[dict[str, str]]:
+        """The headers of all requests whose path holds `part`."""
+        return [headers for path, headers in self.requests if part in path]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def answer(self, status: int, headers: dict | None = None, body: bytes = b"", send: int | None = None) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": len(body), "X-Repo-Commit": COMMIT, **(headers or {})}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        self.wfile.write(body[:send])
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append((path, {key.lower(): value for key, value in self.headers.items()}))
+        if match := re.fullmatch(r"/api/models/(.+?)(?:/revision/(.+))?", path):
+            self.do_listing(*match.groups())
+        elif match := re.fullmatch(r"/(cdn/)?(.+?)/resolve/(\w+)/(.+)", path):
+            cdn, repo, _, name = match.groups()
+            data = self.hub.repos[repo][name]
+            if repo in self.hub.gated and not cdn and "Authorization" not in self.headers:
+                self.answer(401, {"X-Error-Code": "GatedRepo"})
+            elif len(data) >= LARGE and not cdn:
+                linked = {"X-Linked-Size": len(data), "X-Linked-ETag": listing(name, data)["lfs"]["sha256"]}
+                self.answer(302, {"Location": f"http://localhost:{self.hub.port}/cdn{path}", **linked})
+            else:
+                self.do_file(name, data)
+        else:
+            self.answer(404)
+
+    def do_listing(self, repo: str, revision: str | None) -> None:
+        if repo not in self.hub.repos:  # the hub says 401 rather than 404 to the unknown
+            self.answer(401, {"X-Error-Code": "RepoNotFound"})
+        elif revision not in (None, "main", "v1", COMMIT):
+            self.answer(404, {"X-Error-Code": "RevisionNotFound"})
+        else:
+            files = [listing(name, data) for name, data in self.hub.repos[repo].items()]
+            body = json.dumps({"id": repo, "sha": COMMIT, "siblings": files}).encode()
+            self.answer(200, {"Content-Type": "application/json"}, body)
+
+    def do_file(self, name: str, data: bytes) -> None:
+        fault = self.hub.faults[name].pop(0) if self.hub.faults.get(name) else None
+        if fault == "down":
+            self.answer(503)
+            return
+        data = fault if isinstance(fault, bytes) else data
+        start = int(self.headers.get("Range", "bytes=0-")[6:].split("-")[0])
+        ranged = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        stop = fault[1] if isinstance(fault, tuple) else None
+        self.answer(206 if start else 200, {"Accept-Ranges": "bytes", **ranged}, data[start:], send=stop)
+        if stop is not None:
+            if fault[0] == "stall":
+                self.hub.resume.wait(20)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True

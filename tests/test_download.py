@@ -1,0 +1,197 @@
+"""`scripts/download.py`: which files are chosen, and the command line against a local hub, failures included.
+
+Usage: python -m pytest tests/test_download.py. huggingface_hub writes in pieces of 10 MiB, hence the 12 MiB shard.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hub_server import Hub
+
+from scripts.download import choose_files, shards_of
+
+ROOT = Path(__file__).parent.parent
+REPO = "org/model"
+MIB = 1 << 20
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+INDEX = json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}).encode()
+WANTED = {
+    "config.json": b'{"model_type": "llama"}',
+    "tokenizer.json": b"{}",
+    "model.safetensors.index.json": INDEX,
+    SHARDS[0]: random.Random(1).randbytes(12 * MIB),
+    SHARDS[1]: random.Random(2).randbytes(MIB // 4),
+}
+UNWANTED = ["README.md", "modeling_evil.py", "consolidated.safetensors", "pytorch_model.bin", "original/params.json"]
+
+
+@pytest.fixture
+def hub():
+    with Hub() as hub:
+        hub.repos[REPO] = {"README.md": b"# model", **WANTED} | dict.fromkeys(UNWANTED, b"not needed")
+        yield hub
+
+
+def start(tmp_path, endpoint, *args, **env):
+    """Start the command as a user would, with the hub at `endpoint` and nothing of this machine's own settings."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE_"))}
+    env = {**clean, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*", **env}
+    command = [sys.executable, "scripts/download.py", "--checkpoint_dir", str(tmp_path / "checkpoints"), *args]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+
+
+def run(tmp_path, endpoint, *args, **env):
+    """Run the command to its end: exit code, stdout, stderr."""
+    process = start(tmp_path, endpoint, *args, **env)
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+def assert_complete(tmp_path):
+    directory = tmp_path / "checkpoints" / REPO
+    found = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    assert found.keys() == WANTED.keys()
+    assert all(found[name] == data for name, data in WANTED.items())  # no diff of megabytes when it fails
+
+
+def assert_error(result, *words):
+    code, _, err = result
+    assert code == 2, err
+    assert re.fullmatch(r"error: [^\n]+\n", err), err
+    assert all(word in err for word in words), err
+
+
+def test_choose_files_prefers_one_set_of_weights():
+    both = ["config.json", "adapter_model.safetensors", "consolidated.safetensors", "model.safetensors"]
+    both += ["pytorch_model.bin", "original/consolidated.00.pth", "original/params.json", "onnx/model.onnx", "run.py"]
+    assert choose_files(both) == ["config.json", "model.safetensors"]
+    sharded = ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "model.safetensors.index.json"]
+    assert choose_files(sharded) == ["model.safetensors.index.json"]
+    assert choose_files(["pytorch_model.bin", "training_args.bin", "tokenizer.model"])[-1] == "pytorch_model.bin"
+
+
+@pytest.mark.parametrize("folder", ["", "original/"])
+def test_choose_files_takes_the_weights_of_meta(folder):
+    files = [folder + name for name in ("consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model")]
+    assert sorted(choose_files([*files, "LICENSE", folder + "checklist.chk"])) == files
+    without_params = [name for name in files if "params" not in name]
+    with pytest.raises(ValueError, match=r"no weights .* holds: .*consolidated\.00\.pth"):
+        choose_files(without_params)
+
+
+@pytest.mark.parametrize("shard", ["../x.bin", "/etc/x.bin", "a/../../x.bin", "..\\x.bin", "C:x.bin"])
+def test_shards_of_rejects_a_name_outside_its_folder(shard):
+    with pytest.raises(ValueError, match="must lie in the index's own folder"):
+        shards_of(json.dumps({"weight_map": {"a": shard}}), [shard])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": ["a.bin"]}', '{"weight_map": {"a": {}}}'])
+def test_shards_of_rejects_a_malformed_index(text):
+    with pytest.raises(ValueError, match="index"):
+        shards_of(text, ["a.bin"])
+
+
+def test_downloads_only_what_is_needed_and_checks_it_the_second_time(hub, tmp_path):
+    code, out, err = run(tmp_path, hub.url, REPO, "--revision", "v1", HF_TOKEN="hf_secret")
+    assert code == 0, err
+    assert_complete(tmp_path)
+    directory = tmp_path / "checkpoints" / REPO
+    assert "5 files, 0.01 GB" in out
+    assert out.endswith(f"next: python scripts/convert_hf_checkpoint.py --checkpoint_dir {directory}\n")
+    assert sorted(hub.fetched()) == sorted([*WANTED, *SHARDS])  # a shard twice: the hub, and where it redirects to
+    for path, headers in hub.requests:
+        if REPO in path:  # the token goes to the hub and nowhere else
+            assert headers.get("authorization") == (None if path.startswith("/cdn") else "Bearer hf_secret"), path
+
+    damaged = directory / SHARDS[1]
+    damaged.write_bytes(b"?" + damaged.read_bytes()[1:])
+    hub.requests.clear()
+    assert run(tmp_path, hub.url, REPO)[0] == 0
+    assert_complete(tmp_path)
+    assert set(hub.fetched()) == {SHARDS[1]}
+
+
+def test_a_cut_connection_is_taken_up_again_by_the_next_run(hub, tmp_path):
+    hub.faults[SHARDS[0]] = [("cut", 11 * MIB), "down", "down"]
+    code, _, err = run(tmp_path, hub.url, REPO)
+    assert code == 2, err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].endswith("run the same command again to resume")
+    assert not (tmp_path / "checkpoints" / REPO / SHARDS[0]).exists()
+
+    hub.requests.clear()
+    hub.faults.clear()
+    assert run(tmp_path, hub.url, REPO)[0] == 0
+    assert_complete(tmp_path)
+    assert [headers["range"] for headers in hub.headers(f"cdn/{REPO}")[:1]] == [f"bytes={10 * MIB}-"]
+    assert set(hub.fetched()) == set(SHARDS)
+
+
+def test_ctrl_c_says_how_to_resume_and_the_next_run_does(hub, tmp_path):
+    hub.faults[SHARDS[0]] = [("stall", 11 * MIB)]
+    process = start(tmp_path, hub.url, REPO)
+    deadline = time.monotonic() + 20
+    while not any(path.stat().st_size for path in (tmp_path / "checkpoints").glob(f"{REPO}/{SHARDS[0]}*.incomplete")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (130, "stopped; run the same command again to resume\n")
+
+    hub.resume.set()
+    hub.requests.clear()
+    assert run(tmp_path, hub.url, REPO)[0] == 0
+    assert_complete(tmp_path)
+    assert hub.headers(f"cdn/{REPO}")[0]["range"] == f"bytes={10 * MIB}-"
+
+
+def test_damaged_bytes_are_never_given_the_files_name(hub, tmp_path):
+    hub.faults[SHARDS[1]] = [bytes(len(WANTED[SHARDS[1]]))]
+    assert_error(run(tmp_path, hub.url, REPO), SHARDS[1], "damaged")
+    assert not list((tmp_path / "checkpoints").rglob(SHARDS[1] + "*"))
+
+
+def test_a_full_disk(hub, tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    data = WANTED[SHARDS[1]]
+    hub.repos[REPO] = {"model.safetensors": data}
+    partial = tmp_path / "checkpoints" / REPO / f"model.safetensors.{hashlib.sha256(data).hexdigest()[:12]}.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.symlink_to("/dev/full")
+    assert_error(run(tmp_path, hub.url, REPO), "no space left", "--checkpoint_dir", "resume")
+
+
+def test_a_gated_repository_needs_a_token(hub, tmp_path):
+    hub.gated.add(REPO)
+    assert_error(run(tmp_path, hub.url, REPO), f"{REPO} is gated", f"{hub.url}/{REPO}", "HF_TOKEN")
+
+
+def test_wrong_names_and_a_hub_that_is_down(hub, tmp_path):
+    assert_error(run(tmp_path, hub.url, "org/nothing"), "no model 'org/nothing'")
+    assert_error(run(tmp_path, hub.url, REPO, "--revision", "v9"), "no revision 'v9'")
+    assert_error(run(tmp_path, hub.url, "../../etc"), "'../../etc'", "OWNER/NAME")
+    assert_error(run(tmp_path, "http://127.0.0.1:9", REPO), "cannot reach http://127.0.0.1:9")
+
+
+def test_unusable_repositories(hub, tmp_path):
+    hub.repos["org/gguf"] = {"model.gguf": b"GGUF"}
+    assert_error(run(tmp_path, hub.url, "org/gguf"), "no weights", "holds: model.gguf")
+    evil = "../../escaped.safetensors"
+    hub.repos["org/evil"] = {
+        "model.safetensors.index.json": json.dumps({"weight_map": {"a": evil}}).encode(),
+        evil: b"",
+    }
+    assert_error(run(tmp_path, hub.url, "org/evil"), evil, "own folder")
+    assert not list(tmp_path.rglob("escaped*"))
