@@ -1,0 +1,359 @@
+"""From files to a model and back: configuration, key maps as data, memory-mapped strict load, streamed atomic save.
+
+    model = load_model("checkpoints/meta-llama/Llama-3.2-1B", device="cuda")  # or .../model.pth
+
+Worth knowing: nothing is read before it is needed. Opening a checkpoint maps its files; on the CPU a weight that is
+stored in the wanted dtype and on its own *is* those pages, and saving fills a mapped file tensor by tensor. So neither
+takes the memory of a model, only that of its largest tensor.
+"""
+
+import dataclasses
+import json
+import mmap
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model import ModelArgs, RopeScaling, Transformer
+
+FORMAT = 1
+
+# Our module -> the modules of the file whose weights (and biases) lie in it, one above the other. `{}` is the layer.
+HF_MODULES: dict[str, tuple[str, ...]] = {
+    "tok_embeddings": ("model.embed_tokens",),
+    "layers.{}.attention_norm": ("model.layers.{}.input_layernorm",),
+    "layers.{}.attention.wqkv": tuple(f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"),
+    "layers.{}.attention.q_norm": ("model.layers.{}.self_attn.q_norm",),
+    "layers.{}.attention.k_norm": ("model.layers.{}.self_attn.k_norm",),
+    "layers.{}.attention.wo": ("model.layers.{}.self_attn.o_proj",),
+    "layers.{}.ffn_norm": ("model.layers.{}.post_attention_layernorm",),
+    "layers.{}.feed_forward.w13": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
+    "layers.{}.feed_forward.w2": ("model.layers.{}.mlp.down_proj",),
+    "norm": ("model.norm",),
+    "output": ("lm_head",),
+}
+# The same for Meta's own files, where the modules that are not listed have our names.
+META_MODULES: dict[str, tuple[str, ...]] = {
+    "layers.{}.attention.wqkv": tuple(f"layers.{{}}.attention.w{x}" for x in "qkv"),
+    "layers.{}.feed_forward.w13": ("layers.{}.feed_forward.w1", "layers.{}.feed_forward.w3"),
+}
+# Name -> the dimension along which Meta's model-parallel shards divide it; what is not here is in every shard whole.
+META_SHARD_DIMS: dict[str, int] = {
+    "wq.weight": 0, "wk.weight": 0, "wv.weight": 0, "wo.weight": 1,
+    "w1.weight": 0, "w2.weight": 1, "w3.weight": 0, "output.weight": 0, "tok_embeddings.weight": 1,
+}  # fmt: skip
+META_PARAMS = {
+    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "ffn_dim_multiplier",
+    "norm_eps", "rope_theta", "use_scaled_rope", "vocab_size", "max_seq_len", "max_batch_size", "sliding_window",
+}  # fmt: skip
+IGNORED_TENSORS = ("*.rotary_emb.inv_freq", "rope.freqs")  # computed, not learned; older files hold them
+
+# In order of preference: the single file, the index of shards, and what to take without either.
+HF_FILES = (
+    ("model.safetensors", "model.safetensors.index.json", "*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor in a file: its shape there, and how to get it (a view of the file's pages where that is possible)."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the model as it lies in files: `parts` are its rows from top to bottom."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    def load(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        """The tensor on `device`; on the CPU and already in `dtype`, a single part is not copied."""
+        if len(self.parts) == 1:
+            part = self.parts[0].read()
+            return part.to(device, dtype if part.is_floating_point() else part.dtype).contiguous()
+        out = torch.empty(self.shape, device=device, dtype=dtype)
+        self.fill(out)
+        return out
+
+    def fill(self, out: Tensor) -> None:
+        """Write the values into `out`, converting to its dtype, one part after the other."""
+        for rows, part in zip(out.split([part.shape[0] for part in self.parts]), self.parts, strict=True):
+            rows.copy_(part.read())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. `tensors`: every tensor of the model, by our name, checked against the model's shapes."""
+
+    args: ModelArgs
+    quantization: dict[str, Any] | None
+    tensors: dict[str, Stored]
+
+
+def load_model(
+    path: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> Transformer:
+    """The model stored at `path`, on `device` in `dtype`, in eval mode and without gradients.
+
+    path: a `.pth` that `save_checkpoint` wrote, or a directory as `open_checkpoint` takes.
+    Raises ValueError for what is not a complete checkpoint of a supported model, FileNotFoundError for no file at all.
+    """
+    checkpoint = open_checkpoint(path)
+    model = _skeleton(checkpoint.args, checkpoint.quantization)
+    state = {name: stored.load(device, dtype) for name, stored in checkpoint.tensors.items()}
+    if checkpoint.args.tie_embeddings:
+        state["output.weight"] = state["tok_embeddings.weight"]
+    model.load_state_dict(state, assign=True)
+    if checkpoint.args.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    return model.eval().requires_grad_(False)
+
+
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Map the files at `path` and check that they hold exactly the tensors of the model they describe.
+
+    path: a `.pth` of ours; or a directory with `config.json` and `*.safetensors` or `pytorch_model*.bin`, single or
+    sharded; or Meta's `consolidated.*.pth` with `params.json`, there or in its folder `original`.
+    Raises ValueError in one line: a damaged or missing shard, an unsupported setting, or the tensors that do not fit.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        content = _load_torch(path)
+        if content.get("format") != FORMAT or not content.keys() >= {"config", "quantization", "model"}:
+            raise ValueError(f"{path}: not a checkpoint in this project's format {FORMAT}")
+        args, quantization = ModelArgs.from_dict(content["config"]), content["quantization"]
+        return _match(path, args, quantization, _parts(_tensors(path, content["model"])), {})
+    config = _read_json(path / "config.json") if (path / "config.json").exists() else None
+    if files := _hf_files(path):
+        if config is None:
+            raise ValueError(f"{path} has no config.json")
+        return _match(path, ModelArgs.from_hf(config), None, _read_hf(files), HF_MODULES)
+    args, parts = _read_meta(path, config)
+    return _match(path, args, None, parts, META_MODULES)
+
+
+def save_checkpoint(
+    path: str | os.PathLike,
+    args: ModelArgs,
+    tensors: Mapping[str, tuple[Iterable[int], torch.dtype, Callable[[Tensor], None]]],
+    quantization: dict[str, Any] | None = None,
+) -> None:
+    """Write a `.pth` that `load_model` reads, tensor by tensor, and give it its name only once it is complete.
+
+    tensors: our name -> (shape, dtype, fill); `fill(out)` writes the values into `out`, which lies in the file.
+    Raises OSError (a full disk among others) and whatever a `fill` raises; an existing file at `path` is then kept.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # a second's import that loading does not need
+
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with FakeTensorMode():  # a shape and a dtype, no memory
+        reserved = {name: torch.empty(tuple(shape), dtype=dtype) for name, (shape, dtype, _) in tensors.items()}
+    content = {"format": FORMAT, "config": dataclasses.asdict(args), "quantization": quantization, "model": reserved}
+    try:
+        with open(temporary, "wb") as file:
+            with torch.serialization.skip_data(materialize_fake_tensors=True):
+                torch.save(content, file)
+            file.flush()
+            if hasattr(os, "posix_fallocate"):  # a full disk is an OSError here, but a crash once the file is mapped
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+                mapped = torch.load(temporary, mmap=True, weights_only=True)["model"]
+            for name, (_, _, fill) in tensors.items():
+                fill(mapped[name])
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _skeleton(args: ModelArgs, quantization: dict[str, Any] | None) -> Transformer:
+    """The model without its weights, with the Linears that `quantization` names."""
+    with torch.device("meta"):
+        model = Transformer(args)
+    if quantization is not None:
+        raise ValueError(f"quantisation mode {quantization.get('mode')!r} is not supported by this version")
+    return model
+
+
+def _match(
+    path: Path, args: ModelArgs, quantization: dict | None, parts: dict[str, Part], modules: dict[str, tuple[str, ...]]
+) -> Checkpoint:
+    """Gather the parts of every tensor of the model; ValueError lists by the file's names what does not fit."""
+    expected = {name: tuple(t.shape) for name, t in _skeleton(args, quantization).state_dict().items()}
+    ignored = IGNORED_TENSORS
+    if args.tie_embeddings:
+        del expected["output.weight"]
+        ignored += (modules.get("output", ("output",))[0] + ".weight",)
+    matched, missing, wrong = {}, [], []
+    unexpected = {name for name in parts if not any(fnmatch(name, pattern) for pattern in ignored)}
+    for name, (n_rows, *width) in expected.items():
+        module, _, kind = name.rpartition(".")
+        template, layer = re.sub(r"\.\d+\.", ".{}.", module), re.findall(r"\.(\d+)\.", module)
+        theirs = [f"{other.format(*layer)}.{kind}" for other in modules.get(template, (template,))]
+        kv_rows = args.n_kv_heads * args.head_dim
+        rows = [n_rows - 2 * kv_rows, kv_rows, kv_rows] if len(theirs) == 3 else [n_rows // len(theirs)] * len(theirs)
+        for part, shape in zip(theirs, [(n, *width) for n in rows], strict=True):
+            if part not in parts:
+                missing.append(f"{part} {list(shape)}")
+            elif parts[part].shape != shape:
+                wrong.append(f"{part} is {list(parts[part].shape)}, expected {list(shape)}")
+        unexpected.difference_update(theirs)
+        matched[name] = Stored((n_rows, *width), tuple(parts[part] for part in theirs if part in parts))
+    found = {
+        "missing tensors": missing,
+        "unexpected tensors": [f"{name} {list(parts[name].shape)}" for name in sorted(unexpected)],
+        "wrongly shaped tensors": wrong,
+    }
+    if any(found.values()):
+        lines = [f"{kind}: {_listing(names)}" for kind, names in found.items() if names]
+        raise ValueError(f"{path}: {'; '.join(lines)}")
+    return Checkpoint(args, quantization, matched)
+
+
+def _listing(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f", ... and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _hf_files(folder: Path) -> list[Path]:
+    """The weight files of a Hugging Face directory; ValueError if its index is broken or names a missing shard."""
+    for single, index, pattern in HF_FILES:
+        if (folder / single).exists():
+            return [folder / single]
+        if (folder / index).exists():
+            weight_map = _read_json(folder / index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise ValueError(f"{folder / index}: no weight_map from tensor names to file names")
+            shards = sorted(set(weight_map.values()))
+            for name in shards:
+                if Path(name).is_absolute() or ".." in Path(name).parts:
+                    raise ValueError(f"{folder / index} names {name!r}, which is outside of its folder")
+                if not (folder / name).is_file():
+                    raise ValueError(f"{folder / index} names {name!r}, which is not there")
+            return [folder / name for name in shards]
+        if files := sorted(folder.glob(pattern)):
+            return files
+    return []
+
+
+def _parts(tensors: dict[str, Tensor]) -> dict[str, Part]:
+    return {name: Part(tuple(tensor.shape), tensor.detach) for name, tensor in tensors.items()}
+
+
+def _read_hf(files: list[Path]) -> dict[str, Part]:
+    parts: dict[str, Part] = {}
+    for file in files:
+        found = _parts(_tensors(file))
+        if twice := sorted(parts.keys() & found.keys()):
+            raise ValueError(f"{file} holds tensors that another file holds too: {_listing(twice)}")
+        parts.update(found)
+    return parts
+
+
+def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, dict[str, Part]]:
+    """Arguments and tensors of Meta's own files, the model-parallel shards joined, queries and keys reordered."""
+    origin = folder if (folder / "params.json").exists() else folder / "original"
+    files = sorted(origin.glob("consolidated*.pth"))
+    if not files:
+        raise ValueError(f"{folder} has no *.safetensors, no pytorch_model*.bin and no consolidated.*.pth")
+    params = _read_json(origin / "params.json")
+    missing, unsupported = {"dim", "n_layers", "n_heads", "norm_eps"} - params.keys(), params.keys() - META_PARAMS
+    if missing or unsupported:
+        raise ValueError(f"{origin / 'params.json'}: missing {sorted(missing)}, unsupported {sorted(unsupported)}")
+    shards = [_tensors(file) for file in files]
+    if any(shard.keys() != shards[0].keys() for shard in shards):
+        raise ValueError(f"{origin}: the consolidated.*.pth hold different tensors")
+    head_dim = params.get("head_dim") or params["dim"] // params["n_heads"]
+    parts = {}
+    for name, first in shards[0].items():
+        dim = META_SHARD_DIMS.get(".".join(name.split(".")[-2:]))
+        if name == "tok_embeddings.weight" and first.shape[1] == params["dim"]:
+            dim = 0  # since Llama 3 the vocabulary is divided, before it was the width
+        shape = list(first.shape)
+        if dim is not None:
+            shape[dim] = sum(shard[name].shape[dim] for shard in shards)
+        pieces = [shard[name] for shard in shards] if dim is not None else [first]
+        pair_dim = head_dim if name.endswith((".wq.weight", ".wk.weight")) else None
+        parts[name] = Part(tuple(shape), partial(_join, pieces, dim, pair_dim))
+    return ModelArgs.from_hf(config) if config else _args_from_meta(params, head_dim, parts), parts
+
+
+def _join(shards: list[Tensor], dim: int | None, head_dim: int | None) -> Tensor:
+    """One tensor out of its shards; with `head_dim`, rows from RoPE's interleaved pairs (Meta) to halves (ours)."""
+    whole = torch.cat(shards, dim) if len(shards) > 1 else shards[0]
+    if head_dim is not None:
+        whole = whole.view(-1, head_dim // 2, 2, whole.shape[1]).transpose(1, 2).reshape(whole.shape)
+    return whole
+
+
+def _args_from_meta(params: dict[str, Any], head_dim: int, parts: dict[str, Part]) -> ModelArgs:
+    """What `params.json` says, and what it leaves to the tensors (sizes) and to the release (context, scaling)."""
+    if missing := {"layers.0.feed_forward.w1.weight", "tok_embeddings.weight"} - parts.keys():
+        raise ValueError(f"consolidated.*.pth: missing tensors: {', '.join(sorted(missing))}")
+    theta, scaled = float(params.get("rope_theta", 1e4)), params.get("use_scaled_rope", False)
+    context = {1e6: 16384, 5e5: 8192}.get(theta, 4096)  # CodeLlama, Llama 3, Llama 2
+    factor = 32.0 if params["dim"] < 4096 else 8.0  # Llama 3.2 (1B and 3B); 3.1 and 3.3
+    return ModelArgs(
+        dim=params["dim"],
+        n_layers=params["n_layers"],
+        n_heads=params["n_heads"],
+        n_kv_heads=params.get("n_kv_heads") or params["n_heads"],
+        head_dim=head_dim,
+        hidden_dim=parts["layers.0.feed_forward.w1.weight"].shape[0],
+        vocab_size=parts["tok_embeddings.weight"].shape[0],
+        context_length=params.get("max_seq_len") or (131072 if scaled else context),
+        norm_eps=params["norm_eps"],
+        rope_theta=theta,
+        rope_scaling=RopeScaling("llama3", factor) if scaled else None,
+        tie_embeddings="output.weight" not in parts,
+        sliding_window=params.get("sliding_window"),
+    )
+
+
+def _tensors(path: Path, content: Any = None) -> dict[str, Tensor]:
+    """The tensors of a weight file, mapped, not read (or `content`, if it is already loaded)."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+    content = _load_torch(path) if content is None else content
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise ValueError(f"{path}: expected a dict of tensors")
+    return content
+
+
+def _load_torch(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"{path}: not a whole torch file: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a dict of tensors")
+    return content
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return content

@@ -1,0 +1,10 @@
+"""Lets a script import the modules of the repository's root: `import _root` before them.
+
+`python scripts/x.py` makes Python look beside the script, not in the working directory. This is the one place that
+changes the search path, and only entry points import it.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

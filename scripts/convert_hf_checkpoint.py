@@ -1,0 +1,65 @@
+"""Turn a downloaded model into one file of ours: `DIR/model.pth`, memory-mapped by whatever loads it.
+
+    python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-3.2-1B
+
+Worth knowing: tensors go from file to file one at a time, converted on the way, so that a model larger than the
+memory converts too. The result gets its name only once it is complete.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import _root  # noqa: F401 - finds the modules of the repository's root
+import torch
+from tqdm import tqdm
+
+from checkpoint import Stored, open_checkpoint, save_checkpoint
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def convert(directory: Path, dtype: torch.dtype) -> Path:
+    """Write `directory/model.pth` with every tensor in `dtype`, and say what was written.
+
+    Raises ValueError for what `open_checkpoint` does not read, OSError for a full disk and the like.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory")
+    checkpoint, target = open_checkpoint(directory), directory / "model.pth"
+    n_params = sum(math.prod(stored.shape) for stored in checkpoint.tensors.values())
+    with tqdm(total=n_params * dtype.itemsize, unit="B", unit_scale=True, desc=str(target)) as bar:
+
+        def filler(stored: Stored):
+            def fill(out: torch.Tensor) -> None:
+                stored.fill(out)
+                bar.update(out.nbytes)
+
+            return fill
+
+        tensors = {name: (stored.shape, dtype, filler(stored)) for name, stored in checkpoint.tensors.items()}
+        save_checkpoint(target, checkpoint.args, tensors)
+    print(f"wrote {target}: {n_params:,} parameters, {target.stat().st_size / 1e9:.3f} GB")
+    return target
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Convert a Hugging Face or Meta checkpoint to DIR/model.pth.")
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, metavar="DIR", help="directory of the model")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
+    args = parser.parse_args()
+    try:
+        target = convert(args.checkpoint_dir, DTYPES[args.dtype])
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"next: python generate.py --checkpoint_path {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

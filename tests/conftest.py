@@ -1,0 +1,79 @@
+"""Shared fixtures: tiny random models of every family, made by Hugging Face transformers, the tests' oracle.
+
+    def test_something(tiny):
+        hf_model, directory = tiny("qwen3")
+
+Worth knowing: norms and biases start as ones and zeros, which would hide a model that skips them, and small random
+weights give almost uniform attention, which would hide a wrong one. So both are drawn with visible sizes.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+torch.set_num_threads(1)  # threads that wait for each other cost tiny models more than they give, on busy cores a lot
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+# Name -> transformers' model type and what differs from SIZES.
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama-mha": ("llama", {"num_key_value_heads": 4}),
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama-head-dim": ("llama", {"head_dim": 32}),
+    "mistral": ("mistral", {"head_dim": 32, "sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 5}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+}
+
+
+def make_tiny(family: str, **overrides) -> PreTrainedModel:
+    """A float32 model of `family` in eval mode; the same weights at every call."""
+    model_type, special = FAMILIES[family]
+    config = AutoConfig.for_model(model_type, **{**SIZES, **special, **overrides})
+    generator = torch.Generator().manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(std=0.2, generator=generator)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Callable[..., tuple[PreTrainedModel, Path]]:
+    """`tiny(family)`: a Hugging Face model and the directory it is saved in, shared by all tests: do not change it."""
+    made: dict[str, tuple[PreTrainedModel, Path]] = {}
+
+    def make(family: str) -> tuple[PreTrainedModel, Path]:
+        if family not in made:
+            model, directory = make_tiny(family), tmp_path_factory.mktemp(family)
+            model.save_pretrained(directory)
+            made[family] = model, directory
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def read_config() -> Callable[[Path], dict]:
+    return lambda directory: json.loads((directory / "config.json").read_text())
