@@ -1,0 +1,103 @@
+"""What a run cost: bytes per token, the device's bandwidth, memory, and the lines that report them.
+
+    print(describe(figures))
+
+Decoding is bound by memory: its measure is the bytes a token must read, over the bytes the device moves per second.
+"""
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from model import Transformer
+
+
+def bytes_per_step(model: Transformer, batch_size: int, positions: float) -> float:
+    """Bytes a decode step must read: all weights but the embedding table, and `positions` of KV cache in every row."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not model.args.tie_embeddings:
+        weights -= model.tok_embeddings.weight.numel() * model.tok_embeddings.weight.element_size()
+    cache = model.layers[0].attention.kv_cache.k
+    per_position = 2 * model.args.n_layers * model.args.n_kv_heads * model.args.head_dim * cache.element_size()
+    return weights + batch_size * positions * per_position
+
+
+def measure_bandwidth(device: str, nbytes: int = 1 << 28) -> float:
+    """Bytes per second this device moves right now: a copy on a GPU, reads plus writes; a plain read on a CPU."""
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.empty_like(source) if device.startswith("cuda") else None
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        if target is None:
+            source.sum()
+        else:
+            target.copy_(source)
+            torch.cuda.synchronize()
+        best = max(best, (nbytes if target is None else 2 * nbytes) / (time.perf_counter() - start))
+    return best
+
+
+def peak_memory(device: str) -> int:
+    """Bytes at the peak so far: the GPU's allocator, or this process's resident memory."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def describe(figures: dict[str, Any]) -> str:
+    line = f"first token {figures['ttft_s'] * 1e3:.0f} ms · prefill {figures['prefill_tokens_per_s']:.1f} tokens/s"
+    if figures["decode_tokens_per_s"] is not None:
+        line += f" · decode {figures['decode_tokens_per_s']:.1f} tokens/s"
+        line += f" · {figures['bytes_per_token'] / 1e6:.1f} MB/token · {figures['bandwidth_gb_s']:.1f} GB/s"
+    return line
+
+
+def report(samples: list[dict[str, Any]], load_s: float, compile_s: float, device: str) -> dict[str, Any]:
+    """Print the medians over the samples; the figures that `--metrics_path` holds beside the samples."""
+    medians = {key: _median([s[key] for s in samples]) for key in samples[0] if key != "rows"}
+    print(f"median of {len(samples)}: {describe(medians)}")
+    bandwidth = measure_bandwidth(device)
+    share = ""
+    if medians["bandwidth_gb_s"] is not None:
+        share = f", so decoding reached {medians['bandwidth_gb_s'] * 1e9 / bandwidth:.0%} of it"
+        if medians["bytes_per_token"] < 1e8 and device == "cpu":
+            share = "; a model this small is read from the caches"
+    print(f"this device moves {bandwidth / 1e9:.1f} GB/s{share}")
+    peak = peak_memory(device)
+    print(f"load {load_s:.1f} s · compile {compile_s:.1f} s · peak memory {peak / 1e9:.2f} GB")
+    return {
+        "load_s": load_s,
+        "compile_s": compile_s,
+        "samples": [row for sample in samples for row in sample["rows"]],
+        "bytes_per_token": medians["bytes_per_token"],
+        "bandwidth_gb_s": medians["bandwidth_gb_s"],
+        "measured_bandwidth_gb_s": bandwidth / 1e9,
+        "peak_memory_bytes": peak,
+        "acceptance": None,
+    }
+
+
+def _median(values: list[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return median(present) if present else None
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
+        try:
+            json.dump(data, file, indent=1)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -1,0 +1,70 @@
+"""Choosing the next token: temperature, top-k, top-p, min-p and the draw.
+
+    sampling = Sampling(temperature=0.8, top_k=200)
+    ids = sampling(logits)  # [..., vocab] -> [...]
+
+Pure functions of float32 logits. None of them waits for the device, so they run inside the recorded decode step: the
+draw is an argmax over p / Exp(1), which needs no `multinomial` and no sync.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def top_k(logits: Tensor, k: int) -> Tensor:
+    """Rule out all but the `k` likeliest tokens (Fan et al. 2018)."""
+    kth = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+    return logits.masked_fill(logits < kth, -torch.inf)
+
+
+def top_p(logits: Tensor, p: float) -> Tensor:
+    """Rule out all but the smallest set of likeliest tokens whose probability reaches `p` (Holtzman et al. 2020)."""
+    descending, order = logits.sort(dim=-1, descending=True)
+    probs = descending.softmax(dim=-1)
+    superfluous = probs.cumsum(dim=-1) - probs >= p  # the tokens before this one suffice
+    return logits.masked_fill(superfluous.scatter(-1, order, superfluous), -torch.inf)
+
+
+def min_p(logits: Tensor, p: float) -> Tensor:
+    """Rule out tokens less than `p` times as likely as the likeliest (Nguyen et al. 2024)."""
+    probs = logits.softmax(dim=-1)
+    return logits.masked_fill(probs < p * probs.amax(dim=-1, keepdim=True), -torch.inf)
+
+
+def draw(probs: Tensor) -> Tensor:
+    """Sample ids `[...]` from `probs [..., vocab]` by an exponential race: argmax of p / Exp(1), without a sync."""
+    return (probs / torch.empty_like(probs).exponential_()).argmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Temperature first, then the filters in this order; None leaves a filter out. Raises ValueError when unusable."""
+
+    temperature: float = 0.8
+    top_k: int | None = 200
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature {self.temperature} must be 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k {self.top_k} must be at least 1")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} {value} must be above 0 and at most 1")
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """The float32 distribution `[..., vocab]` that `__call__` samples from; needs a temperature above 0."""
+        logits = logits.float() / self.temperature
+        for apply, value in ((top_k, self.top_k), (top_p, self.top_p), (min_p, self.min_p)):
+            if value is not None:
+                logits = apply(logits, value)
+        return logits.softmax(dim=-1)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Token ids `[...]`: the exact argmax at temperature 0, else a sample of `probs`."""
+        return logits.float().argmax(dim=-1) if self.temperature == 0 else draw(self.probs(logits))
