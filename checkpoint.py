@@ -338,10 +338,10 @@ def _tensors(path: Path, content: Any = None) -> dict[str, Tensor]:
 
 
 def _load_torch(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file or directory")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"{path}: not a whole torch file: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):

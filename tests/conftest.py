@@ -7,6 +7,7 @@ Worth knowing: norms and biases start as ones and zeros, which would hide a mode
 weights give almost uniform attention, which would hide a wrong one. So both are drawn with visible sizes.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from checkpoint import load_model
+from decoding import Steps, stream
+from model import Transformer
+from sampling import Sampling
 
 torch.set_num_threads(1)  # threads that wait for each other cost tiny models more than they give, on busy cores a lot
 
@@ -59,6 +65,18 @@ def make_tiny(family: str, **overrides) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
+GREEDY = Sampling(temperature=0)
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(128, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)).tolist()
+
+
+def tokens_of(steps: Steps, prompts: list[list[int]], n: int, cached: int = 0) -> list[list[int]]:
+    """`n` tokens for every row."""
+    return [list(row) for row in zip(*stream(steps, prompts, n, cached), strict=True)]
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Callable[..., tuple[PreTrainedModel, Path]]:
     """`tiny(family)`: a Hugging Face model and the directory it is saved in, shared by all tests: do not change it."""
@@ -70,6 +88,19 @@ def tiny(tmp_path_factory) -> Callable[..., tuple[PreTrainedModel, Path]]:
             model.save_pretrained(directory)
             made[family] = model, directory
         return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ours(tiny) -> Callable[..., Transformer]:
+    """`ours(family, rows, capacity)`: our own model in float32 with a new cache; RoPE goes as far as that."""
+
+    def make(family: str = "llama", rows: int = 1, capacity: int = 64, device: str = "cpu") -> Transformer:
+        model = load_model(tiny(family)[1], device=device, dtype=torch.float32)
+        model.args = dataclasses.replace(model.args, context_length=capacity)
+        model.setup_caches(rows, capacity)
+        return model
 
     return make
 

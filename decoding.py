@@ -1,0 +1,177 @@
+"""The decode loop: the two compiled steps, the prompts laid out for them, and the stream of tokens that comes back.
+
+    steps = build_steps(model, Sampling(temperature=0), compile=True)
+    for tokens in stream(steps, [tokenizer.encode("Hello")], max_new_tokens=50): ...
+
+A decoded token is one static graph, sampling and the position's increment inside it. The host never waits in the loop:
+it reads a token that is already on its way. `generate.py`, the benchmark and the tests all run this very loop.
+"""
+
+import os
+import shutil
+import sys
+import sysconfig
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import Transformer
+from sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The two functions that generation calls; both return the next token ids, int `[B, 1]`.
+
+    prefill(idx [B, S], input_pos [S], kv_pos [L], last [B, 1]) -> tokens after each row's index `last`
+    decode(tokens [B, 1], input_pos [B, 1], kv_pos [L]) -> (tokens, input_pos + 1)
+    """
+
+    model: Transformer
+    prefill: Callable[..., Tensor]
+    decode: Callable[..., tuple[Tensor, Tensor]]
+    prefill_is_compiled: bool
+
+
+def build_steps(model: Transformer, sampling: Sampling, compile: bool = False, compile_prefill: bool = False) -> Steps:
+    """Compile the steps as asked: decode with CUDA graphs on a GPU and C++ on a CPU, prefill for any length."""
+
+    def prefill(idx: Tensor, input_pos: Tensor, kv_pos: Tensor, last: Tensor) -> Tensor:
+        return sampling(model(idx, input_pos, kv_pos, logits_at=last))
+
+    def decode(tokens: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, Tensor]:
+        return sampling(model(tokens, input_pos, kv_pos)), input_pos + 1
+
+    if compile_prefill:
+        prefill = _compile(prefill, dynamic_dims=(1, 0, 0, None))
+    if compile:
+        decode = _compile(decode, dynamic_dims=(None, None, 0), mode="reduce-overhead")
+    return Steps(model, prefill, decode, compile_prefill)
+
+
+def _compile(step: Callable, dynamic_dims: tuple[int | None, ...], mode: str | None = None) -> Callable:
+    """Compile `step` once for all sizes that the given dimension of each argument may have."""
+    compiled = torch.compile(step, mode=mode, fullgraph=True)
+
+    def run(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        for tensor, dim in zip(tensors, dynamic_dims, strict=True):
+            if dim is not None and tensor.shape[dim] > 1:
+                torch._dynamo.mark_dynamic(tensor, dim)
+        out = compiled(*tensors)
+        return out.clone() if isinstance(out, Tensor) else tuple(o.clone() for o in out)  # a CUDA graph reuses its own
+
+    return run
+
+
+def set_compile_flags(device: str) -> None:
+    """Inductor's settings for decoding. For a command line's `main` alone: importing a module changes nothing."""
+    if device == "cpu":
+        torch._inductor.config.cpp.enable_floating_point_contract_flag = "fast"  # fused multiply-add
+        torch._inductor.config.cpp.vec_isa_ok = True  # or a probe is compiled for every instruction set
+    else:
+        torch._inductor.config.coordinate_descent_tuning = True  # also what lowers a one-row product to a GEMV
+
+
+def missing_compiler() -> str | None:
+    """What `--compile` lacks on this machine, or None. Inductor needs a C++ compiler and Python's headers."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler}) is installed"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Python's headers (Python.h, Debian package python3-dev) are not installed"
+    return None
+
+
+def kv_slots(n: int, capacity: int) -> int:
+    """The number of cache slots to attend when `n` are valid: `n` rounded up to a quarter of its octave, at least 128.
+
+    A CUDA graph is recorded per size, so sizes must be few; rounding up reads at most a quarter more than is valid.
+    """
+    step = max(128, 1 << max(0, (n - 1).bit_length() - 3))
+    return min(-(-n // step) * step, capacity)
+
+
+def stream(steps: Steps, prompts: list[list[int]], max_new_tokens: int, cached: int = 0) -> Iterator[list[int]]:
+    """Yield the next token id of every row, `max_new_tokens` times; stop by leaving the loop.
+
+    The rows may differ in length. `cached` leading positions, the same for all rows, are in the KV cache already and
+    `prompts` continues them. Raises ValueError when the text would outgrow the cache.
+    """
+    model = steps.model
+    lengths = [len(prompt) for prompt in prompts]
+    if not prompts or min(lengths) == 0:
+        raise ValueError("a prompt has no tokens: give at least one")
+    needed = cached + max(lengths) + max_new_tokens - 1
+    if needed > model.max_seq_length or len(prompts) > model.max_batch_size:
+        raise ValueError(
+            f"{len(prompts)} rows of {needed} tokens ({cached + max(lengths)} in the prompt) do not fit the cache of "
+            f"{model.max_batch_size} x {model.max_seq_length}: shorten the prompt or raise --max_seq_length"
+        )
+    # A GPU runs ahead while the host reads the token before; a CPU has nobody to run ahead.
+    yield from _read_behind(_launch(steps, prompts, max_new_tokens, cached), depth=int(model.slots.is_cuda))
+
+
+def _launch(steps: Steps, prompts: list[list[int]], max_new_tokens: int, cached: int):
+    """Enqueue prefill and decode steps; yield each step's tokens as a copy on its way to the host."""
+    model, device = steps.model, steps.model.slots.device
+    lengths = [len(prompt) for prompt in prompts]
+    valid = cached + max(lengths)
+    S = min(max(*lengths, 2), model.max_seq_length - cached)  # a row of one would be a shape of its own
+    idx = torch.tensor([prompt + [0] * (S - len(prompt)) for prompt in prompts], device=device)
+    input_pos = model.slots[cached : cached + S].clone()  # the offset of a view would be compiled in
+    kv_pos = model.slots[: kv_slots(cached + S, model.max_seq_length) if cached else S]
+    last = torch.tensor(lengths, device=device)[:, None] - 1
+    tokens = steps.prefill(idx, input_pos, kv_pos, last)
+    input_pos = cached + last + 1
+    for n in range(valid + 1, valid + max_new_tokens):
+        yield _copy_to_host(tokens)
+        tokens, input_pos = steps.decode(tokens, input_pos, model.slots[: kv_slots(n, model.max_seq_length)])
+    yield _copy_to_host(tokens)
+
+
+def _copy_to_host(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    if not tokens.is_cuda:
+        return tokens, None
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def _read_behind(copies: Iterator[tuple[Tensor, Any]], depth: int) -> Iterator[list[int]]:
+    """Yield each copy's ids once `depth` later ones are under way."""
+    under_way: deque = deque()
+    for copy in copies:
+        under_way.append(copy)
+        if len(under_way) > depth:
+            yield _wait(*under_way.popleft())
+    while under_way:
+        yield _wait(*under_way.popleft())
+
+
+def _wait(host: Tensor, event: torch.cuda.Event | None) -> list[int]:
+    if event is not None:
+        event.synchronize()
+    return host[:, 0].tolist()
+
+
+def warm_up(steps: Steps, prompts: list[list[int]], max_new_tokens: int) -> float:
+    """Compile, and on a GPU record a graph for every cache size these prompts will reach; the seconds it took."""
+    start = time.perf_counter()
+    model, longest = steps.model, max(map(len, prompts))
+    if not steps.prefill_is_compiled and not model.slots.is_cuda:
+        prompts = [prompt[:2] for prompt in prompts]  # nothing to gain from a whole one
+    deque(stream(steps, prompts, min(2, max_new_tokens)), maxlen=0)
+    if model.slots.is_cuda:
+        zeros = torch.zeros(len(prompts), 1, dtype=torch.long, device=model.slots.device)
+        for slots in sorted({kv_slots(n, model.max_seq_length) for n in range(longest, longest + max_new_tokens)}):
+            for _ in range(3):  # warm-up, recording, replay
+                steps.decode(zeros, zeros, model.slots[:slots])
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

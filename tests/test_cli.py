@@ -1,0 +1,629 @@
+"""The command line of generate.py as a user runs it, on a tiny random model and on the demo.
+
+    python -m pytest tests/test_cli.py
+
+Worth knowing: a Python with torch takes seconds to start, so most tests call `generate.main` in this process; what
+only a process of its own shows (signals, a terminal, exit codes) gets one.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from conftest import make_tiny
+
+import decoding
+import generate
+from checkpoint import load_model
+from decoding import build_steps, stream
+from generate import DEMO
+from sampling import Sampling
+from tokenizer import load_tokenizer
+
+ROOT = Path(generate.__file__).parent
+TEXTS = ["A module holds definitions and statements.", "The list is sorted in place, and nothing is returned."] * 8
+CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+CONTEXT = 4096
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A Hugging Face directory: a random model that never takes a special token for the likeliest; a chat template."""
+    directory, pieces, n_pieces = tmp_path_factory.mktemp("cli") / "model", io.BytesIO(), 320
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=pieces, vocab_size=n_pieces, model_type="bpe", byte_fallback=True,
+        num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    hf = make_tiny("llama", vocab_size=n_pieces + 2, max_position_embeddings=CONTEXT)
+    hf.lm_head.weight[[0, 1, 2, n_pieces, n_pieces + 1]] = 0
+    hf.save_pretrained(directory)
+    (directory / "tokenizer.model").write_bytes(pieces.getvalue())
+    added = {"1": "<s>", "2": "</s>", str(n_pieces): "<|im_start|>", str(n_pieces + 1): "<|im_end|>"}
+    decoder = {i: {"content": text, "normalized": False, "special": True} for i, text in added.items()}
+    config = {"bos_token": "<s>", "eos_token": "<|im_end|>", "added_tokens_decoder": decoder}
+    write_json(directory / "tokenizer_config.json", config)
+    (directory / "chat_template.jinja").write_text(CHATML)
+    return directory
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path) -> Path:
+    """The same directory, to be changed."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+@pytest.fixture
+def main(checkpoint, capsys):
+    """`main("--flag", value)`: exit code, stdout and stderr of the command line, greedy unless told otherwise."""
+    settings = torch._inductor.config.save_config()  # what the command line sets is put back after the test
+
+    def call(*flags, checkpoint_path=checkpoint) -> tuple[int, str, str]:
+        defaults = ["--checkpoint_path", checkpoint_path, "--device", "cpu", "--dtype", "float32", "--temperature", 0]
+        capsys.readouterr()
+        code = generate.main([str(flag) for flag in [*defaults, "--max_new_tokens", 12, *flags]])
+        return code, *capsys.readouterr()
+
+    yield call
+    torch._inductor.config.load_config(settings)
+
+
+@pytest.fixture
+def figures(main, tmp_path):
+    """`figures("--flag", value)`: what `--metrics_path` holds after a run without errors."""
+
+    def call(*flags, **options) -> dict:
+        path = tmp_path / "figures.json"
+        code, _, err = main("--metrics_path", path, *flags, **options)
+        assert (code, err) == (0, "")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    return call
+
+
+def command(*flags) -> dict:
+    """Arguments of `subprocess`: generate.py in a process of its own, from the repository's root."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return {"args": [sys.executable, "generate.py", *map(str, flags)], "cwd": ROOT, "env": environment}
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_prints_prompt_text_and_figures(checkpoint, tmp_path):
+    flags = ["--checkpoint_path", checkpoint, "--prompt", "The list", "--max_new_tokens", 20, "--device", "cpu"]
+    run = subprocess.run(
+        **command(*flags, "--num_samples", 2, "--metrics_path", tmp_path / "figures.json"),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith(f"{checkpoint}: 0.1 M parameters, bfloat16, cpu\n\nThe list")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert len(figures["samples"]) == 2
+    for sample in figures["samples"]:
+        assert f"The list{sample['text']}\n\n  first token " in run.stdout
+    assert figures["samples"][0]["tokens"] != figures["samples"][1]["tokens"]  # sampled by default
+    for label in ("prefill ", "decode ", "MB/token", "GB/s", "median of 2: ", "load ", "compile ", "peak memory "):
+        assert label in run.stdout
+
+
+def test_metrics_file_keeps_the_contract(figures, checkpoint):
+    data = figures("--prompt", "A module", "--batch_size", 2, "--num_samples", 2)
+    assert data["model"] == dataclasses.asdict(load_model(checkpoint).args)
+    assert (data["device"], data["dtype"], data["quantization"]) == ("cpu", "float32", None)
+    assert data["acceptance"] is None
+    assert data["compile_s"] == 0.0
+    for key in ("load_s", "bytes_per_token", "bandwidth_gb_s"):
+        assert isinstance(data[key], float)
+        assert data[key] > 0
+    assert isinstance(data["peak_memory_bytes"], int)
+    assert len(data["samples"]) == 4  # one entry per row
+    tokenizer = load_tokenizer(checkpoint)
+    for row in data["samples"]:
+        assert row["prompt_tokens"] == tokenizer.encode("A module")
+        assert len(row["tokens"]) == 12
+        assert all(isinstance(token, int) for token in row["tokens"])
+        assert tokenizer.decode(row["prompt_tokens"] + row["tokens"]) == "A module" + row["text"]
+        assert row["finish_reason"] == "length"
+        for key in ("ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s"):
+            assert isinstance(row[key], float)
+            assert row[key] > 0
+
+
+def test_a_single_token_has_no_decode_figures(figures):
+    data = figures("--max_new_tokens", 1)
+    assert len(data["samples"][0]["tokens"]) == 1
+    assert data["samples"][0]["decode_tokens_per_s"] is data["bandwidth_gb_s"] is None
+
+
+def test_temperature_0_is_the_same_text_from_directory_and_pth(main, checkpoint, tmp_path):
+    model = load_model(checkpoint, dtype=torch.float32)
+    shutil.copytree(checkpoint, tmp_path / "pth", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    content = {"format": 1, "config": dataclasses.asdict(model.args), "quantization": None, "model": model.state_dict()}
+    torch.save(content, tmp_path / "pth" / "model.pth")
+    outputs = [main("--seed", 1), main("--seed", 2), main(checkpoint_path=tmp_path / "pth" / "model.pth")]
+    texts = {out.split("\n\n")[1] for _, out, _ in outputs}
+    assert [code for code, *_ in outputs] == [0, 0, 0]
+    assert len(texts) == 1
+    assert len(texts.pop()) > len("The module")
+
+
+def test_seed_decides_the_sample(figures):
+    rows = [figures("--temperature", 1, "--seed", seed, "--num_samples", 2)["samples"] for seed in (7, 7, 8)]
+    first, again, other = [[row["tokens"] for row in sample] for sample in rows]
+    assert first == again != other
+    assert first[0] != first[1]
+
+
+def test_rows_of_a_prompt_file_are_what_each_prompt_gives_alone(main, figures, tmp_path):
+    prompts, path = ["The list is", "A", "A module holds"], tmp_path / "prompts.txt"
+    path.write_text("\n".join([prompts[0], "", prompts[1], "  ", prompts[2]]), encoding="utf-8")
+    alone = [figures("--prompt", prompt)["samples"][0] for prompt in prompts]
+    for size in ([], ["--batch_size", 2]):
+        rows = figures("--prompt_file", path, *size)["samples"]
+        for key in ("prompt_tokens", "tokens", "text"):
+            assert [row[key] for row in rows] == [row[key] for row in alone]
+    out = main("--prompt_file", path)[1]
+    for i, row in enumerate(alone):
+        assert f"[{i + 1}] {prompts[i]}{row['text']}\n" in out
+
+
+def test_a_number_is_a_made_up_prompt_of_that_length(main, figures):
+    row = figures("--prompt", 16)["samples"][0]
+    assert len(row["prompt_tokens"]) == 16
+    assert len(set(row["prompt_tokens"])) > 8
+    out = main("--prompt", 16)[1]
+    assert f"cpu\n\n{row['text']}\n\n  first token" in out  # it is not text, so it is not shown
+
+
+def test_stop_text_ends_the_row_and_is_not_shown(main, figures):
+    text = figures()["samples"][0]["text"]
+    stop = text[len(text) // 2 :][:3]
+    row = figures("--stop", "never in it", "--stop", stop)["samples"][0]
+    assert row["finish_reason"] == "stop"
+    assert row["text"] == text[: text.index(stop)]
+    assert len(row["tokens"]) < 12
+    assert f"The module{row['text']}\n\n  first token" in main("--stop", stop)[1]
+
+
+def test_stop_id_of_generation_config_ends_the_row(figures, copy):
+    tokens = figures()["samples"][0]["tokens"]
+    end = tokens[5]
+    write_json(copy / "generation_config.json", {"eos_token_id": [2, end]})
+    row = figures(checkpoint_path=copy)["samples"][0]
+    assert row["finish_reason"] == "stop"
+    assert row["tokens"] == tokens[: tokens.index(end) + 1]
+
+
+def test_chat_and_system_fill_the_template(main, figures, checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    chat = "<|im_start|>user\nSort it<|im_end|>\n<|im_start|>assistant\n"
+    system = "<|im_start|>system\nBe brief<|im_end|>\n"
+    row = figures("--chat", "--prompt", "Sort it")["samples"][0]
+    assert row["prompt_tokens"] == tokenizer.encode(chat, bos=False)
+    row = figures("--chat", "--prompt", "Sort it", "--system", "Be brief")["samples"][0]
+    assert row["prompt_tokens"] == tokenizer.encode(system + chat, bos=False)
+    assert f"cpu\n\n{row['text']}\n\n  first" in main("--chat", "--prompt", "Sort it", "--system", "Be brief")[1]
+
+
+def test_max_new_tokens_is_cut_to_what_fits(main, checkpoint):
+    n = len(load_tokenizer(checkpoint).encode("The module"))
+    code, _, err = main("--max_seq_length", n + 4, "--max_new_tokens", 9)
+    assert (code, err) == (0, f"5 new tokens fit behind the prompt's {n}: stopping there\n")  # the last is not cached
+    assert main("--max_seq_length", n + 4, "--max_new_tokens", 5)[2] == ""
+
+
+def test_profile_is_a_chrome_trace(main, tmp_path):
+    code, out, _ = main("--profile", tmp_path / "trace.json", "--num_samples", 2)
+    assert code == 0
+    assert f"trace: {tmp_path / 'trace.json'}" in out
+    names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    assert "aten::scaled_dot_product_attention" in names
+
+
+@pytest.mark.parametrize("lacking", ["CXX", "PATH", "Python.h"])
+def test_compile_without_a_compiler_goes_on(main, monkeypatch, tmp_path, lacking):
+    plain = main()[1].split("\n\n")[1]
+    if lacking == "Python.h":
+        monkeypatch.setattr(decoding.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    else:
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv(lacking, str(tmp_path / "nothing-here"))
+    code, out, err = main("--compile", "--compile_prefill")
+    assert code == 0
+    assert err.count("\n") == 1
+    assert err.endswith("going on without --compile\n")
+    assert ("Python.h" if lacking == "Python.h" else "no C++ compiler") in err
+    assert out.split("\n\n")[1] == plain
+
+
+# --- conversations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def converse(main, monkeypatch):
+    """`converse(lines, "--flag", value)`: the output, and what each turn passed to `stream`: (prompt, cached)."""
+
+    def call(lines, *flags, **options):
+        calls, typed = [], iter(lines)
+
+        def spy(steps, prompts, max_new_tokens, cached=0):
+            calls.append((prompts[0], cached))
+            return stream(steps, prompts, max_new_tokens, cached)
+
+        def ask(prompt=""):
+            with contextlib.suppress(StopIteration):
+                return next(typed)
+            raise EOFError
+
+        monkeypatch.setattr(generate, "stream", spy)
+        monkeypatch.setattr("builtins.input", ask)
+        code, out, err = main("--interactive", *flags, **options)
+        assert (code, err) == (0, "")
+        return out.split("cpu\n", 1)[1], calls
+
+    return call
+
+
+def test_a_conversation_keeps_its_cache_and_says_what_it_would_say_without(converse, checkpoint):
+    lines = ["The list", "A module", "sorted"]
+    out, calls = converse(["", lines[0], "   ", *lines[1:]], "--system", "Be brief")
+    model, tokenizer = load_model(checkpoint, dtype=torch.float32), load_tokenizer(checkpoint)
+    model.setup_caches(1, 512)
+    steps, messages, expected = build_steps(model, Sampling(0)), [{"role": "system", "content": "Be brief"}], ""
+    before = []
+    for line, (given, cached) in zip(lines, calls, strict=True):
+        messages.append({"role": "user", "content": line})
+        prompt = tokenizer.encode(tokenizer.apply_chat_template(messages), bos=False)
+        with torch.no_grad():
+            tokens = [ids[0] for ids in stream(steps, [prompt], 12)]
+        answer = tokenizer.decode(prompt + tokens).removeprefix(tokenizer.decode(prompt))
+        messages.append({"role": "assistant", "content": answer})
+        expected += answer + "\n"
+        assert given == prompt[cached:]
+        assert cached >= len(before)
+        before = prompt
+    assert calls[0][1] == 0
+    assert out == expected + "\n"
+
+
+def test_without_a_template_it_goes_on_from_what_is_written(converse, copy):
+    (copy / "chat_template.jinja").unlink()
+    out, calls = converse(["The list", " is sorted"], checkpoint_path=copy)
+    tokenizer = load_tokenizer(copy)
+    assert out.startswith("this model has no chat template: it goes on from what you write\n")
+    assert calls[0] == (tokenizer.encode("The list"), 0)
+    answer = out.split("\n")[1]
+    assert calls[1][1] >= len(tokenizer.encode("The list"))
+    assert calls[1][0] == tokenizer.encode("The list" + answer + " is sorted")[calls[1][1] :]
+
+
+def test_the_last_token_of_an_answer_is_not_taken_for_cached(converse, copy):
+    (copy / "chat_template.jinja").unlink()
+    model, tokenizer = load_model(copy, dtype=torch.float32), load_tokenizer(copy)
+    model.setup_caches(1, 128)
+    for end in range(1, len(TEXTS[0])):  # find a text whose next token is still that token once more text follows
+        prompt = tokenizer.encode(TEXTS[0][:end])
+        with torch.no_grad():
+            tokens = prompt + next(stream(build_steps(model, Sampling(0)), [prompt], 1))
+        following = tokenizer.encode(tokenizer.decode(tokens) + " list")
+        if following[: len(tokens)] == tokens:
+            break
+    calls = converse([TEXTS[0][:end], " list"], "--max_new_tokens", 1, checkpoint_path=copy)[1]
+    assert calls == [(prompt, 0), (following[len(prompt) :], len(prompt))]
+
+
+def test_a_full_cache_starts_the_conversation_over(converse):
+    lines = ["The list"] * 6
+    out, calls = converse(lines, "--max_seq_length", 100)
+    full = "the conversation fills the cache of 100 tokens: starting over\n"
+    assert out.count(full) == len(lines) - len(calls) > 0
+    before, after = out.split(full)[:2]
+    assert before.split("\n")[0] == after.split("\n")[0]  # it begins as it began
+
+
+def test_ctrl_c_stops_the_answer_and_the_next_is_right(converse, main, monkeypatch):
+    row_put, n = generate.Row.put, 0
+
+    def put(self, token):
+        nonlocal n
+        n += 1
+        if n == 5:
+            raise KeyboardInterrupt
+        return row_put(self, token)
+
+    monkeypatch.setattr(generate.Row, "put", put)
+    out, calls = converse(["The list", "A module"])
+    first, second = out.split("\n")[:2]
+    whole = converse(["The list"])[0].split("\n")[0]
+    assert whole.startswith(first)
+    assert 0 < len(first) < len(whole)
+    assert second
+    assert len(calls) == 2
+    assert calls[1][1] >= len(calls[0][0])
+
+
+def test_a_conversation_over_a_pipe(checkpoint):
+    flags = ["--checkpoint_path", checkpoint, "--interactive", "--device", "cpu", "--max_new_tokens", 10]
+    run = subprocess.run(**command(*flags), input="The list\nA module\n", capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+    turns = run.stdout.split("> ")
+    assert len(turns) >= 4  # before the first, two answers, and the end
+    assert all(len(turn) > 1 for turn in turns[1:3])
+
+
+class Terminal:
+    """generate.py with a terminal of its own, whose keys are Ctrl-C and Ctrl-D."""
+
+    def __init__(self, *flags):
+        self.fd, inside = pty.openpty()
+        self.process = subprocess.Popen(
+            **command(*flags), stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(inside, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(inside)
+        self.shown = ""
+
+    def send(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def read_until(self, done, key: str = "", seconds: float = 120) -> str:
+        """What is shown until `done(that)`, and from then on forgotten; `key` is pressed once a second."""
+        end = time.monotonic() + seconds
+        while not done(self.shown):
+            assert time.monotonic() < end, f"shown so far: {self.shown!r}"
+            self.send(key)
+            while select.select([self.fd], [], [], 1)[0] and not done(self.shown):
+                self.shown += os.read(self.fd, 4096).decode(errors="replace")
+        shown, self.shown = self.shown, ""
+        return shown
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.fd)
+
+
+def test_a_conversation_on_a_terminal(checkpoint):
+    flags = ["--checkpoint_path", checkpoint, "--device", "cpu", "--temperature", 0, "--max_new_tokens", 10**6]
+    with contextlib.closing(Terminal(*flags, "--interactive")) as terminal:
+        terminal.read_until(lambda shown: shown.endswith("> "))
+        for line in ("The list", "A module"):
+            terminal.send(line + "\n")
+            shown = terminal.read_until(
+                lambda shown: len(shown) > 100
+            )  # the answer has begun; whole it fills the cache
+            shown += terminal.read_until(lambda shown: shown.endswith("\n> "), key="\x03")
+            assert "starting over" not in shown
+            assert "Traceback" not in shown
+        terminal.read_until(lambda shown: shown.endswith("(Ctrl-D ends)\r\n> "), key="\x03")
+        terminal.send("\x04")
+        assert terminal.process.wait(120) == 0
+
+
+def test_ctrl_c_ends_a_run(checkpoint):
+    flags = ["--checkpoint_path", checkpoint, "--device", "cpu", "--temperature", 0, "--max_new_tokens", 4000]
+    run = subprocess.Popen(**command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert "parameters" in run.stdout.readline()
+        assert run.stdout.read(30)[1:].startswith("The module")
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert (run.returncode, err.strip()) == (130, "stopped")
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_is_one_line_and_exit_code_2():
+    run = subprocess.run(**command("--checkpoint_path", "nowhere/at/all"), capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.startswith("error: ")
+    assert "nowhere/at/all" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top_p", 0], "top_p 0.0 must be above 0 and at most 1"),
+        (["--min_p", 1.5], "min_p 1.5 must be above 0 and at most 1"),
+        (["--top_k", 0], "top_k 0 must be at least 1"),
+        (["--temperature", -1], r"temperature -1.0 must be 0 \(greedy\) or more"),
+        (["--batch_size", 0], "--batch_size 0 must be at least 1"),
+        (["--num_samples", 0], "--num_samples 0 must be at least 1"),
+        (["--max_new_tokens", 0], "--max_new_tokens 0 must be at least 1"),
+        (["--max_seq_length", -3], "--max_seq_length -3 must be at least 1"),
+        (["--max_seq_length", 3], "the prompt has [0-9]+ tokens, but there is room for 3: shorten it"),
+        (["--max_seq_length", CONTEXT + 1], f"1 x {CONTEXT + 1} positions does not fit: .* 1 to {CONTEXT} positions"),
+        (["--max_seq_length", CONTEXT + 1, "--interactive"], f"1 to {CONTEXT} positions"),
+        (["--prompt", CONTEXT + 1], f"the prompt has {CONTEXT + 1} tokens, but there is room for {CONTEXT}"),
+        (["--prompt", 0], "--prompt 0: a made-up prompt needs at least one token"),
+        (["--device", "no-such-device"], "--device no-such-device cannot be used here"),
+        (
+            ["--metrics_path", "no/such/folder/x.json"],
+            "cannot write no/such/folder/x.json: .*folder is not a directory",
+        ),
+        (["--profile", "no/such/folder/x.json"], "cannot write no/such/folder/x.json"),
+        (["--prompt_file", "no/such/file.txt"], "no/such/file.txt"),
+        (["--prompt_file", ROOT], str(ROOT)),
+        (["--stop", ""], "--stop needs a text that is not empty"),
+        (["--system", "Be brief"], "--system needs --chat or --interactive"),
+        (["--interactive", "--batch_size", 2], "--interactive is a conversation of one"),
+    ],
+)
+def test_bad_flags(main, flags, message):
+    code, _, err = main(*flags)
+    assert code == 2
+    assert_one_error(err, message)
+
+
+def assert_one_error(err: str, message: str) -> None:
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert re.search(message, err), err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there(main):
+    code, _, err = main("--device", "cuda")
+    assert code == 2
+    assert_one_error(err, "--device cuda cannot be used here")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n  \n", b"gut \xe4 Latin-1"])
+def test_bad_prompt_file(main, tmp_path, content):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    code, _, err = main("--prompt_file", path)
+    assert code == 2
+    assert_one_error(
+        err, f"{path} is not UTF-8" if b"\xe4" in content else f"{path} holds no prompt: write one per line"
+    )
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def change_json(path: Path, **change) -> None:
+    write_json(path, {**json.loads(path.read_text()), **change})
+
+
+@pytest.mark.parametrize(
+    ("damage", "flags", "message"),
+    [
+        (lambda d: cut(d / "model.safetensors"), [], "model.safetensors: not a whole safetensors file"),
+        (lambda d: (d / "model.safetensors").unlink(), [], "has no .*safetensors"),
+        (lambda d: (d / "config.json").unlink(), [], "has no config.json"),
+        (lambda d: (d / "config.json").write_text("{"), [], "config.json: not"),
+        (lambda d: change_json(d / "config.json", hidden_act="gelu"), [], "hidden_act 'gelu' is not supported"),
+        (lambda d: (d / "tokenizer.model").unlink(), [], "no tokenizer, expected tokenizer.json or tokenizer.model"),
+        (lambda d: (d / "chat_template.jinja").unlink(), ["--chat"], "the model has no chat template"),
+        (
+            lambda d: (d / "chat_template.jinja").unlink(),
+            ["--interactive", "--system", "x"],
+            "--system needs a chat template",
+        ),
+        (
+            lambda d: (d / "chat_template.jinja").write_text("{{ raise_exception('no way') }}"),
+            ["--chat"],
+            "chat template: no way",
+        ),
+        (
+            lambda d: change_json(d / "tokenizer_config.json", add_bos_token=False),
+            ["--prompt", ""],
+            "the prompt is empty and this model has no token to begin with: give at least one word",
+        ),
+    ],
+)
+def test_bad_directory(main, copy, damage, flags, message):
+    damage(copy)
+    code, _, err = main(*flags, checkpoint_path=copy)
+    assert code == 2
+    assert_one_error(err, message)
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_bad_pth(main, copy, damaged):
+    path = copy / "model.pth"
+    torch.save({"weights": torch.zeros(100_000)}, path)
+    if damaged:
+        cut(path)
+    code, _, err = main(checkpoint_path=path)
+    assert code == 2
+    assert_one_error(err, "model.pth: not a " + ("whole torch file" if damaged else "checkpoint in this project's"))
+
+
+def test_an_empty_prompt_begins_with_bos(figures):
+    row = figures("--prompt", "")["samples"][0]
+    assert row["prompt_tokens"] == [1]
+    assert len(row["tokens"]) == 12
+
+
+@pytest.mark.parametrize("flags", [["--no_such_flag"], ["--dtype", "int3"], ["--top_k", "many"], ["--temp", "1"]])
+def test_argparse_errors_exit_with_2(main, capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        main(*flags)
+    assert stop.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_importing_changes_nothing():
+    """Every module of the root, in a process of its own: neither settings of torch nor of Python."""
+    code = """
+import importlib, locale, os, signal, sys, warnings
+from pathlib import Path
+import torch, torch._dynamo.config, torch._inductor.config
+
+def state():
+    return {
+        "inductor": torch._inductor.config.get_config_copy(), "dynamo": torch._dynamo.config.get_config_copy(),
+        "environ": dict(os.environ), "path": list(sys.path), "dtype": torch.get_default_dtype(),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "matmul": torch.get_float32_matmul_precision(), "grad": torch.is_grad_enabled(),
+        "seed": torch.initial_seed(), "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "device": torch.get_default_device(), "cwd": os.getcwd(), "locale": locale.setlocale(locale.LC_ALL),
+        "sigint": signal.getsignal(signal.SIGINT), "warnings": list(warnings.filters),
+    }
+
+before = state()
+assert len(before["inductor"]) > 100 and len(before["dynamo"]) > 50
+for name in sorted(path.stem for path in Path(".").glob("*.py")):
+    importlib.import_module(name)
+    after = state()
+    changed = [key for key in before if before[key] != after[key]]
+    assert not changed, f"importing {name} changes {changed}"
+    print(name)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert {"checkpoint", "decoding", "generate", "metrics", "model", "sampling", "tokenizer"} <= set(
+        run.stdout.split()
+    )
+
+
+# --- the demo --------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_compiled_as_the_readme_says(tmp_path):
+    flags = ["--compile", "--max_new_tokens", 40, "--num_samples", 2, "--metrics_path", tmp_path / "figures.json"]
+    run = subprocess.run(**command(*flags), capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == "compiling ...\n"
+    assert "\nThe module" in run.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    assert figures["compile_s"] > 0
+    assert figures["dtype"] in ("bfloat16", "float16")
+    for row in figures["samples"]:
+        letters = sum(c.isascii() and (c.isalpha() or c.isspace()) for c in row["text"])
+        assert letters > 0.6 * len(row["text"]) > 0  # words, not noise
+
+
+def test_the_demo_plain(main):
+    code, out, err = main("--prompt", "Return a list of", checkpoint_path=DEMO)
+    assert (code, err) == (0, "")
+    assert "\n\nReturn a list of " in out

@@ -1,0 +1,304 @@
+"""decoding.py's steps and loop: against transformers' `generate`, compiled against eager, batched against alone.
+
+    python -m pytest tests/test_decoding.py
+
+Worth knowing: tokens are compared in float32 at temperature 0, where a tie of the top two logits does not happen.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import GREEDY, make_tiny, prompt_of, tokens_of
+
+from checkpoint import load_model
+from decoding import Steps, build_steps, kv_slots, stream, warm_up
+from sampling import Sampling
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def fresh_dynamo():
+    """What is compiled here is counted from zero, and does not count against the limit of the tests after."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# --- against transformers, and against itself ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-llama3", "mistral-window", "qwen2", "qwen3"])
+def test_greedy_tokens_equal_transformers(tiny, ours, monkeypatch, family):
+    hf, steps, n = tiny(family)[0], build_steps(ours(family), GREEDY), 16
+    monkeypatch.setattr(hf.generation_config, "eos_token_id", None)  # it would stop there
+    for length in (1, 2, 7, 40):
+        prompt = prompt_of(length)
+        theirs = hf.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=n, pad_token_id=0)
+        assert tokens_of(steps, [prompt], n) == theirs[:, length:].tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen3"])
+def test_a_ragged_batch_gives_what_each_prompt_gives_alone(ours, family):
+    prompts = [prompt_of(length) for length in (9, 1, 20, 2)]
+    alone = build_steps(ours(family), GREEDY)
+    expected = [tokens_of(alone, [prompt], 20)[0] for prompt in prompts]
+    assert tokens_of(build_steps(ours(family, rows=4), GREEDY), prompts, 20) == expected
+    assert tokens_of(build_steps(ours(family, rows=6), GREEDY), prompts[:2], 20) == expected[:2]  # rows to spare
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window"])
+@pytest.mark.parametrize("first", [1, 6, 23])
+def test_what_is_cached_may_be_left_out_of_the_prompt(ours, family, first):
+    prompt = prompt_of(24)
+    whole = tokens_of(build_steps(ours(family), GREEDY), [prompt], 20)
+    steps = build_steps(ours(family), GREEDY)
+    tokens_of(steps, [prompt[:first]], 5)  # what was generated here lies beyond `first` and is overwritten
+    assert tokens_of(steps, [prompt[first:]], 20, cached=first) == whole
+
+
+def test_what_is_cached_is_read(ours):
+    steps, prompt = build_steps(ours(), GREEDY), prompt_of(24)
+    whole = tokens_of(steps, [prompt], 20)
+    steps.model.layers[0].attention.kv_cache.v[:, :, 3] += 1
+    assert tokens_of(steps, [prompt[12:]], 20, cached=12) != whole
+
+
+def test_cached_rows_of_different_lengths(ours):
+    prefix, ends = prompt_of(10), [prompt_of(5, seed=1), prompt_of(1, seed=2)]
+    expected = [tokens_of(build_steps(ours(), GREEDY), [prefix + end], 20)[0] for end in ends]
+    steps = build_steps(ours(rows=2), GREEDY)
+    tokens_of(steps, [prefix, prefix], 1)
+    assert tokens_of(steps, ends, 20, cached=10) == expected
+
+
+def test_the_cache_can_be_filled_to_its_last_slot(ours):
+    prompt = prompt_of(20)
+    whole = tokens_of(build_steps(ours(), GREEDY), [prompt], 13)
+    assert tokens_of(build_steps(ours(capacity=32), GREEDY), [prompt], 13) == whole
+    assert tokens_of(build_steps(ours(capacity=20), GREEDY), [prompt], 1) == [whole[0][:1]]
+    assert tokens_of(build_steps(ours(capacity=1), GREEDY), [prompt[:1]], 1)[0]
+    full = build_steps(ours(capacity=20), GREEDY)
+    tokens_of(full, [prompt[:19]], 1)
+    assert tokens_of(full, [prompt[19:]], 1, cached=19) == [whole[0][:1]]
+
+
+def test_leaving_early_leaves_nothing_behind(ours):
+    steps, prompt = build_steps(ours(), GREEDY), prompt_of(5)
+    expected = list(stream(steps, [prompt], 20))
+    tokens = stream(steps, [prompt], 20)
+    assert [next(tokens) for _ in range(3)] == expected[:3]
+    tokens.close()
+    assert list(stream(steps, [prompt], 20)) == expected
+
+
+def test_only_what_is_asked_for_is_computed(ours):
+    steps, calls = build_steps(ours(), GREEDY), []
+
+    def decode(*args):
+        calls.append(args)
+        return steps.decode(*args)
+
+    spied = dataclasses.replace(steps, decode=decode)
+    assert len(list(stream(spied, [prompt_of(5)], 8))) == 8
+    assert len(calls) == 7  # the first token is the prefill's
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=20)])
+def test_rescoring_a_generation_reproduces_its_log_probabilities(ours, sampling):
+    torch.manual_seed(0)
+    recorded, n, prompts = [], 24, [prompt_of(11), prompt_of(4)]
+
+    def record(logits):
+        recorded.append(logits[:, 0])
+        return sampling(logits)
+
+    model = ours(rows=2)
+    generated = tokens_of(build_steps(model, record), prompts, n)
+    log_probs = torch.stack(recorded, 1).log_softmax(-1)  # [B, n, vocab]
+    for row, (prompt, tokens) in enumerate(zip(prompts, generated, strict=True)):
+        scored = model(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+        chosen = torch.tensor(tokens)[:, None]
+        torch.testing.assert_close(scored.gather(1, chosen), log_probs[row].gather(1, chosen), rtol=0, atol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_tokens(ours):
+    steps, drawn = build_steps(ours(), Sampling(1.0)), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(tokens_of(steps, [prompt_of(3)], 20))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_row(ours, fresh_dynamo):
+    """Compiled and eager steps for one row, with a capacity between two sizes of `kv_slots`."""
+    assert kv_slots(640, 10**6) < 700 < kv_slots(700, 10**6)
+    return [build_steps(ours(rows=1, capacity=700), GREEDY, compile=on, compile_prefill=on) for on in (True, False)]
+
+
+@pytest.fixture(scope="module")
+def three_rows(ours, fresh_dynamo):
+    """Compiled and eager steps for three rows, with a capacity that is a size of `kv_slots`."""
+    assert kv_slots(640, 10**6) == 640
+    return [build_steps(ours(rows=3, capacity=640), GREEDY, compile=on, compile_prefill=on) for on in (True, False)]
+
+
+def test_compiled_is_eager_for_any_length_without_recompilation(one_row):
+    compiled, eager = one_row
+    assert tokens_of(compiled, [prompt_of(5)], 12) == tokens_of(eager, [prompt_of(5)], 12)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (1, 2, 3, 64, 120, 127, 128, 129, 250, 506, 680):  # and 12 tokens more cross 128, 256 and 512
+            assert tokens_of(compiled, [prompt_of(length)], 12) == tokens_of(eager, [prompt_of(length)], 12)
+        tokens = tokens_of(compiled, [prompt_of(600)], 101)  # to the last slot
+    assert tokens == tokens_of(eager, [prompt_of(600)], 101)
+
+
+def test_cached_prompts_are_compiled_once_more(one_row):
+    compiled, eager = one_row
+    prompt = prompt_of(300)
+
+    def check(cached, length):
+        tokens_of(compiled, [prompt], 1)
+        assert tokens_of(compiled, [prompt[cached:length]], 6, cached) == tokens_of(eager, [prompt[:length]], 6)
+
+    check(30, 40)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for cached, length in ((100, 101), (3, 300), (1, 3), (120, 130), (255, 300)):
+            check(cached, length)
+
+
+def test_warm_up_compiles_all_that_follows(one_row):
+    compiled, eager = one_row
+    assert warm_up(compiled, [prompt_of(9)], 8) > 0
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert tokens_of(compiled, [prompt_of(200)], 60) == tokens_of(eager, [prompt_of(200)], 60)
+
+
+def test_compiled_ragged_rows_of_any_length_without_recompilation(three_rows):
+    compiled, eager = three_rows
+
+    def check(*lengths):
+        prompts = [prompt_of(length, seed) for seed, length in enumerate(lengths)]
+        assert tokens_of(compiled, prompts, 12) == tokens_of(eager, prompts, 12)
+
+    check(5, 9, 1)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for lengths in ((1, 1, 1), (3, 250, 120), (500, 2, 510), (629, 629, 1)):  # the last to the last slot
+            check(*lengths)
+
+
+@pytest.fixture
+def graphs(monkeypatch, fresh_dynamo):
+    """Every graph that `build_steps` has compiled, as Dynamo hands it to the backend; it then runs as it is."""
+    torch._dynamo.reset()
+    seen, compile = [], torch.compile
+
+    def backend(module, inputs):
+        seen.append(module.graph)
+        return module
+
+    def spy(function, fullgraph, mode=None):
+        return compile(function, backend=backend, fullgraph=fullgraph)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "mistral-window", "qwen2", "qwen3"])
+def test_every_family_is_one_graph_per_step(ours, graphs, family):
+    compiled, eager = (
+        build_steps(ours(family, capacity=300), GREEDY, True, True),
+        build_steps(ours(family), GREEDY),
+    )
+    for length in (3, 40, 1):
+        assert tokens_of(compiled, [prompt_of(length)], 16) == tokens_of(eager, [prompt_of(length)], 16)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        tokens_of(compiled, [prompt_of(120)], 16)
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize(("decode", "prefill"), [(False, False), (True, False), (False, True)])
+def test_only_what_is_asked_for_is_compiled(ours, graphs, decode, prefill):
+    tokens_of(build_steps(ours(), GREEDY, compile=decode, compile_prefill=prefill), [prompt_of(4)], 3)
+    assert len(graphs) == decode + prefill
+
+
+def test_the_layers_are_compiled_once(graphs, tmp_path):
+    n_layers = 5
+    make_tiny("llama", num_hidden_layers=n_layers).save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype=torch.float32)
+    model.setup_caches(1, 64)
+    tokens_of(build_steps(model, GREEDY, True, True), [prompt_of(4)], 3)
+    assert len(graphs) == 2
+    for graph in graphs:
+        calls = graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)
+        assert len(calls) == n_layers
+        assert len({call.args[1] for call in calls}) == 1  # the layer's body, by name
+        outside = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+        assert not [target for target in outside if "scaled_dot_product" in target]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_on_a_gpu_decoding_never_waits_and_equals_eager(ours, rows):
+    prompts = [prompt_of(length) for length in (100, 3, 40)[:rows]]
+    expected = tokens_of(build_steps(ours(rows=rows, capacity=300, device="cuda"), GREEDY), prompts, 100)
+    steps = build_steps(ours(rows=rows, capacity=300, device="cuda"), GREEDY, compile=True, compile_prefill=True)
+    warm_up(steps, prompts, 100)  # compiling and recording do wait
+    tokens = stream(steps, prompts, 100)
+    columns = [next(tokens)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        columns += tokens
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [list(row) for row in zip(*columns, strict=True)] == expected
+
+
+# --- bounds ----------------------------------------------------------------------------------------------------------
+
+
+def untouchable(*args):
+    raise AssertionError("a step ran")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n", "cached", "message"),
+    [
+        ([[1] * 65], 1, 0, r"1 rows of 65 tokens \(65 in the prompt\) do not fit the cache of 2 x 64: .*--max_seq_"),
+        ([[1] * 60, [1]], 6, 0, r"2 rows of 65 tokens \(60 in the prompt\) do not fit the cache of 2 x 64"),
+        ([[1] * 10], 6, 50, r"1 rows of 65 tokens \(60 in the prompt\) do not fit"),
+        ([[1], [1], [1]], 1, 0, r"3 rows of 1 tokens \(1 in the prompt\) do not fit the cache of 2 x 64"),
+        ([[1], []], 1, 0, "a prompt has no tokens: give at least one"),
+        ([[]], 1, 5, "a prompt has no tokens"),
+        ([], 1, 0, "a prompt has no tokens"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_an_error_before_anything_runs(ours, prompts, n, cached, message):
+    steps = Steps(ours(rows=2), prefill=untouchable, decode=untouchable, prefill_is_compiled=False)
+    with pytest.raises(ValueError, match=message):
+        next(stream(steps, prompts, n, cached))
+
+
+@pytest.mark.parametrize("capacity", [1, 100, 128, 300, 640, 1000, 4096, 32768, 100_000])
+def test_kv_slots_are_enough_but_few_and_not_many_more(capacity):
+    slots = {n: kv_slots(n, capacity) for n in range(1, min(capacity, 32768) + 1)}
+    assert all(n <= size <= capacity for n, size in slots.items())
+    assert all(size - n < 128 for n, size in slots.items() if n <= 512)
+    assert all(size <= 1.25 * n for n, size in slots.items() if n > 512)
+    assert list(slots.values()) == sorted(slots.values())
+    assert len(set(slots.values())) <= 35
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
