@@ -29,8 +29,9 @@ def bytes_per_step(model: Transformer, batch_size: int, positions: float) -> flo
     return weights + batch_size * positions * per_position
 
 
-def measure_bandwidth(device: str, nbytes: int = 1 << 28) -> float:
-    """Bytes per second this device moves right now: a copy on a GPU, reads plus writes; a plain read on a CPU."""
+def measure_bandwidth(device: str) -> float:
+    """Bytes per second this device moves right now: a plain read on a CPU; a copy on a GPU, reads plus writes."""
+    nbytes = 1 << (30 if device.startswith("cuda") else 28)
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source) if device.startswith("cuda") else None
     best = 0.0

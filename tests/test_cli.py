@@ -446,6 +446,17 @@ def test_an_error_is_one_line_and_exit_code_2():
     assert run.stderr.count("\n") == 1
 
 
+def test_a_reader_may_leave_early(checkpoint):
+    with subprocess.Popen(
+        **command("--checkpoint_path", checkpoint, "--max_new_tokens", 100),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(120)) == (b"", 0)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -472,7 +483,9 @@ def test_an_error_is_one_line_and_exit_code_2():
         (["--prompt_file", ROOT], str(ROOT)),
         (["--stop", ""], "--stop needs a text that is not empty"),
         (["--system", "Be brief"], "--system needs --chat or --interactive"),
-        (["--interactive", "--batch_size", 2], "--interactive is a conversation of one"),
+        (["--interactive", "--batch_size", 2], "--interactive is a conversation of one: leave out --batch_size"),
+        (["--interactive", "--profile", "x", "--num_samples", 2], "leave out --num_samples, --profile"),
+        (["--seed", 2**70], f"--seed {2**70} must be 0 to"),
     ],
 )
 def test_bad_flags(main, flags, message):
@@ -548,9 +561,10 @@ def test_bad_directory(main, copy, damage, flags, message):
 
 
 @pytest.mark.parametrize("damaged", [True, False])
-def test_bad_pth(main, copy, damaged):
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_bad_pth(main, copy, damaged, size):
     path = copy / "model.pth"
-    torch.save({"weights": torch.zeros(100_000)}, path)
+    torch.save({"weights": torch.zeros(size)}, path)
     if damaged:
         cut(path)
     code, _, err = main(checkpoint_path=path)

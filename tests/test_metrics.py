@@ -65,7 +65,7 @@ def test_report_of_samples_that_stopped_at_their_first_token(capsys):
 
 
 def test_bandwidth_and_memory_are_of_this_machine():
-    assert 1e8 < measure_bandwidth("cpu", 1 << 24) < 1e13
+    assert 1e8 < measure_bandwidth("cpu") < 1e13
     block = bytearray(b"x") * (1 << 20)
     assert len(block) < peak_memory("cpu") < 1 << 40
 

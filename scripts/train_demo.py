@@ -1,0 +1,368 @@
+"""Train the demo models from text that every Python installation carries (`demo/corpus.py`).
+
+    python -m scripts.train_demo --steps 3200
+
+Out come a SentencePiece tokenizer, a target model and a smaller draft model for speculative decoding, as ordinary
+Hugging Face directories, the held-out text, and a README with the figures of this very run. Meant for a CPU: beside
+other work, OMP_WAIT_POLICY=PASSIVE keeps two threads from waiting for each other at full load.
+"""
+
+import argparse
+import copy
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import re
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from demo.corpus import read_documents, split_corpus
+from model import ModelArgs, Transformer
+
+BOS, CONTEXT, HEAD_DIM = 1, 512, 32
+SHAPES = {
+    "target": {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 8, "intermediate_size": 640},
+    "draft": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 384},
+}
+LEARNING_RATE = {"target": 2e-3, "draft": 4e-3}
+
+README = """# The demo models
+
+Two small Llama models of our own, so that everything in this repository runs without a download: `target/`, and
+`draft/` for speculative decoding. Both are ordinary Hugging Face directories in bfloat16, with one tokenizer.
+They write English in the manner of Python's documentation; what they state is not to be relied on.
+`scripts/train_demo.py` made them and wrote this file:
+
+    {command}
+
+on {date}, with Python {python} and torch {torch}, on {machine}.
+
+| model | parameters | steps | tokens seen | minutes | held-out perplexity per token | held-out bits per byte |
+|---|---|---|---|---|---|---|
+{rows}
+The weights kept are those of the lowest held-out loss seen in training: {best}.
+The draft learned from the target's distributions over the training text, not from the text itself. With the target
+it agrees on the most likely next token at {agreement} of the held-out positions, and the two distributions overlap
+by {overlap}, which is the acceptance rate to expect at temperature 1. All losses are in `training.json`.
+
+## The text
+
+The prose of `pydoc_data.topics`, of the docstrings and longer comments of the standard library, and of IDLE's help:
+carried by every installation of Python, (c) Python Software Foundation, under the
+[PSF License](https://docs.python.org/3/license.html). `corpus.py` leaves out code, tables, signatures and
+repetitions, and joins paragraphs to single lines. That gives {documents:,} documents for training
+({training_bytes:,} bytes, {training_tokens:,} tokens).
+
+`heldout.txt` ({heldout_bytes:,} bytes, {heldout_tokens:,} tokens) is {heldout_documents} whole documents of the same
+kind that were not trained on, less the paragraphs that share more than a sixth of their six-word runs with the
+training text. Its perplexity is taken in bfloat16 over windows of {context} tokens that do not overlap; the first
+begins with the begin-of-text token.
+"""
+
+
+def train_tokenizer(documents: list[list[str]], vocab_size: int) -> bytes:
+    """A byte-pair SentencePiece model with Llama's settings."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(paragraph for document in documents for paragraph in document),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        character_coverage=1.0,
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        max_sentence_length=1 << 16,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def hf_config(shape: dict[str, int], vocab_size: int) -> dict[str, Any]:
+    """The Hugging Face config of a model of ours."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        **shape,
+        "num_key_value_heads": shape["num_attention_heads"] // 2,
+        "head_dim": HEAD_DIM,
+        "max_position_embeddings": CONTEXT,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def build(config: dict[str, Any], dropout: float) -> Transformer:
+    """A model with fresh weights. Hooks drop out the embeddings and what each block adds to the residual stream."""
+    model = Transformer(ModelArgs.from_hf(config))
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            adds = name.endswith(("wo.weight", "w2.weight"))  # GPT-2's rule: what is added L times starts smaller
+            torch.nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(model.layers) if adds else 1))
+
+    def drop(module, inputs, output):
+        return F.dropout(output, dropout, module.training)
+
+    if dropout:
+        for module in [model.tok_embeddings, *(m for x in model.layers for m in (x.attention, x.feed_forward))]:
+            module.register_forward_hook(drop)
+    return model
+
+
+def batches(documents: list[list[str]], sp, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Endless windows `[B, CONTEXT + 1]` of the shuffled documents.
+
+    Each epoch cuts the documents anew at random paragraphs, so that any paragraph may follow the begin-of-text
+    token; only the real end of a document gets an end-of-text token.
+    """
+    rng, size = random.Random(seed), CONTEXT + 1
+    stream: list[int] = []
+    while True:
+        pieces = []
+        for document in documents:
+            cuts = [0, *(i for i in range(1, len(document)) if rng.random() < 0.2), len(document)]
+            pieces += [(document[a:b], b == len(document)) for a, b in itertools.pairwise(cuts)]
+        rng.shuffle(pieces)
+        encoded = sp.encode(["\n\n".join(paragraphs) for paragraphs, _ in pieces])
+        for ids, (_, ended) in zip(encoded, pieces, strict=True):
+            stream += [sp.bos_id(), *ids, *([sp.eos_id()] if ended else [])]
+        n_batches = len(stream) // (batch_size * size)
+        yield from torch.tensor(stream[: n_batches * batch_size * size]).view(n_batches, batch_size, size)
+        del stream[: n_batches * batch_size * size]
+
+
+def windows(ids: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(inputs `[1, S]`, labels `[S]`), windows of CONTEXT that do not overlap; every id but the first is a label."""
+    for start in range(0, len(ids) - 1, CONTEXT):
+        window = torch.tensor(ids[start : start + CONTEXT + 1])
+        yield window[None, :-1], window[1:]
+
+
+@torch.no_grad()
+def heldout_loss(model: Transformer, ids: list[int]) -> float:
+    """Mean negative log-likelihood of ids[1:], in nats."""
+    model.eval()
+    losses = [F.cross_entropy(model(x)[0].float(), labels, reduction="sum").item() for x, labels in windows(ids)]
+    model.train()
+    return sum(losses) / (len(ids) - 1)
+
+
+@torch.no_grad()
+def likeness(target: Transformer, draft: Transformer, ids: list[int]) -> tuple[float, float]:
+    """(share of positions with the same most likely token, mean sum of min(p, q)) of two models over ids."""
+    same = overlap = 0.0
+    for x, _ in windows(ids):
+        p, q = (model.eval()(x)[0].float().softmax(-1) for model in (target, draft))
+        same += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        overlap += torch.minimum(p, q).sum().item()
+    return same / (len(ids) - 1), overlap / (len(ids) - 1)
+
+
+def make_optimizer(model: Transformer, lr: float) -> torch.optim.Optimizer:
+    """AdamW; weight decay for matrices only."""
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    gains = [weight for weight in model.parameters() if weight.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def train(
+    model: Transformer, data: Iterator[Tensor], heldout: list[int], steps: int, lr: float, teacher=None
+) -> list[tuple[int, float, float]]:
+    """Train with warm-up and cosine decay, and leave the weights of the lowest held-out loss in `model`.
+
+    With a teacher, its distribution takes the place of the text's next token: closeness to it is what speculative
+    decoding accepts by. Returns (step, training loss, held-out loss) for every 200th step.
+    """
+    optimizer = make_optimizer(model, lr)
+    forward, teach = model, teacher
+    if steps > 20:  # fewer are over before the compiler is
+        forward, teach = torch.compile(model), teacher and torch.compile(teacher)
+    curve, best, weights = [], math.inf, {}
+    bar = tqdm(range(1, steps + 1), mininterval=10)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, step / 100) * (0.525 + 0.475 * math.cos(math.pi * step / steps))
+        batch = next(data)
+        inputs, labels = batch[:, :-1], batch[:, 1:].flatten()  # [B, S], [B * S]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = forward(inputs).flatten(0, 1)
+            if teacher is not None:
+                with torch.no_grad():
+                    goal = teach(inputs).flatten(0, 1).float().softmax(-1)
+        losses = F.cross_entropy(logits.float(), labels if teacher is None else goal, reduction="none")
+        loss = losses[labels != BOS].mean()  # where a text was cut there is nothing to learn
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 200 == 0 or step == steps:
+            curve.append((step, round(loss.item(), 4), round(heldout_loss(model, heldout), 4)))
+            bar.set_postfix(train=curve[-1][1], heldout=curve[-1][2])
+            if curve[-1][2] < best:
+                best, weights = curve[-1][2], copy.deepcopy(model.state_dict())
+    model.load_state_dict(weights)
+    return curve
+
+
+def write(path: Path, text: str | bytes) -> None:
+    """Write a file beside its place, then rename: a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(text if isinstance(text, bytes) else text.encode())
+    os.replace(temporary, path)
+
+
+def hf_weights(model: Transformer) -> dict[str, Tensor]:
+    """The weights under Hugging Face's names; fused ones are cut by rows, the tied output is left out."""
+    weights = {"model.embed_tokens": model.tok_embeddings, "model.norm": model.norm}
+    weights = {name: module.weight.detach() for name, module in weights.items()}
+    for i, layer in enumerate(model.layers):
+        parts = {
+            "input_layernorm": layer.attention_norm.weight,
+            "self_attn.o_proj": layer.attention.wo.weight,
+            "post_attention_layernorm": layer.ffn_norm.weight,
+            "mlp.down_proj": layer.feed_forward.w2.weight,
+        }
+        parts |= zip(
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            layer.attention.wqkv.weight.split(layer.attention.qkv_sizes),
+            strict=True,
+        )
+        parts |= zip(("mlp.gate_proj", "mlp.up_proj"), layer.feed_forward.w13.weight.chunk(2), strict=True)
+        weights |= {f"model.layers.{i}.{name}": weight.detach() for name, weight in parts.items()}
+    return {f"{name}.weight": weight.to(torch.bfloat16).contiguous() for name, weight in weights.items()}
+
+
+def save_hf(folder: Path, model: Transformer, config: dict[str, Any], tokenizer: bytes) -> None:
+    """Write an ordinary Hugging Face directory."""
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    flags = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False, "legacy": False}
+    files = {
+        "config.json": config,
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2},
+        "tokenizer_config.json": {
+            "tokenizer_class": "LlamaTokenizer",
+            **special,
+            **flags,
+            "model_max_length": CONTEXT,
+        },
+    }
+    for name, content in files.items():
+        write(folder / name, json.dumps(content, indent=2) + "\n")
+    write(folder / "tokenizer.model", tokenizer)
+    write(folder / "model.safetensors", save(hf_weights(model), metadata={"format": "pt"}))
+
+
+def machine() -> str:
+    """The processor's name and the threads in use."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{(names or [platform.processor() or platform.machine()])[0]}, {torch.get_num_threads()} threads"
+
+
+def write_report(out: Path, report: dict[str, Any]) -> None:
+    """Write README.md, every figure from `report`, and training.json, the report itself."""
+    columns = "parameters", "steps", "tokens_seen", "minutes", "perplexity_per_token", "bits_per_byte"
+    models = report["models"].items()
+    rows = "".join(f"| `{name}/` | " + " | ".join(f"{r[c]:,}" for c in columns) + " |\n" for name, r in models)
+    best = " and ".join(f"step {r['best_step']:,} of the {name}" for name, r in models)
+    write(out / "README.md", README.format(rows=rows, best=best, context=CONTEXT, **report))
+    write(out / "training.json", json.dumps(report, indent=1) + "\n")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("demo"))
+    parser.add_argument("--steps", type=int, default=3200, help="steps of the target model")
+    parser.add_argument("--draft_steps", type=int, help="steps of the draft model (default: half as many)")
+    parser.add_argument("--batch_size", type=int, default=4, help=f"windows of {CONTEXT} tokens in a step")
+    parser.add_argument("--dropout", type=float, default=0.1, help="in the target's training")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vocab_size", type=int, default=4096)
+    parser.add_argument("--max_documents", type=int, help="take only the first documents, to try the script out")
+    parser.add_argument("--seed", type=int, default=1337)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    documents = read_documents(Path(sysconfig.get_path("stdlib")))
+    training, heldout = split_corpus(itertools.islice(documents, args.max_documents))
+    text = "\n\n".join(paragraph for document in heldout for paragraph in document) + "\n"
+    write(args.out / "heldout.txt", text)
+    tokenizer = train_tokenizer(training, args.vocab_size)
+    sp = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
+    ids = [sp.bos_id(), *sp.encode(text)]
+    report: dict[str, Any] = {
+        "command": " ".join(["python -m scripts.train_demo", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": machine(),
+        "documents": len(training),
+        "training_bytes": sum(len(p) + 2 for document in training for p in document),
+        "training_tokens": sum(len(sp.encode("\n\n".join(document))) + 2 for document in training),
+        "heldout_documents": len(heldout),
+        "heldout_bytes": len(text),
+        "heldout_tokens": len(ids) - 1,
+        "models": {},
+    }
+    models: dict[str, Transformer] = {}
+    for name, steps in (("target", args.steps), ("draft", args.draft_steps or max(1, args.steps // 2))):
+        teacher = models.get("target")
+        torch.manual_seed(args.seed)
+        config = hf_config(SHAPES[name], args.vocab_size)
+        model = build(config, args.dropout if teacher is None else 0.0)
+        started = time.time()
+        data = batches(training, sp, args.batch_size, args.seed)
+        curve = train(model, data, ids, steps, LEARNING_RATE[name], teacher)
+        minutes = (time.time() - started) / 60
+        save_hf(args.out / name, model, config, tokenizer)
+        models[name] = model.to(torch.bfloat16).eval()  # as saved
+        nats = heldout_loss(models[name], ids)
+        report["models"][name] = {
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "steps": steps,
+            "best_step": min(curve, key=lambda point: point[2])[0],
+            "tokens_seen": steps * args.batch_size * CONTEXT,
+            "minutes": round(minutes, 1),
+            "perplexity_per_token": round(math.exp(nats), 2),
+            "bits_per_byte": round(nats * (len(ids) - 1) / math.log(2) / len(text), 3),
+            "curve_step_train_heldout": curve,
+        }
+    same, overlap = likeness(models["target"], models["draft"], ids)
+    write_report(args.out, report | {"agreement": f"{same:.1%}", "overlap": f"{overlap:.1%}"})
+
+
+if __name__ == "__main__":
+    main()
