@@ -31,7 +31,7 @@ def bytes_per_step(model: Transformer, batch_size: int, positions: float) -> flo
 
 def measure_bandwidth(device: str) -> float:
     """Bytes per second this device moves right now: a plain read on a CPU; a copy on a GPU, reads plus writes."""
-    nbytes = 1 << (30 if device.startswith("cuda") else 28)
+    nbytes = min(1 << 30, torch.cuda.mem_get_info(device)[0] // 4) if device.startswith("cuda") else 1 << 28
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source) if device.startswith("cuda") else None
     best = 0.0
@@ -65,14 +65,13 @@ def report(samples: list[dict[str, Any]], load_s: float, compile_s: float, devic
     """Print the medians over the samples; the figures that `--metrics_path` holds beside the samples."""
     medians = {key: _median([s[key] for s in samples]) for key in samples[0] if key != "rows"}
     print(f"median of {len(samples)}: {describe(medians)}")
-    bandwidth = measure_bandwidth(device)
+    peak, bandwidth = peak_memory(device), measure_bandwidth(device)  # in this order: the second takes memory too
     share = ""
     if medians["bandwidth_gb_s"] is not None:
         share = f", so decoding reached {medians['bandwidth_gb_s'] * 1e9 / bandwidth:.0%} of it"
         if medians["bytes_per_token"] < 1e8 and device == "cpu":
             share = "; a model this small is read from the caches"
     print(f"this device moves {bandwidth / 1e9:.1f} GB/s{share}")
-    peak = peak_memory(device)
     print(f"load {load_s:.1f} s · compile {compile_s:.1f} s · peak memory {peak / 1e9:.2f} GB")
     return {
         "load_s": load_s,
