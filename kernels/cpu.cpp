@@ -1,6 +1,6 @@
 // Products of a few rows with bf16, int8 and int4 weights on a CPU, at the speed at which memory delivers the weights.
 //
-// One output per lane: a panel holds 16 rows of the weight, so a register of weights meets a broadcast input and no sum
+// Quantised weights lie in panels of 16 rows, one row per lane: a register of weights meets a broadcast input, and no sum
 // runs across lanes. Each thread reads one stream of panels from its first byte to its last, the scales inside it. Up to
 // 8 rows of x share what is read of a panel, 16 take it twice, the second time from the cache; with more rows (prefill)
 // the panels are turned into plain bf16 rows, a cache's worth at a time, for at::mm.
@@ -136,8 +136,10 @@ __attribute__((always_inline)) inline float dot(const bf16* x, const bf16* w, in
   return total;
 }
 
-__attribute__((always_inline)) inline void plain_bf16(const Call& c, const bf16* w, int64_t n) {
-  for (int64_t m = 0; m < c.M; ++m) c.y[m * c.N + n] = to_bf16(dot(c.x + m * c.K, w, c.K));
+__attribute__((always_inline)) inline void plain_bf16(const Call& c, int64_t begin, int64_t end) {
+  const bf16* w = reinterpret_cast<const bf16*>(c.w);
+  for (int64_t n = begin; n < end; ++n)
+    for (int64_t m = 0; m < c.M; ++m) c.y[m * c.N + n] = to_bf16(dot(c.x + m * c.K, w + n * c.K, c.K));
 }
 
 // ---- The same with AVX-512 and its bf16 dot product, for M rows at a time.
@@ -153,6 +155,9 @@ INLINE_AVX512 __m512bh pair_everywhere(const bf16* x) {  // two neighbours of x 
   std::memcpy(&both, x, 4);
   return (__m512bh)_mm512_set1_epi32(both);
 }
+
+// With several rows of x there is so much to do per cache line that the processor does not look far enough ahead.
+INLINE_AVX512 void fetch(const void* weights) { _mm_prefetch((const char*)weights + 2048, _MM_HINT_T0); }
 
 // int8 to bf16 by way of float32: 8 bits of magnitude are more than a bf16's 7 behind the leading one, so no bit trick.
 INLINE_AVX512 __m512bh int8_pairs(const uint8_t* q) {
@@ -172,6 +177,7 @@ AVX512 void int8_rows(const Call& c, const uint8_t* panel, int64_t first, float*
   int64_t i = 0;
   for (; i + CHAINS <= pairs; i += CHAINS)
     for (int a = 0; a < CHAINS; ++a) {
+      if (M > 2 && (i + a) % 2 == 0) fetch(panel + 2 * LANES * (i + a));
       const __m512bh w = int8_pairs(panel + 2 * LANES * (i + a));
       for (int m = 0; m < M; ++m) sums[a][m] = _mm512_dpbf16_ps(sums[a][m], w, pair_everywhere(x + m * c.K + 2 * (i + a)));
     }
@@ -204,6 +210,7 @@ AVX512 void int4_rows(const Call& c, const uint8_t* panel, int64_t first, float*
       for (int a = 1; a < CHAINS; ++a) sums[a][m] = _mm512_setzero_ps();
     }
     for (int64_t i = 0; i < c.G; i += 8, panel += LANES * 4) {
+      if (M > 2) fetch(panel);
       const __m512i words = _mm512_loadu_si512(panel);
 #define FOUR_BITS(j)                                                                                              \
   {                                                                                                               \
@@ -228,25 +235,43 @@ AVX512 void int4_rows(const Call& c, const uint8_t* panel, int64_t first, float*
   for (int m = 0; m < M; ++m) _mm512_storeu_ps(out + (first + m) * LANES, totals[m]);
 }
 
-template <int M>
-AVX512 void bf16_row(const Call& c, const bf16* w, int64_t first, int64_t n) {
-  constexpr int CHAINS = M > 2 ? 1 : 4 / M;
-  __m512 sums[CHAINS][M];
+// R rows of the weight at a time, so that what is loaded of x serves them all.
+template <int M, int R>
+INLINE_AVX512 void bf16_block(const Call& c, int64_t first, int64_t n) {
+  constexpr int CHAINS = M * R > 2 ? 1 : 4 / (M * R);
+  __m512 sums[CHAINS][M][R];
   for (auto& chain : sums)
-    for (auto& sum : chain) sum = _mm512_setzero_ps();
-  const bf16* x = c.x + first * c.K;
+    for (auto& row : chain)
+      for (auto& sum : row) sum = _mm512_setzero_ps();
+  const bf16 *x = c.x + first * c.K, *w = reinterpret_cast<const bf16*>(c.w) + n * c.K;
   int64_t k = 0;
   for (; k + 32 * CHAINS <= c.K; k += 32 * CHAINS)
     for (int a = 0; a < CHAINS; ++a) {
-      const __m512bh weights = pairs_at(w + k + 32 * a);
-      for (int m = 0; m < M; ++m) sums[a][m] = _mm512_dpbf16_ps(sums[a][m], weights, pairs_at(x + m * c.K + k + 32 * a));
+      __m512bh weights[R];
+      for (int r = 0; r < R; ++r) {
+        if (R > 1) _mm_prefetch((const char*)(w + (r + R) * c.K + k), _MM_HINT_T1);  // the next R rows
+        weights[r] = pairs_at(w + r * c.K + k + 32 * a);
+      }
+      for (int m = 0; m < M; ++m) {
+        const __m512bh inputs = pairs_at(x + m * c.K + k + 32 * a);
+        for (int r = 0; r < R; ++r) sums[a][m][r] = _mm512_dpbf16_ps(sums[a][m][r], weights[r], inputs);
+      }
     }
-  for (int m = 0; m < M; ++m) {
-    for (int a = 1; a < CHAINS; ++a) sums[0][m] = _mm512_add_ps(sums[0][m], sums[a][m]);
-    float total = _mm512_reduce_add_ps(sums[0][m]);
-    for (int64_t i = k; i < c.K; ++i) total += to_float(w[i]) * to_float(x[m * c.K + i]);
-    c.y[(first + m) * c.N + n] = to_bf16(total);
-  }
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < R; ++r) {
+      for (int a = 1; a < CHAINS; ++a) sums[0][m][r] = _mm512_add_ps(sums[0][m][r], sums[a][m][r]);
+      float total = _mm512_reduce_add_ps(sums[0][m][r]);
+      for (int64_t i = k; i < c.K; ++i) total += to_float(w[r * c.K + i]) * to_float(x[m * c.K + i]);
+      c.y[(first + m) * c.N + n + r] = to_bf16(total);
+    }
+}
+
+template <int M>
+AVX512 void bf16_rows(const Call& c, int64_t first, int64_t begin, int64_t end) {
+  constexpr int R = M <= 2 ? 1 : M <= 6 ? 4 : 3;  // as many sums as the registers hold
+  int64_t n = begin;
+  for (; n + R <= end; n += R) bf16_block<M, R>(c, first, n);
+  for (; n < end; ++n) bf16_block<M, 1>(c, first, n);
 }
 
 #define UP_TO_8_ROWS(function, ...)                   \
@@ -263,11 +288,11 @@ AVX512 void bf16_row(const Call& c, const bf16* w, int64_t first, int64_t n) {
 
 AVX512 void int8_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(int8_rows, c, panel, m, out) }
 AVX512 void int4_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(int4_rows, c, panel, m, out) }
-AVX512 void bf16_avx512(const Call& c, const bf16* w, int64_t n) { UP_TO_8_ROWS(bf16_row, c, w, m, n) }
+AVX512 void bf16_avx512(const Call& c, int64_t begin, int64_t end) { UP_TO_8_ROWS(bf16_rows, c, m, begin, end) }
 
 AVX2 void int8_avx2(const Call& c, const uint8_t* panel, float* out) { plain_int8(c, panel, out); }
 AVX2 void int4_avx2(const Call& c, const uint8_t* panel, float* out) { plain_int4(c, panel, out); }
-AVX2 void bf16_avx2(const Call& c, const bf16* w, int64_t n) { plain_bf16(c, w, n); }
+AVX2 void bf16_avx2(const Call& c, int64_t begin, int64_t end) { plain_bf16(c, begin, end); }
 AVX2 void int8_values_avx2(const uint8_t* panel, int64_t K, int64_t, bf16* out) { int8_values(panel, K, out); }
 AVX2 void int4_values_avx2(const uint8_t* panel, int64_t K, int64_t G, bf16* out) { int4_values(panel, K, G, out); }
 AVX512 void int8_values_avx512(const uint8_t* panel, int64_t K, int64_t, bf16* out) { int8_values(panel, K, out); }
@@ -276,7 +301,7 @@ AVX512 void int4_values_avx512(const uint8_t* panel, int64_t K, int64_t G, bf16*
 
 void int8_portable(const Call& c, const uint8_t* panel, float* out) { plain_int8(c, panel, out); }
 void int4_portable(const Call& c, const uint8_t* panel, float* out) { plain_int4(c, panel, out); }
-void bf16_portable(const Call& c, const bf16* w, int64_t n) { plain_bf16(c, w, n); }
+void bf16_portable(const Call& c, int64_t begin, int64_t end) { plain_bf16(c, begin, end); }
 void int8_values_portable(const uint8_t* panel, int64_t K, int64_t, bf16* out) { int8_values(panel, K, out); }
 void int4_values_portable(const uint8_t* panel, int64_t K, int64_t G, bf16* out) { int4_values(panel, K, G, out); }
 
@@ -286,7 +311,7 @@ struct Functions {
   const char* name;
   void (*int8)(const Call&, const uint8_t*, float*);
   void (*int4)(const Call&, const uint8_t*, float*);
-  void (*bf16_dot)(const Call&, const bf16*, int64_t);
+  void (*bf16_dots)(const Call&, int64_t, int64_t);
   void (*int8_values)(const uint8_t*, int64_t, int64_t, bf16*);
   void (*int4_values)(const uint8_t*, int64_t, int64_t, bf16*);
 };
@@ -392,10 +417,7 @@ at::Tensor bf16_linear(const at::Tensor& x_any, const at::Tensor& weight) {
   if (x.size(0) > MAX_ROWS) return at::mm(x, weight.t());
   at::Tensor y = at::empty({x.size(0), N}, x.options());
   const Call c = make_call(x, weight, y, N, 1, nullptr);
-  const bf16* w = reinterpret_cast<const bf16*>(c.w);
-  at::parallel_for(0, N, LANES, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) chosen.bf16_dot(c, w + n * c.K, n);
-  });
+  at::parallel_for(0, N, LANES, [&](int64_t begin, int64_t end) { chosen.bf16_dots(c, begin, end); });
   return y;
 }
 
