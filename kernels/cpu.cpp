@@ -3,7 +3,7 @@
 // Quantised weights lie in panels of 16 rows, one row per lane: a register of weights meets a broadcast input, and no sum
 // runs across lanes. Each thread reads one stream of panels from its first byte to its last, the scales inside it. Up to
 // 8 rows of x share what is read of a panel, 16 take it twice, the second time from the cache; with more rows (prefill)
-// the panels are turned into plain bf16 rows, a cache's worth at a time, for at::mm.
+// a panel is first unpacked to bf16, or without AVX-512 a cache's worth of panels to plain rows for at::mm.
 //
 // A panel of int8:  K/2 times 32 bytes: row r's inputs 2i, 2i+1 at 2r, 2r+1.  Then 16 float32 scales.
 // A panel of int4:  K/8 times 16 words of 32 bits, row r's in word r: inputs 0, 2, 4, 6 in its low half from the lowest
@@ -30,7 +30,8 @@ namespace {
 
 constexpr int64_t LANES = 16;
 constexpr int64_t MAX_ROWS = 16;           // of x; above it is a prefill
-constexpr int64_t SCRATCH = 1 << 20;       // elements of the weight that a prefill multiplies at a time
+constexpr int64_t ROWS_AT_ONCE = 256;      // of x in a prefill: what the cache holds beside a panel
+constexpr int64_t SCRATCH = 1 << 20;       // elements of the weight that at::mm gets at a time
 using bf16 = uint16_t;
 
 inline float to_float(bf16 x) {
@@ -235,6 +236,45 @@ AVX512 void int4_rows(const Call& c, const uint8_t* panel, int64_t first, float*
   for (int m = 0; m < M; ++m) _mm512_storeu_ps(out + (first + m) * LANES, totals[m]);
 }
 
+// For many rows of x: a panel as bf16, 32 bits of two inputs per row, unpacked once.
+INLINE_AVX512 void int8_unpack(const Call& c, const uint8_t* panel, bf16* pairs) {
+  for (int64_t i = 0; i < c.K / 2; ++i) _mm512_storeu_si512(pairs + 32 * i, (__m512i)int8_pairs(panel + 32 * i));
+}
+
+INLINE_AVX512 void int4_unpack(const Call& c, const uint8_t* panel, bf16* pairs) {
+  const __m512i four = _mm512_set1_epi32(0xF), high = _mm512_set1_epi32(int32_t(0xFFFF0000));
+  for (int64_t g = 0; g < c.K / c.G; ++g, panel += LANES * c.G / 2 + LANES * 4) {
+    const __m512i ends = _mm512_loadu_si512(panel + LANES * c.G / 2);
+    const __m512 scales = _mm512_castsi512_ps(_mm512_slli_epi32(ends, 16));
+    const __m512 zeros = _mm512_castsi512_ps(_mm512_and_si512(ends, high));
+    const __m512 lowest = _mm512_fnmadd_ps(scales, _mm512_set1_ps(8.f), zeros);  // what q = 0 stands for
+    for (int64_t i = 0; i < c.G / 8; ++i) {
+      const __m512i words = _mm512_loadu_si512(panel + 64 * i);
+      for (int j = 0; j < 4; ++j, pairs += 32) {
+        const __m512i even = _mm512_and_si512(_mm512_srli_epi32(words, 4 * j), four);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(words, 4 * j + 16), four);
+        const __m512 low = _mm512_fmadd_ps(_mm512_cvtepi32_ps(even), scales, lowest);
+        const __m512 upper = _mm512_fmadd_ps(_mm512_cvtepi32_ps(odd), scales, lowest);
+        const __m512i a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
+        const __m512i b = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(upper));
+        _mm512_storeu_si512(pairs, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+      }
+    }
+  }
+}
+
+template <int M>
+AVX512 void pairs_rows(const Call& c, const bf16* pairs, int64_t first, float* out) {
+  __m512 sums[M];
+  for (auto& sum : sums) sum = _mm512_setzero_ps();
+  const bf16* x = c.x + first * c.K;
+  for (int64_t i = 0; i < c.K / 2; ++i) {
+    const __m512bh w = pairs_at(pairs + 32 * i);
+    for (int m = 0; m < M; ++m) sums[m] = _mm512_dpbf16_ps(sums[m], w, pair_everywhere(x + m * c.K + 2 * i));
+  }
+  for (int m = 0; m < M; ++m) _mm512_storeu_ps(out + (first + m) * LANES, sums[m]);
+}
+
 // R rows of the weight at a time, so that what is loaded of x serves them all.
 template <int M, int R>
 INLINE_AVX512 void bf16_block(const Call& c, int64_t first, int64_t n) {
@@ -286,21 +326,30 @@ AVX512 void bf16_rows(const Call& c, int64_t first, int64_t begin, int64_t end) 
       case 8: function<8>(__VA_ARGS__); break;        \
     }
 
-AVX512 void int8_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(int8_rows, c, panel, m, out) }
-AVX512 void int4_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(int4_rows, c, panel, m, out) }
+AVX512 void int8_avx512(const Call& c, const uint8_t* panel, float* out, bf16* pairs) {
+  if (c.M <= MAX_ROWS) { UP_TO_8_ROWS(int8_rows, c, panel, m, out) return; }
+  int8_unpack(c, panel, pairs);
+  UP_TO_8_ROWS(pairs_rows, c, pairs, m, out)
+  const __m512 scales = _mm512_loadu_ps(panel + LANES * c.K);
+  for (int64_t m = 0; m < c.M; ++m)
+    _mm512_storeu_ps(out + m * LANES, _mm512_mul_ps(_mm512_loadu_ps(out + m * LANES), scales));
+}
+AVX512 void int4_avx512(const Call& c, const uint8_t* panel, float* out, bf16* pairs) {
+  if (c.M <= MAX_ROWS) { UP_TO_8_ROWS(int4_rows, c, panel, m, out) return; }
+  int4_unpack(c, panel, pairs);
+  UP_TO_8_ROWS(pairs_rows, c, pairs, m, out)
+}
 AVX512 void bf16_avx512(const Call& c, int64_t begin, int64_t end) { UP_TO_8_ROWS(bf16_rows, c, m, begin, end) }
 
-AVX2 void int8_avx2(const Call& c, const uint8_t* panel, float* out) { plain_int8(c, panel, out); }
-AVX2 void int4_avx2(const Call& c, const uint8_t* panel, float* out) { plain_int4(c, panel, out); }
+AVX2 void int8_avx2(const Call& c, const uint8_t* panel, float* out, bf16*) { plain_int8(c, panel, out); }
+AVX2 void int4_avx2(const Call& c, const uint8_t* panel, float* out, bf16*) { plain_int4(c, panel, out); }
 AVX2 void bf16_avx2(const Call& c, int64_t begin, int64_t end) { plain_bf16(c, begin, end); }
 AVX2 void int8_values_avx2(const uint8_t* panel, int64_t K, int64_t, bf16* out) { int8_values(panel, K, out); }
 AVX2 void int4_values_avx2(const uint8_t* panel, int64_t K, int64_t G, bf16* out) { int4_values(panel, K, G, out); }
-AVX512 void int8_values_avx512(const uint8_t* panel, int64_t K, int64_t, bf16* out) { int8_values(panel, K, out); }
-AVX512 void int4_values_avx512(const uint8_t* panel, int64_t K, int64_t G, bf16* out) { int4_values(panel, K, G, out); }
 #endif
 
-void int8_portable(const Call& c, const uint8_t* panel, float* out) { plain_int8(c, panel, out); }
-void int4_portable(const Call& c, const uint8_t* panel, float* out) { plain_int4(c, panel, out); }
+void int8_portable(const Call& c, const uint8_t* panel, float* out, bf16*) { plain_int8(c, panel, out); }
+void int4_portable(const Call& c, const uint8_t* panel, float* out, bf16*) { plain_int4(c, panel, out); }
 void bf16_portable(const Call& c, int64_t begin, int64_t end) { plain_bf16(c, begin, end); }
 void int8_values_portable(const uint8_t* panel, int64_t K, int64_t, bf16* out) { int8_values(panel, K, out); }
 void int4_values_portable(const uint8_t* panel, int64_t K, int64_t G, bf16* out) { int4_values(panel, K, G, out); }
@@ -309,10 +358,10 @@ void int4_values_portable(const uint8_t* panel, int64_t K, int64_t G, bf16* out)
 
 struct Functions {
   const char* name;
-  void (*int8)(const Call&, const uint8_t*, float*);
-  void (*int4)(const Call&, const uint8_t*, float*);
+  void (*int8)(const Call&, const uint8_t*, float*, bf16*);
+  void (*int4)(const Call&, const uint8_t*, float*, bf16*);
   void (*bf16_dots)(const Call&, int64_t, int64_t);
-  void (*int8_values)(const uint8_t*, int64_t, int64_t, bf16*);
+  void (*int8_values)(const uint8_t*, int64_t, int64_t, bf16*);  // null: the products above take any number of rows
   void (*int4_values)(const uint8_t*, int64_t, int64_t, bf16*);
 };
 
@@ -322,7 +371,7 @@ const std::vector<Functions>& available() {  // the best comes first
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-      list.push_back({"avx512", int8_avx512, int4_avx512, bf16_avx512, int8_values_avx512, int4_values_avx512});
+      list.push_back({"avx512", int8_avx512, int4_avx512, bf16_avx512, nullptr, nullptr});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       list.push_back({"avx2", int8_avx2, int4_avx2, bf16_avx2, int8_values_avx2, int4_values_avx2});
 #endif
@@ -360,18 +409,22 @@ void prefill(const Call& c, const at::Tensor& x, at::Tensor& y, bool is_int4) {
   }
 }
 
-void few_rows(const Call& c, bool is_int4) {
-  const int64_t bytes = is_int4 ? int4_panel(c.K, c.G) : int8_panel(c.K);
+void by_panels(Call c, bool is_int4) {
+  const int64_t bytes = is_int4 ? int4_panel(c.K, c.G) : int8_panel(c.K), n_rows = c.M;
   auto multiply = is_int4 ? chosen.int4 : chosen.int8;
-  at::parallel_for(0, panels(c.N), 1, [&](int64_t begin, int64_t end) {
-    float out[MAX_ROWS * LANES];
-    for (int64_t p = begin; p < end; ++p) {
-      multiply(c, c.w + p * bytes, out);
-      const int64_t n = std::min(LANES, c.N - p * LANES);
-      for (int64_t m = 0; m < c.M; ++m)
-        for (int64_t r = 0; r < n; ++r) c.y[m * c.N + p * LANES + r] = to_bf16(out[m * LANES + r]);
-    }
-  });
+  for (int64_t first = 0; first < n_rows; first += ROWS_AT_ONCE, c.x += c.M * c.K, c.y += c.M * c.N) {
+    c.M = std::min(n_rows - first, ROWS_AT_ONCE);
+    at::parallel_for(0, panels(c.N), 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> out(c.M * LANES);
+      std::vector<bf16> pairs(c.M > MAX_ROWS ? c.K * LANES : 0);
+      for (int64_t p = begin; p < end; ++p) {
+        multiply(c, c.w + p * bytes, out.data(), pairs.data());
+        const int64_t n = std::min(LANES, c.N - p * LANES);
+        for (int64_t m = 0; m < c.M; ++m)
+          for (int64_t r = 0; r < n; ++r) c.y[m * c.N + p * LANES + r] = to_bf16(out[m * LANES + r]);
+      }
+    });
+  }
 }
 
 void check(const at::Tensor& x, const at::Tensor& w, int64_t expected_bytes) {
@@ -386,10 +439,10 @@ at::Tensor int8_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_
   check(x, packed, panels(N) * int8_panel(K));
   at::Tensor y = at::empty({x.size(0), N}, x.options());
   const Call c = make_call(x, packed, y, N, K, nullptr);
-  if (c.M > MAX_ROWS)
+  if (c.M > MAX_ROWS && chosen.int8_values)
     prefill(c, x, y, false);
   else
-    few_rows(c, false);
+    by_panels(c, false);
   return y;
 }
 
@@ -398,7 +451,7 @@ at::Tensor int4_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_
   const int64_t K = x.size(-1), n_groups = K / G;
   check(x, packed, panels(N) * int4_panel(K, G));
   at::Tensor y = at::empty({x.size(0), N}, x.options());
-  if (x.size(0) > MAX_ROWS) {
+  if (x.size(0) > MAX_ROWS && chosen.int4_values) {
     prefill(make_call(x, packed, y, N, G, nullptr), x, y, true);
     return y;
   }
@@ -406,7 +459,7 @@ at::Tensor int4_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_
   const bf16* data = static_cast<const bf16*>(x.const_data_ptr());
   for (size_t g = 0; g < sums.size(); ++g)
     for (int64_t i = 0; i < G; ++i) sums[g] += to_float(data[g * G + i]);
-  few_rows(make_call(x, packed, y, N, G, sums.data()), true);
+  by_panels(make_call(x, packed, y, N, G, sums.data()), true);
   return y;
 }
 

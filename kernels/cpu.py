@@ -4,8 +4,8 @@
         packed = cpu.pack_int4(weight, scales, zeros)
         y = torch.ops.fast.int4_linear(x, packed, n_out, groupsize)
 
-`int8_linear`, `int4_linear` and `bf16_linear` take x bfloat16 `[M, K]` and give `[M, N]`: one row at the speed of memory,
-up to 16 without reading a weight twice, more as a product of matrices. What is packed lies as `cpu.cpp` says.
+`int8_linear`, `int4_linear` and `bf16_linear` take x bfloat16 `[M, K]` and give `[M, N]`: one row at the speed of
+memory, up to 16 without reading a weight twice, more as a product of matrices. `cpu.cpp` says how panels lie.
 """
 
 import functools

@@ -66,7 +66,7 @@ def test_packing_int4_is_undone(n, k, groupsize):
         assert found.equal(expected)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 9, 16, 17, 40])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 9, 16, 17, 40, 300])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_products(variant, rows, threads):
     torch.set_num_threads(threads)
