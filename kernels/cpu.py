@@ -32,7 +32,8 @@ def load() -> str | None:
     source and on the version of torch.
     """
     source = Path(__file__).with_suffix(".cpp")
-    key = hashlib.sha256(source.read_bytes() + f"{torch.__version__} {FLAGS}".encode()).hexdigest()[:16]
+    content = source.read_bytes() + source.with_name("cpu_avx512.h").read_bytes()
+    key = hashlib.sha256(content + f"{torch.__version__} {FLAGS}".encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     library = folder / f"fast-{key}.so"
     try:
