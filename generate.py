@@ -20,6 +20,7 @@ import torch
 
 from checkpoint import check_device, load_model
 from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
+from linear import kernels_missing
 from metrics import bytes_per_step, count_parameters, describe, report, write_json
 from sampling import Sampling
 from tokenizer import IncrementalDecoder, Tokenizer, load_tokenizer
@@ -228,6 +229,8 @@ def run(args: argparse.Namespace) -> None:
     load_s = time.perf_counter() - start
     kind = str(dtype).removeprefix("torch.") + (f", {model.quantization['mode']}" if model.quantization else "")
     print(f"{args.checkpoint_path}: {count_parameters(model.args) / 1e6:.1f} M parameters, {kind}, {device}")
+    if model.quantization and device == "cpu" and (reason := kernels_missing(device, dtype)):
+        print(reason, file=sys.stderr)
     steps = build_steps(model, sampling, args.compile, args.compile_prefill)
     torch.manual_seed(args.seed)
     if args.interactive:
