@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from linear import swap_linears
 from model import ModelArgs, RopeScaling, Transformer
 
 FORMAT = 1
@@ -69,6 +70,7 @@ class Part:
     """A tensor in a file: its shape there, and how to get it (a view of the file's pages where that is possible)."""
 
     shape: tuple[int, ...]
+    dtype: torch.dtype
     read: Callable[[], Tensor]
 
 
@@ -79,11 +81,14 @@ class Stored:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
     def load(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """The tensor on `device`; on the CPU and already in `dtype`, a single part is not copied."""
         if len(self.parts) == 1:
-            part = self.parts[0].read()
-            return part.to(device, dtype if part.is_floating_point() else part.dtype).contiguous()
+            return self.parts[0].read().to(device, dtype).contiguous()
         out = torch.empty(self.shape, device=device, dtype=dtype)
         self.fill(out)
         return out
@@ -108,18 +113,30 @@ def load_model(
 ) -> Transformer:
     """The model stored at `path`, on `device` in `dtype`, in eval mode and without gradients.
 
+    Quantised Linears keep their own dtypes, packed for the device; `model.quantization` is the scheme, or None.
+
     path: a `.pth` that `save_checkpoint` wrote, or a directory as `open_checkpoint` takes.
     Raises ValueError for what is not a complete checkpoint of a supported model, FileNotFoundError for no file at all.
     """
     checkpoint = open_checkpoint(path)
     model = _skeleton(checkpoint.args, checkpoint.quantization)
-    state = {name: stored.load(device, dtype) for name, stored in checkpoint.tensors.items()}
+    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}  # what quantised Linears hold keeps its own
+    state = {name: stored.load(device, dtypes.get(name, dtype)) for name, stored in checkpoint.tensors.items()}
     if checkpoint.args.tie_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, assign=True)
     if checkpoint.args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
+    model.quantization = checkpoint.quantization
     return model.eval().requires_grad_(False)
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError, in one line, for a device that this machine lacks."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -185,7 +202,7 @@ def _skeleton(args: ModelArgs, quantization: dict[str, Any] | None) -> Transform
     with torch.device("meta"):
         model = Transformer(args)
     if quantization is not None:
-        raise ValueError(f"quantisation mode {quantization.get('mode')!r} is not supported by this version")
+        swap_linears(model, quantization)
     return model
 
 
@@ -250,7 +267,7 @@ def _hf_files(folder: Path) -> list[Path]:
 
 
 def _parts(tensors: dict[str, Tensor]) -> dict[str, Part]:
-    return {name: Part(tuple(tensor.shape), tensor.detach) for name, tensor in tensors.items()}
+    return {name: Part(tuple(tensor.shape), tensor.dtype, tensor.detach) for name, tensor in tensors.items()}
 
 
 def _read_hf(files: list[Path]) -> dict[str, Part]:
@@ -287,7 +304,7 @@ def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, 
             shape[dim] = sum(shard[name].shape[dim] for shard in shards)
         pieces = [shard[name] for shard in shards] if dim is not None else [first]
         pair_dim = head_dim if name.endswith((".wq.weight", ".wk.weight")) else None
-        parts[name] = Part(tuple(shape), partial(_join, pieces, dim, pair_dim))
+        parts[name] = Part(tuple(shape), first.dtype, partial(_join, pieces, dim, pair_dim))
     return ModelArgs.from_hf(config) if config else _args_from_meta(params, head_dim, parts), parts
 
 

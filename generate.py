@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from checkpoint import load_model
+from checkpoint import check_device, load_model
 from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
-from metrics import bytes_per_step, describe, report, write_json
+from metrics import bytes_per_step, count_parameters, describe, report, write_json
 from sampling import Sampling
 from tokenizer import IncrementalDecoder, Tokenizer, load_tokenizer
 
@@ -122,10 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def resolve_device(args: argparse.Namespace) -> tuple[str, torch.dtype]:
     """The device and dtype to run in. Raises ValueError for a device this machine lacks."""
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from None
+    check_device(args.device)
     old_gpu = args.device.startswith("cuda") and torch.cuda.get_device_capability(args.device) < (8, 0)
     return args.device, getattr(torch, args.dtype or ("float16" if old_gpu else "bfloat16"))
 
@@ -229,8 +226,8 @@ def run(args: argparse.Namespace) -> None:
     directory = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent
     tokenizer = load_tokenizer(directory)
     load_s = time.perf_counter() - start
-    n_params = sum(p.numel() for p in model.parameters())
-    print(f"{args.checkpoint_path}: {n_params / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')}, {device}")
+    kind = str(dtype).removeprefix("torch.") + (f", {model.quantization['mode']}" if model.quantization else "")
+    print(f"{args.checkpoint_path}: {count_parameters(model.args) / 1e6:.1f} M parameters, {kind}, {device}")
     steps = build_steps(model, sampling, args.compile, args.compile_prefill)
     torch.manual_seed(args.seed)
     if args.interactive:
@@ -258,7 +255,7 @@ def run(args: argparse.Namespace) -> None:
     figures = report(samples, load_s, compile_s, device)
     if args.metrics_path:
         header = {"model": dataclasses.asdict(model.args), "device": device, "dtype": str(dtype).removeprefix("torch.")}
-        write_json(args.metrics_path, {**header, "quantization": None, **figures})
+        write_json(args.metrics_path, {**header, "quantization": model.quantization, **figures})
 
 
 @contextlib.contextmanager
