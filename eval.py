@@ -1,8 +1,9 @@
-"""Evaluate a checkpoint: perplexity of a text file.
+"""Evaluate a checkpoint: tasks of EleutherAI's lm-evaluation-harness, and perplexity of a text file.
 
+    python eval.py --checkpoint_path checkpoints/$MODEL_REPO/model.pth --compile --tasks hellaswag winogrande
     python eval.py --perplexity demo/heldout.txt
 
-Without `--checkpoint_path` the embedded demo model is evaluated.
+Without `--checkpoint_path` the embedded demo model is evaluated. Tasks need the package lm_eval, perplexity does not.
 """
 
 import argparse
@@ -10,23 +11,19 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from checkpoint import load_model
-from generate import DEMO, resolve_device
+from decoding import missing_compiler, set_compile_flags
+from generate import DEMO, load, resolve_device
 from model import Transformer
 from perplexity import perplexity
-from tokenizer import Tokenizer, load_tokenizer
+from scoring import parse_batch_size
+from tokenizer import Tokenizer
 
-
-def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
-    """The model and the tokenizer that the flags name: the one place where this command loads anything."""
-    device, dtype = resolve_device(args)
-    model = load_model(args.checkpoint_path, device=device, dtype=dtype)
-    directory = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent
-    return model, load_tokenizer(directory)
+HARNESS = "lm_eval>=0.4.9,<0.5"
 
 
 @dataclass(frozen=True)
@@ -90,10 +87,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint_path", type=Path, default=DEMO, help="a .pth of ours or a Hugging Face directory (default: demo)")
+    add("--tasks", nargs="+", metavar="TASK", help="tasks of the lm-evaluation-harness, or patterns of their names")
+    add("--include_path", type=Path, metavar="DIR", help="a directory with tasks of your own")
+    add("--num_fewshot", type=int, help="examples before each question (default: as the task says)")
+    add("--limit", type=float, help="take only the first N items of a task, or below 1 that share of them")
+    add("--apply_chat_template", action="store_true", help="put the prompts into the model's chat template")
+    add("--fewshot_as_multiturn", action="store_true", help="there, each example is a turn of the conversation")
+    add("--max_seq_length", type=int, help="cut contexts on the left to this length (default: the context length)")
+    add("--output_path", type=Path, metavar="DIR", help="write the harness's results file here")
+    add("--log_samples", action="store_true", help="there too: every item with its prompts and answers")
+    add("--seed", type=int, help="for what the harness draws, examples among it (default: the harness's own seeds)")
     add("--perplexity", type=Path, metavar="FILE", help="sliding-window perplexity of this text file")
     add("--window", type=int, help="tokens a window of --perplexity spans (default: the context length, at most 2048)")
     add("--stride", type=int, help="tokens between the windows' starts (default: half the window)")
-    add("--batch_size", type=int, help="windows at a time (default: 4096 tokens' worth)")
+    add("--batch_size", default="auto", help="texts that go through the model together, or auto (default)")
+    add("--compile", action="store_true", help="compile the model for --tasks")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
     return parser
@@ -101,22 +109,64 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that make no sense, before anything is loaded."""
-    if args.perplexity is None:
-        raise ValueError("nothing to evaluate: give --perplexity FILE")
-    if not args.perplexity.is_file():
+    if args.perplexity is None and args.tasks is None:
+        raise ValueError("nothing to evaluate: give --tasks TASK, --perplexity FILE, or both")
+    if args.perplexity is not None and not args.perplexity.is_file():
         raise ValueError(f"--perplexity {args.perplexity}: no such file")
-    for name in ("window", "stride", "batch_size"):
+    for name in ("window", "stride", "max_seq_length"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
+    parse_batch_size(args.batch_size)
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise ValueError(f"--num_fewshot {args.num_fewshot} must be at least 0")
+    if args.limit is not None and not (0 < args.limit < 1 or (args.limit >= 1 and args.limit.is_integer())):
+        raise ValueError(f"--limit {args.limit:g} must be a whole number of items, or a share between 0 and 1")
+    if args.include_path is not None and not args.include_path.is_dir():
+        raise ValueError(f"--include_path {args.include_path} is not a directory")
+    for name, needed in (("log_samples", "output_path"), ("fewshot_as_multiturn", "apply_chat_template")):
+        if getattr(args, name) and not getattr(args, needed):
+            raise ValueError(f"--{name} needs --{needed}")
+    if args.output_path is not None and args.tasks is None:
+        raise ValueError("--output_path holds the results of --tasks, and there are none")
+    if args.output_path is not None:
+        args.output_path.mkdir(parents=True, exist_ok=True)
+    if args.compile and (lacking := missing_compiler()):
+        print(f"{lacking}: going on without --compile", file=sys.stderr)
+        args.compile = False
+
+
+def import_harness() -> ModuleType:
+    """The adapter. Raises ImportError that says how to install what it needs."""
+    try:
+        import harness
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise ImportError(f"--tasks needs the lm-evaluation-harness: pip install '{HARNESS}'") from None
+    return harness
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate as the flags say and print it; the harness's results and the `TextScore`, where asked for."""
     check_args(args)
-    model, tokenizer = load(args)
-    score = score_file(model, tokenizer, args.perplexity, args.window, args.stride, args.batch_size)
-    print(describe_text(args.perplexity, score))
-    return {"perplexity": score}
+    if args.tasks:
+        harness = import_harness()
+        tasks = harness.find_tasks(args.tasks, args.include_path)
+    device, dtype = resolve_device(args)
+    if args.compile:
+        set_compile_flags(device)
+    model, tokenizer = load(args.checkpoint_path, device, dtype)
+    found: dict[str, Any] = {}
+    if args.perplexity:
+        batch_size = parse_batch_size(args.batch_size)
+        found["perplexity"] = score_file(model, tokenizer, args.perplexity, args.window, args.stride, batch_size)
+        print(describe_text(args.perplexity, found["perplexity"]))
+    if args.tasks:
+        name, length = str(args.checkpoint_path), args.max_seq_length
+        lm = harness.FastLM(model, tokenizer, name, args.batch_size, length, args.compile)
+        found["tasks"] = harness.evaluate(lm, tasks, args)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
