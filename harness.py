@@ -51,11 +51,7 @@ class FastLM(TemplateLM):
     ):
         super().__init__()
         self.scorer = Scorer(model, parse_batch_size(batch_size), max_length, compile)
-        self.model, self.text, self.tokenizer_name = (
-            model,
-            tokenizer,
-            name,
-        )  # `tokenizer` would have to be transformers'
+        self.model, self.text, self._name = model, tokenizer, name  # `tokenizer` would have to be of transformers
         self._device = self.scorer.device
         self._steps: dict[Sampling, Steps] = {}
         if self.prefix_token_id is None:
@@ -94,6 +90,10 @@ class FastLM(TemplateLM):
     @property
     def max_length(self) -> int:
         return self.scorer.max_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._name.replace("/", "__")
 
     @property
     def max_gen_toks(self) -> int:
