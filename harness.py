@@ -107,8 +107,6 @@ class FastLM(TemplateLM):
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template's source, for the results file."""
-        if chat_template and not self.text.has_chat_template:
-            raise ValueError("--apply_chat_template: this model has no chat template")
         return self.text.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -151,8 +151,7 @@ class Scorer:
         bar = tqdm(total=len(requests), desc="log-likelihoods", disable=None if progress else True)
         bar.update(len(requests) - sum(len(text.continuations) for text in texts))
         rows = self.rows_for(max((len(text.ids) for text in texts), default=1))
-        # The longest first: the time left is overestimated, and memory runs out at once or not at all.
-        waiting = sorted(to_groups(texts, rows), key=lambda g: (bool(g.shared), g.shared + g.longest_rest))
+        waiting = by_length(to_groups(texts, rows))
         while waiting:
             batch = take_batch(waiting, rows)
             try:
@@ -162,7 +161,7 @@ class Scorer:
                     raise
                 rows = self.batch_size = rows // 2
                 print(f"out of memory: going on with batches of {rows}", file=sys.stderr)
-                waiting += [part for group in batch for part in split(group, rows)]
+                waiting = by_length([part for group in waiting + batch for part in split(group, rows)])
                 continue
             for i, result in found:
                 results[i] = result
@@ -240,6 +239,14 @@ def parse_batch_size(value: int | str | None) -> int | None:
     return int(value)
 
 
+def by_length(groups: list[Group]) -> list[Group]:
+    """In the order to take them from the end: first those that share something, in both kinds the longest first.
+
+    So the time left is overestimated, and memory runs out at once or not at all.
+    """
+    return sorted(groups, key=lambda group: (bool(group.shared), group.shared + group.longest_rest))
+
+
 def take_batch(waiting: list[Group], rows: int) -> list[Group]:
     """Take groups from the end of `waiting`, alike in whether they share something, until `rows` are full."""
     batch, sharing = [], bool(waiting[-1].shared)
@@ -250,6 +257,7 @@ def take_batch(waiting: list[Group], rows: int) -> list[Group]:
 
 
 def split(group: Group, rows: int) -> list[Group]:
+    """The group in pieces of at most `rows` texts; one text alone shares nothing."""
     pieces = [group.texts[i : i + rows] for i in range(0, len(group.texts), rows)]
     return [Group(piece, group.shared if len(piece) > 1 else 0) for piece in pieces]
 
