@@ -20,7 +20,8 @@ from model import Transformer
 from perplexity import negative_log_likelihoods
 
 MIN_SHARED = 16  # tokens that sharing must save to be worth a pass of its own
-AUTO_TOKENS = {"cuda": 65536, "cpu": 4096}  # what a batch of `batch_size=None` is filled with, padding included
+PASS_TOKENS = {"cuda": 16384, "cpu": 256}  # enough to keep the device busy: rows beyond them wait for the next pass
+AUTO_TOKENS = {"cuda": 65536, "cpu": 2048}  # what a batch of `batch_size=None` is filled with, padding included
 AUTO_ROWS = 64
 
 
@@ -46,6 +47,19 @@ class Group:
     @property
     def longest_rest(self) -> int:
         return max(len(text.ids) for text in self.texts) - self.shared
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What is left of a text to compute behind its group's `start` shared tokens; `source`: the group's number."""
+
+    text: Text
+    start: int
+    source: int
+
+    @property
+    def length(self) -> int:
+        return len(self.text.ids) - self.start
 
 
 def to_texts(requests: list[tuple[list[int], list[int]]], max_length: int) -> list[Text]:
@@ -134,7 +148,7 @@ class Scorer:
 
     def rows_for(self, length: int) -> int:
         """How many rows of `length` tokens a batch takes."""
-        return self.batch_size or max(1, min(AUTO_ROWS, AUTO_TOKENS.get(self.device.type, 4096) // length))
+        return self.batch_size or max(1, min(AUTO_ROWS, AUTO_TOKENS.get(self.device.type, 2048) // length))
 
     def reserve(self, rows: int, length: int) -> None:
         """Make sure that the model has a KV cache of `rows` rows of at least `length` positions."""
@@ -171,28 +185,58 @@ class Scorer:
 
     def _score_batch(self, groups: list[Group], rows: int) -> list[tuple[int, tuple[float, bool]]]:
         """(index of the request, result) for every continuation in the groups."""
-        texts = [text for group in groups for text in group.texts]
-        starts = [0] * len(texts)
+        rests = [Rest(text, group.shared, source) for source, group in enumerate(groups) for text in group.texts]
+        rests.sort(key=lambda rest: rest.length, reverse=True)
+        beginnings = None
         if groups[0].shared:
-            self.reserve(rows, max(len(text.ids) for text in texts))
-            self._fill_cache(groups)
-            starts = [group.shared for group in groups for _ in group.texts]
-        S = self._padded(max(len(text.ids) - start for text, start in zip(texts, starts, strict=True)))
-        if groups[0].shared:  # what is padded stays in the cache: some rows compute a little again
+            self.reserve(rows, max(len(rest.text.ids) for rest in rests))
+            beginnings = self._compute_beginnings(groups)
+        found, tokens = [], PASS_TOKENS.get(self.device.type, 256)
+        while rests:  # rows of like length go together, whatever group they are of: little is padding
+            n = max(1, tokens // rests[0].length)
+            found += self._score_rests(rests[:n], beginnings)
+            rests = rests[n:]
+        return found
+
+    def _compute_beginnings(self, groups: list[Group]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values, by layer, of what each group shares; `[len(groups), n_kv_heads, S, head_dim]`."""
+        S = min(self._padded(max(group.shared for group in groups)), self.model.max_seq_length)
+        idx = torch.zeros(max(self._at_least, len(groups)), S, dtype=torch.long)
+        for row, group in enumerate(groups):
+            idx[row, : group.shared] = torch.tensor(group.texts[0].ids[: group.shared])
+        idx, slots = idx.to(self.device), self.model.slots[:S]
+        self._cached(idx, slots.clone(), slots, idx.new_zeros(len(idx), 1))  # of its logits nothing is needed
+        caches = [layer.attention.kv_cache for layer in self.model.layers]
+        return [tuple(x[: len(groups), :, :S].clone() for x in (cache.k, cache.v)) for cache in caches]
+
+    def _score_rests(
+        self, rests: list[Rest], beginnings: list[tuple[Tensor, Tensor]] | None
+    ) -> list[tuple[int, tuple[float, bool]]]:
+        """One pass of the model, behind the beginnings if there are any."""
+        S, starts = self._padded(rests[0].length), [rest.start for rest in rests]
+        if beginnings is not None:  # what is padded stays in the cache: some rows compute a little again
             starts = [min(start, self.model.max_seq_length - S) for start in starts]
-        n = max(self._at_least, max(text.n_scored for text in texts))
-        idx = torch.zeros(max(self._at_least, len(texts)), S, dtype=torch.long)
+        n = max(self._at_least, max(rest.text.n_scored for rest in rests))
+        idx = torch.zeros(max(self._at_least, len(rests)), S, dtype=torch.long)
         logits_at = torch.zeros(len(idx), n, dtype=torch.long)
         requests, row_of, targets = [], [], []
-        for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
-            end = len(text.ids) - start
-            idx[row, :end] = torch.tensor(text.ids[start:])
+        for row, (rest, start) in enumerate(zip(rests, starts, strict=True)):
+            end = len(rest.text.ids) - start
+            idx[row, :end] = torch.tensor(rest.text.ids[start:])
             logits_at[row] = torch.arange(end - n, end).clamp(min=0)
-            for request, ids in text.continuations:
+            for request, ids in rest.text.continuations:
                 requests.append(request)
                 row_of.append(row)
                 targets.append([-100] * (n - len(ids)) + ids)
-        logits = self._logits(idx, logits_at, starts if groups[0].shared else None)
+        idx, logits_at = idx.to(self.device), logits_at.to(self.device)
+        if beginnings is None:
+            logits = self._whole(idx, logits_at)
+        else:
+            self._copy_beginnings(beginnings, [rest.source for rest in rests])
+            first = torch.tensor(starts + [0] * (len(idx) - len(starts)), device=self.device)
+            input_pos = first[:, None] + torch.arange(S, device=self.device)  # [B, S]
+            n_slots = min(self._padded(max(starts) + S), self.model.max_seq_length)
+            logits = self._cached(idx, input_pos, self.model.slots[:n_slots], logits_at)
         if row_of != list(range(len(logits))):
             logits = logits[torch.tensor(row_of, device=self.device)]
         wanted = torch.tensor(targets, device=self.device)
@@ -200,30 +244,13 @@ class Scorer:
         greedy = ((logits.argmax(-1) == wanted) | (wanted == -100)).all(1)
         return list(zip(requests, zip((-nll).tolist(), greedy.tolist(), strict=True), strict=True))
 
-    def _logits(self, idx: Tensor, logits_at: Tensor, starts: list[int] | None) -> Tensor:
-        idx, logits_at = idx.to(self.device), logits_at.to(self.device)
-        if starts is None:
-            return self._whole(idx, logits_at)
-        S = idx.shape[1]
-        first = torch.tensor(starts + [0] * (len(idx) - len(starts)), device=self.device)
-        input_pos = first[:, None] + torch.arange(S, device=self.device)  # [B, S]
-        n_slots = min(self._padded(max(starts) + S), self.model.max_seq_length)
-        return self._cached(idx, input_pos, self.model.slots[:n_slots], logits_at)
-
-    def _fill_cache(self, groups: list[Group]) -> None:
-        """Compute what each group shares, then copy its keys and values to all of the group's rows."""
-        S = min(self._padded(max(group.shared for group in groups)), self.model.max_seq_length)
-        idx = torch.zeros(max(self._at_least, len(groups)), S, dtype=torch.long)
-        for row, group in enumerate(groups):
-            idx[row, : group.shared] = torch.tensor(group.texts[0].ids[: group.shared])
-        idx = idx.to(self.device)
-        slots = self.model.slots[:S]
-        self._cached(idx, slots.clone(), slots, idx.new_zeros(len(idx), 1))  # of its logits nothing is needed
-        sources = torch.tensor([row for row, g in enumerate(groups) for _ in g.texts], device=self.device)
-        for layer in self.model.layers:
+    def _copy_beginnings(self, beginnings: list[tuple[Tensor, Tensor]], sources: list[int]) -> None:
+        """Fill the cache's rows, each with the beginning that `sources` names."""
+        rows = torch.tensor(sources, device=self.device)
+        for layer, (k, v) in zip(self.model.layers, beginnings, strict=True):
             cache = layer.attention.kv_cache
-            for kept in (cache.k, cache.v):
-                kept[: len(sources), :, :S] = kept[sources, :, :S]
+            cache.k[: len(rows), :, : k.shape[2]] = k[rows]
+            cache.v[: len(rows), :, : v.shape[2]] = v[rows]
 
     def _padded(self, n: int) -> int:
         """The length to pad `n` tokens to: a bucket for a compiled graph, which is reused; else nothing is added."""
@@ -244,7 +271,7 @@ def by_length(groups: list[Group]) -> list[Group]:
 
     So the time left is overestimated, and memory runs out at once or not at all.
     """
-    return sorted(groups, key=lambda group: (bool(group.shared), group.shared + group.longest_rest))
+    return sorted(groups, key=lambda group: (group.shared, group.longest_rest))
 
 
 def take_batch(waiting: list[Group], rows: int) -> list[Group]:

@@ -99,14 +99,14 @@ def test_groups_follow_what_is_shared():
 def test_a_full_memory_halves_the_batch(tiny, monkeypatch, capsys):
     hf_model, directory = tiny("llama")
     scorer = Scorer(load_model(directory, dtype=torch.float32), batch_size=16)
-    logits_of = scorer._logits
+    score_rests = scorer._score_rests
 
-    def with_little_memory(idx, *rest):
-        if len(idx) > 3:
+    def with_little_memory(rests, beginnings):
+        if len(rests) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return logits_of(idx, *rest)
+        return score_rests(rests, beginnings)
 
-    monkeypatch.setattr(scorer, "_logits", with_little_memory)
+    monkeypatch.setattr(scorer, "_score_rests", with_little_memory)
     assert_as_expected(scorer.score(REQUESTS), hf_model)
     assert scorer.batch_size == 2
     assert "out of memory: going on with batches of 2" in capsys.readouterr().err
