@@ -143,7 +143,7 @@ def import_harness() -> ModuleType:
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise
-        raise ImportError(f"--tasks needs the lm-evaluation-harness: pip install '{HARNESS}'") from None
+        raise ImportError(f"--tasks needs the lm-evaluation-harness ({error}): pip install '{HARNESS}'") from None
     return harness
 
 
