@@ -25,7 +25,7 @@ def bytes_per_step(model: Transformer, batch_size: int, positions: float) -> flo
     if not model.args.tie_embeddings:
         weights -= model.tok_embeddings.weight.numel() * model.tok_embeddings.weight.element_size()
     cache = model.layers[0].attention.kv_cache.k
-    per_position = 2 * model.args.n_layers * model.args.n_kv_heads * model.args.head_dim * cache.element_size()
+    per_position = 2 * model.args.n_layers * cache.shape[1] * cache.shape[3] * cache.element_size()
     return weights + batch_size * positions * per_position
 
 
