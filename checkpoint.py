@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import tp
+from linear import swap_linears
 from model import ModelArgs, RopeScaling, Transformer
 
 FORMAT = 1
@@ -72,6 +73,7 @@ class Part:
     """A tensor in a file: its shape there, and how to get it (a view of the file's pages where that is possible)."""
 
     shape: tuple[int, ...]
+    dtype: torch.dtype
     read: Callable[[], Tensor]
 
 
@@ -82,11 +84,14 @@ class Stored:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
     def load(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """The tensor on `device`; on the CPU and already in `dtype`, a single part is not copied."""
         if len(self.parts) == 1:
-            part = self.parts[0].read()
-            return part.to(device, dtype if part.is_floating_point() else part.dtype).contiguous()
+            return self.parts[0].read().to(device, dtype).contiguous()
         out = torch.empty(self.shape, device=device, dtype=dtype)
         self.fill(out)
         return out
@@ -99,8 +104,7 @@ class Stored:
     def share(self, share: tp.Share) -> "Stored":
         """The rank's share of this tensor, still in the files: of a part that is mapped, only its pages are read."""
         if share.is_zero:
-            shape = self.shape
-            return Stored(shape, (Part(shape, partial(torch.zeros, shape)),))
+            return Stored(self.shape, (Part(self.shape, self.dtype, partial(torch.zeros, self.shape)),))
         if share.dim == 1:
             ((first, end),) = share.ranges
             slices = [(part, (slice(None), slice(first, end))) for part in self.parts]
@@ -120,7 +124,7 @@ class Stored:
 
 def _slice(part: Part, index: tuple[slice, ...]) -> Part:
     sizes = [len(range(n)[cut]) for n, cut in zip(part.shape, index, strict=False)]
-    return Part((*sizes, *part.shape[len(sizes) :]), lambda: part.read()[index])
+    return Part((*sizes, *part.shape[len(sizes) :]), part.dtype, lambda: part.read()[index])
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ def load_model(
 ) -> Transformer:
     """The model stored at `path`, on `device` in `dtype`, in eval mode and without gradients.
 
+    Quantised Linears keep their own dtypes, packed for the device; `model.quantization` is the scheme, or None.
+
     path: a `.pth` that `save_checkpoint` wrote, or a directory as `open_checkpoint` takes.
     ranks: the processes that share the model; this one reads only its share.
     Raises ValueError for what is not a complete checkpoint of a supported model or cannot be divided by so many ranks,
@@ -152,13 +158,23 @@ def load_model(
         whole, model = model, _share_of_skeleton(checkpoint, ranks.world_size)
         shares = tp.connect(whole, model, ranks)
         tensors = {name: stored.share(shares[name]) if name in shares else stored for name, stored in tensors.items()}
-    state = {name: stored.load(device, dtype) for name, stored in tensors.items()}
+    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}  # what quantised Linears hold keeps its own
+    state = {name: stored.load(device, dtypes.get(name, dtype)) for name, stored in tensors.items()}
     if checkpoint.args.tie_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, assign=True)
     if checkpoint.args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
+    model.quantization = checkpoint.quantization
     return model.eval().requires_grad_(False)
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError, in one line, for a device that this machine lacks."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -224,7 +240,7 @@ def _skeleton(args: ModelArgs, quantization: dict[str, Any] | None) -> Transform
     with torch.device("meta"):
         model = Transformer(args)
     if quantization is not None:
-        raise ValueError(f"quantisation mode {quantization.get('mode')!r} is not supported by this version")
+        swap_linears(model, quantization)
     return model
 
 
@@ -311,7 +327,7 @@ def _hf_files(folder: Path) -> list[Path]:
 
 
 def _parts(tensors: dict[str, Tensor]) -> dict[str, Part]:
-    return {name: Part(tuple(tensor.shape), tensor.detach) for name, tensor in tensors.items()}
+    return {name: Part(tuple(tensor.shape), tensor.dtype, tensor.detach) for name, tensor in tensors.items()}
 
 
 def _read_hf(files: list[Path]) -> dict[str, Part]:
@@ -348,7 +364,7 @@ def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, 
             shape[dim] = sum(shard[name].shape[dim] for shard in shards)
         pieces = [shard[name] for shard in shards] if dim is not None else [first]
         pair_dim = head_dim if name.endswith((".wq.weight", ".wk.weight")) else None
-        parts[name] = Part(tuple(shape), partial(_join, pieces, dim, pair_dim))
+        parts[name] = Part(tuple(shape), first.dtype, partial(_join, pieces, dim, pair_dim))
     return ModelArgs.from_hf(config) if config else _args_from_meta(params, head_dim, parts), parts
 
 

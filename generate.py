@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from checkpoint import load_model
+from checkpoint import check_device, load_model
 from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
-from metrics import bytes_per_step, describe, report, write_json
+from metrics import bytes_per_step, count_parameters, describe, parameter_bytes, report, write_json
 from sampling import Sampling
 from tokenizer import IncrementalDecoder, Tokenizer, load_tokenizer
 from tp import Ranks, measure_collectives
@@ -123,10 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def resolve_device(args: argparse.Namespace) -> tuple[str, torch.dtype]:
     """The device and dtype to run in. Raises ValueError for a device this machine lacks."""
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from None
+    check_device(args.device)
     old_gpu = args.device.startswith("cuda") and torch.cuda.get_device_capability(args.device) < (8, 0)
     return args.device, getattr(torch, args.dtype or ("float16" if old_gpu else "bfloat16"))
 
@@ -231,10 +228,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     directory = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent
     tokenizer = load_tokenizer(directory)
     load_s = time.perf_counter() - start
-    n_params = sum(p.numel() for p in model.parameters())
-    share = f" on each of {ranks.world_size} ranks" if ranks.world_size > 1 else ""
-    kind = str(dtype).removeprefix("torch.")
-    print(f"{args.checkpoint_path}: {n_params / 1e6:.1f} M parameters{share}, {kind}, {device}")
+    kind = str(dtype).removeprefix("torch.") + (f", {model.quantization['mode']}" if model.quantization else "")
+    kind += f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""
+    print(f"{args.checkpoint_path}: {count_parameters(model.args) / 1e6:.1f} M parameters, {kind}, {device}")
     steps = build_steps(model, sampling, args.compile, args.compile_prefill)
     torch.manual_seed(args.seed)
     if args.interactive:
@@ -263,7 +259,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     figures["parallel"] = report_ranks(steps, batches[0], args.max_new_tokens, ranks) if ranks.world_size > 1 else None
     if args.metrics_path and ranks.rank == 0:
         header = {"model": dataclasses.asdict(model.args), "device": device, "dtype": str(dtype).removeprefix("torch.")}
-        write_json(args.metrics_path, {**header, "quantization": None, **figures})
+        write_json(args.metrics_path, {**header, "quantization": model.quantization, **figures})
 
 
 def report_ranks(steps: Steps, prompts: list[list[int]], max_new_tokens: int, ranks: Ranks) -> dict[str, Any]:
@@ -275,8 +271,7 @@ def report_ranks(steps: Steps, prompts: list[list[int]], max_new_tokens: int, ra
     tokens = stream(steps, prompts, min(9, max_new_tokens))
     next(tokens)  # the prefill is not counted
     costs = measure_collectives(decode, str(steps.model.slots.device)) if max_new_tokens > 1 else {}
-    nbytes = sum(t.numel() * t.element_size() for t in steps.model.state_dict().values())
-    nbytes -= 0 if not steps.model.args.tie_embeddings else steps.model.output.weight.nbytes
+    nbytes = parameter_bytes(steps.model)
     line = f"{ranks.world_size} ranks, {nbytes / 1e6:.1f} MB of parameters each"
     if costs:
         share = f"{costs['collectives_share']:.0%} of the time"

@@ -16,17 +16,30 @@ from typing import Any
 
 import torch
 
-from model import Transformer
+from model import ModelArgs, Transformer
 
 
 def bytes_per_step(model: Transformer, batch_size: int, positions: float) -> float:
     """Bytes a decode step must read: all weights but the embedding table, and `positions` of KV cache in every row."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    if not model.args.tie_embeddings:
-        weights -= model.tok_embeddings.weight.numel() * model.tok_embeddings.weight.element_size()
+    tensors = model.state_dict()
+    del tensors["tok_embeddings.weight"]  # of which a token reads a row; a tied one is also the output projection
+    weights = sum(t.nbytes for t in tensors.values())
     cache = model.layers[0].attention.kv_cache.k
     per_position = 2 * model.args.n_layers * cache.shape[1] * cache.shape[3] * cache.element_size()
     return weights + batch_size * positions * per_position
+
+
+def parameter_bytes(model: Transformer) -> int:
+    """Bytes of the weights that this process holds, scales and zeros with them."""
+    return sum(
+        t.nbytes for name, t in model.state_dict().items() if name != "output.weight" or not model.args.tie_embeddings
+    )
+
+
+def count_parameters(args: ModelArgs) -> int:
+    """The parameters of a model of this shape, however they are stored."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(args).parameters())
 
 
 def measure_bandwidth(device: str) -> float:

@@ -374,6 +374,16 @@ class Attention(nn.Module):
         return self.wo(y.transpose(1, 2).reshape(B, S, -1))
 
 
+def attention_mask(args: ModelArgs, positions: Tensor, kv_pos: Tensor) -> Tensor | None:
+    """Which slots `kv_pos [L]` the queries at `positions [B, S]` see, bool `[B, 1, S, L]`; None: plainly causal."""
+    if kv_pos.shape[0] == positions.shape[1] and args.sliding_window is None:
+        return None  # S consecutive queries are slots 0..S-1
+    mask = kv_pos <= positions[:, None, :, None]
+    if args.sliding_window is not None:
+        mask = mask & (kv_pos > positions[:, None, :, None] - args.sliding_window)
+    return mask
+
+
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention of `q [B, H, S, D]` over `k`, `v` `[B, KV, L, D]`, with `mask` bool `[B, 1, S, L]`; `[B, H, S, D]`.
 
@@ -441,6 +451,7 @@ class Transformer(nn.Module):
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.max_batch_size = self.max_seq_length = 0
+        self.quantization: dict[str, Any] | None = None  # what `checkpoint.load_model` found the Linears to be
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
         """Allocate the KV cache for `max_batch_size` rows of `max_seq_length` positions. Call it once.
@@ -493,11 +504,8 @@ class Transformer(nn.Module):
                 kv_pos = self.slots[:n_slots]
             positions = input_pos.expand(B, S)
             cos, sin = self.cos[positions], self.sin[positions]
-        mask, n_slots = None, kv_pos.shape[0]
-        if n_slots != S or self.args.sliding_window is not None:  # else S consecutive queries are slots 0..S-1
-            mask = kv_pos <= positions[:, None, :, None]  # [B, 1, S, L]
-            if self.args.sliding_window is not None:
-                mask = mask & (kv_pos > positions[:, None, :, None] - self.args.sliding_window)
+        n_slots = kv_pos.shape[0]
+        mask = attention_mask(self.args, positions, kv_pos)
         x = self.tok_embeddings(idx)
         cached_at = None if input_pos is None else positions
         for layer in self.layers:

@@ -317,7 +317,7 @@ def test_missing_file_is_named(tmp_path):
 
 def test_unknown_quantization_is_an_error(tiny, tmp_path):
     save_ours(tmp_path / "model.pth", open_checkpoint(tiny("llama")[1]), quantization={"mode": "int3"})
-    with pytest.raises(ValueError, match="quantisation mode 'int3' is not supported by this version"):
+    with pytest.raises(ValueError, match="quantisation mode 'int3' is not supported; supported: int8, int4, int4-gptq"):
         load_model(tmp_path / "model.pth")
 
 

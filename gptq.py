@@ -1,0 +1,174 @@
+"""GPTQ (Frantar et al. 2022): 4-bit weights whose rounding errors make up for each other on calibration text.
+
+    for name, error, module in gptq_linears(checkpoint, scheme, chunks, device): ...
+
+A Linear's inputs X over the calibration text give the Hessian H = 2 X^T X of its squared output error. Its inputs'
+columns are rounded one after the other, and the error of each is spread over the columns to come as H says.
+
+Worth knowing: the walk takes one transformer block at a time. In memory are that block, its Hessians and the hidden
+states of the calibration text; a block sees the hidden states that the quantised blocks before it produce.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import Checkpoint
+from linear import Int4Linear, int4_round, int4_scales, int4_values, pack_nibbles, quantized_linears
+from model import Transformer, attention_mask, rope_table
+
+TOKENS_AT_ONCE = 8192
+
+
+class Hessian:
+    """X^T X of a Linear's inputs `x [..., K]`, float32 `[K, K]`, averaged over the rows seen."""
+
+    def __init__(self, n_in: int, device: torch.device | str):
+        self.sum, self.n_rows = torch.zeros(n_in, n_in, device=device), 0
+
+    def add(self, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self.sum.addmm_(rows.T, rows)
+        self.n_rows += len(rows)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / self.n_rows
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    groupsize: int,
+    percdamp: float = 0.01,
+    blocksize: int = 128,
+    act_order: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Quantise `weight [N, K]` for inputs with `hessian [K, K]`, both float32.
+
+    percdamp: added to the Hessian's diagonal, as a share of its mean. blocksize: columns whose errors are spread at
+    once over the rest, rounded up to whole groups. act_order: columns in the order of falling diagonal, so that the
+    inputs that matter most are rounded while most columns can still make up for it; group scales are then those of the
+    weights before any rounding, for a group's columns are no longer neighbours in time.
+    Returns q uint8 `[N, K]`, scales and zeros bfloat16 `[N, K / G]`, and the relative error of the outputs.
+    Raises ValueError if the damped Hessian is not positive definite.
+    """
+    n_in = weight.shape[1]
+    importance = hessian.diagonal() + 1e-12 * hessian.diagonal().mean()
+    if act_order:
+        order = importance.argsort(descending=True)
+        scales, zeros = int4_scales(weight.unflatten(1, (-1, groupsize)), True, importance.view(-1, groupsize))
+    else:
+        order = torch.arange(n_in, device=weight.device)
+        scales = torch.empty(len(weight), n_in // groupsize, dtype=torch.bfloat16, device=weight.device)
+        zeros = torch.empty_like(scales)
+    w, spread = weight[:, order].clone(), _inverse_factor(hessian[order][:, order], percdamp)
+    q = torch.empty_like(w, dtype=torch.uint8)
+    blocksize = -(-blocksize // groupsize) * groupsize
+    for start in range(0, n_in, blocksize):
+        block, factor = w[:, start : start + blocksize], spread[start : start + blocksize, start : start + blocksize]
+        errors = torch.empty_like(block)
+        for i in range(block.shape[1]):
+            g = order[start + i] // groupsize
+            if not act_order and i % groupsize == 0:
+                columns = slice(start + i, start + i + groupsize)
+                scales[:, g], zeros[:, g] = int4_scales(w[:, columns], True, importance[columns])
+            column, at = block[:, i, None], (scales[:, g], zeros[:, g])
+            rounded = int4_round(column, *at)
+            q[:, start + i] = rounded[:, 0]
+            values = int4_values(rounded, at[0][:, None], at[1][:, None])
+            errors[:, i] = ((column - values) / factor[i, i])[:, 0]
+            block[:, i:] -= errors[:, i, None] * factor[i, i:]
+        w[:, start + blocksize :] -= errors @ spread[start : start + blocksize, start + blocksize :]
+    q = torch.empty_like(q).index_copy_(1, order, q)
+    lost = int4_values(q, scales, zeros) - weight
+    error = ((lost @ hessian * lost).sum() / (weight @ hessian * weight).sum()).sqrt()
+    return q, scales, zeros, float(error)
+
+
+def _inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
+    """The upper Cholesky factor of the damped Hessian's inverse; row i spreads the error of column i."""
+    diagonal = hessian.diagonal()
+    unused = (diagonal == 0) * diagonal.mean()  # an input that is always zero
+    damped = hessian + torch.diag(unused + percdamp * diagonal.mean())
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        raise ValueError(f"the Hessian is singular with --percdamp {percdamp}: raise it, or calibrate longer")
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed:
+        raise ValueError(f"the Hessian is nearly singular with --percdamp {percdamp}: raise it, or calibrate longer")
+    return upper
+
+
+def read_weight(checkpoint: Checkpoint, name: str, device: str, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight of the Linear `name` on `device`; for a tied output projection that is the embedding table.
+
+    dtype: None leaves it as stored. Raises ValueError if not every number in it is finite.
+    """
+    tied = name == "output" and checkpoint.args.tie_embeddings
+    stored = checkpoint.tensors["tok_embeddings.weight" if tied else f"{name}.weight"]
+    return check_finite(f"{name}.weight", stored.load(device, dtype or stored.dtype))
+
+
+def check_finite(name: str, tensor: Tensor) -> Tensor:
+    """`tensor`, or a ValueError with its name."""
+    if not tensor.sum(dtype=torch.float32).isfinite():
+        raise ValueError(f"{name} holds NaN or infinite values: it cannot be quantised")
+    return tensor
+
+
+def gptq_linears(
+    checkpoint: Checkpoint, scheme: dict[str, Any], chunks: Sequence[list[int]], device: str
+) -> Iterator[tuple[str, float, nn.Module]]:
+    """Yield (name, relative error of its outputs, the quantised Linear), in the order of the model.
+
+    scheme: "groupsize", "percdamp", "blocksize", "act_order", "skip". chunks: calibration text, equally long rows of
+    token ids. Raises ValueError as `gptq` does, with the Linear's name.
+    """
+    with torch.device("meta"):
+        model = Transformer(checkpoint.args)
+    wanted = dict(quantized_linears(model, scheme))
+    options = {key: scheme[key] for key in ("groupsize", "percdamp", "blocksize", "act_order")}
+
+    def load(prefix: str) -> nn.Module:
+        module = model.get_submodule(prefix)
+        state = {n: checkpoint.tensors[f"{prefix}.{n}"].load(device, torch.bfloat16) for n in module.state_dict()}
+        module.load_state_dict(state, assign=True)
+        return module
+
+    def quantize(name: str, linear: nn.Linear, hessian: Hessian) -> tuple[str, float, nn.Module]:
+        weight = read_weight(checkpoint, name, device, torch.float32)
+        try:
+            q, scales, zeros, error = gptq(weight, hessian.mean, **options)
+        except ValueError as problem:
+            raise ValueError(f"{name}: {problem}") from None
+        module = Int4Linear.from_parts(pack_nibbles(q), scales, zeros, bias=linear.bias)
+        linear.weight = nn.Parameter(module.dequantize(torch.bfloat16), requires_grad=False)
+        return name, error, module
+
+    S, rows = len(chunks[0]), max(1, TOKENS_AT_ONCE // len(chunks[0]))
+    positions = torch.arange(S, device=device)[None]
+    context = *rope_table(checkpoint.args, positions), None, S, attention_mask(checkpoint.args, positions, positions[0])
+    embed = load("tok_embeddings")
+    hidden = [embed(torch.tensor(chunks[i : i + rows], device=device)) for i in range(0, len(chunks), rows)]
+    model.tok_embeddings = embed = None
+    for i, block in enumerate(model.layers):
+        load(f"layers.{i}")
+        linears = {name: linear for name, linear in wanted.items() if name.startswith(f"layers.{i}.")}
+        for name, linear in linears.items():
+            hessian = Hessian(linear.in_features, device)
+            hook = linear.register_forward_pre_hook(lambda _, inputs, hessian=hessian: hessian.add(inputs[0]))
+            for x in hidden:
+                block(x, *context)
+            hook.remove()
+            yield quantize(name, linear, hessian)
+        for j, x in enumerate(hidden):
+            hidden[j] = block(x, *context)
+        model.layers[i] = None
+    if (output := wanted.get("output")) is not None:
+        norm, hessian = load("norm"), Hessian(output.in_features, device)
+        for x in hidden:
+            hessian.add(norm(x))
+        yield quantize("output", output, hessian)
