@@ -221,7 +221,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     check_args(args)
     args.device = ranks.device(args.device)
     device, dtype = resolve_device(args)
-    set_compile_flags(device)
+    if args.compile or args.compile_prefill:
+        set_compile_flags(device)  # imports the compiler, for a second
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     start = time.perf_counter()
     model = load_model(args.checkpoint_path, device=device, dtype=dtype, ranks=ranks)

@@ -287,6 +287,10 @@ class Embedding(nn.Embedding):
     sharding = Sharding(collective="sum")
     first_id: int | None = None  # of a share; None: this is the whole vocabulary
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # a draw on `meta` imports the compiler, for a second
+            super().reset_parameters()
+
     def forward(self, idx: Tensor) -> Tensor:
         if self.first_id is None:
             return super().forward(idx)

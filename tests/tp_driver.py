@@ -25,8 +25,9 @@ def main() -> None:
     ranks = Ranks.from_torchrun()
     cases, results = json.loads(Path(sys.argv[1]).read_text()), []
     with torch.no_grad(), ranks.joined("cpu"):
-        set_compile_flags("cpu")
         for case in cases:
+            if case["compile"]:
+                set_compile_flags("cpu")
             model = load_model(case["path"], dtype=torch.float32, ranks=ranks)
             model.setup_caches(len(case["prompts"]), 64)
             steps = build_steps(model, Sampling(case["temperature"], top_k=None), case["compile"])
