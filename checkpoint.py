@@ -141,13 +141,15 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     ranks: tp.Ranks = tp.ALONE,
+    replicate: bool = False,
 ) -> Transformer:
     """The model stored at `path`, on `device` in `dtype`, in eval mode and without gradients.
 
     Quantised Linears keep their own dtypes, packed for the device; `model.quantization` is the scheme, or None.
 
     path: a `.pth` that `save_checkpoint` wrote, or a directory as `open_checkpoint` takes.
-    ranks: the processes that share the model; this one reads only its share.
+    ranks: the processes that share the model; this one reads only its share. replicate: it reads all of it, as do the
+        others, and only the logits are rank 0's on every rank, for ranks to agree on what they draw.
     Raises ValueError for what is not a complete checkpoint of a supported model or cannot be divided by so many ranks,
     FileNotFoundError for no file at all.
     """
@@ -155,7 +157,7 @@ def load_model(
     model = _skeleton(checkpoint.args, checkpoint.quantization)
     tensors = checkpoint.tensors
     if ranks.world_size > 1:
-        whole, model = model, _share_of_skeleton(checkpoint, ranks.world_size)
+        whole, model = model, model if replicate else _share_of_skeleton(checkpoint, ranks.world_size)
         shares = tp.connect(whole, model, ranks)
         tensors = {name: stored.share(shares[name]) if name in shares else stored for name, stored in tensors.items()}
     dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}  # what quantised Linears hold keeps its own

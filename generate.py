@@ -20,10 +20,12 @@ import torch
 
 from checkpoint import check_device, load_model
 from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
+from linear import kernels_missing
 from metrics import bytes_per_step, count_parameters, describe, parameter_bytes, report, write_json
+from model import Transformer
 from sampling import Sampling
 from tokenizer import IncrementalDecoder, Tokenizer, load_tokenizer
-from tp import Ranks, measure_collectives
+from tp import ALONE, Ranks, measure_collectives
 
 DEMO = Path(__file__).resolve().parent / "demo" / "target"
 
@@ -128,6 +130,12 @@ def resolve_device(args: argparse.Namespace) -> tuple[str, torch.dtype]:
     return args.device, getattr(torch, args.dtype or ("float16" if old_gpu else "bfloat16"))
 
 
+def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> tuple[Transformer, Tokenizer]:
+    """The model at `path`, a `.pth` of ours or a Hugging Face directory, and the tokenizer that lies with it."""
+    model = load_model(path, device=device, dtype=dtype, ranks=ranks)
+    return model, load_tokenizer(path if path.is_dir() else path.parent)
+
+
 def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
     """The prompts' token ids. Raises ValueError for an empty prompt and what a template refuses."""
     if args.prompt_file is None and args.prompt.isdecimal():
@@ -225,13 +233,13 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         set_compile_flags(device)  # imports the compiler, for a second
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     start = time.perf_counter()
-    model = load_model(args.checkpoint_path, device=device, dtype=dtype, ranks=ranks)
-    directory = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent
-    tokenizer = load_tokenizer(directory)
+    model, tokenizer = load(args.checkpoint_path, device, dtype, ranks)
     load_s = time.perf_counter() - start
     kind = str(dtype).removeprefix("torch.") + (f", {model.quantization['mode']}" if model.quantization else "")
     kind += f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""
     print(f"{args.checkpoint_path}: {count_parameters(model.args) / 1e6:.1f} M parameters, {kind}, {device}")
+    if model.quantization and device == "cpu" and (reason := kernels_missing(device, dtype)):
+        print(reason, file=sys.stderr)
     steps = build_steps(model, sampling, args.compile, args.compile_prefill)
     torch.manual_seed(args.seed)
     if args.interactive:
@@ -357,10 +365,8 @@ def main(argv: list[str] | None = None) -> int:
             run(args, ranks)
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if ranks.world_size == 1:
-            return 0
         ranks.complain("")
-        return ranks.leave(141)  # what a shell gives who writes to a closed pipe; 0 would not end the other ranks
+        return ranks.leave(141) if ranks.world_size > 1 else 0  # 0 would not end the other ranks
     except (ValueError, OSError, ImportError) as error:
         ranks.complain(f"error: {error}")
         return ranks.leave(2)

@@ -4,8 +4,8 @@
         packed = cpu.pack_int4(weight, scales, zeros)
         y = torch.ops.fast.int4_linear(x, packed, n_out, groupsize)
 
-`int8_linear`, `int4_linear` and `bf16_linear` take x bfloat16 `[M, K]` and give `[M, N]`: one row at the speed of memory,
-up to 16 without reading a weight twice, more as a product of matrices. What is packed lies as `cpu.cpp` says.
+`int8_linear`, `int4_linear` and `bf16_linear` take x bfloat16 `[M, K]` and give `[M, N]`: one row at the speed of
+memory, up to 16 without reading a weight twice, more as a product of matrices. `cpu.cpp` says how panels lie.
 """
 
 import functools
@@ -32,7 +32,8 @@ def load() -> str | None:
     source and on the version of torch.
     """
     source = Path(__file__).with_suffix(".cpp")
-    key = hashlib.sha256(source.read_bytes() + f"{torch.__version__} {FLAGS}".encode()).hexdigest()[:16]
+    content = source.read_bytes() + source.with_name("cpu_avx512.h").read_bytes()
+    key = hashlib.sha256(content + f"{torch.__version__} {FLAGS}".encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     library = folder / f"fast-{key}.so"
     try:
