@@ -187,6 +187,8 @@ class Ranks:
             dist.init_process_group(store=self._store, rank=self.rank, world_size=self.world_size, **options)
             self._enable_one_shot(device)
             yield
+            if device.startswith("cuda"):
+                torch.compiler.reset()  # a communicator's end waits for that of the CUDA graphs that recorded it
             dist.destroy_process_group()
         except RuntimeError as error:
             if isinstance(error, dist.DistError) or "gloo" in str(error):
