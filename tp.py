@@ -20,6 +20,7 @@ import re
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -179,22 +180,23 @@ class Ranks:
             yield
             return
         try:
+            self._store, _, _ = next(dist.rendezvous("env://"))
             options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(days=1)}
             if device.startswith("cuda"):
                 torch.cuda.set_device(device := self.device(device))
                 options = {"backend": "nccl", "device_id": torch.device(device)}
-            self._store, _, _ = next(dist.rendezvous("env://"))
             dist.init_process_group(store=self._store, rank=self.rank, world_size=self.world_size, **options)
             self._enable_one_shot(device)
             yield
             if device.startswith("cuda"):
                 torch.compiler.reset()  # a communicator's end waits for that of the CUDA graphs that recorded it
             dist.destroy_process_group()
-        except RuntimeError as error:
-            if isinstance(error, dist.DistError) or "gloo" in str(error):
-                reason = re.sub(
-                    r"^\[\S+\] |\. This is .*", "", str(error).splitlines()[0]
-                )  # Gloo's advice, its source file
+        except (ValueError, OSError, ImportError):  # a command line has words for these
+            raise
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            if isinstance(error, dist.DistError) or "gloo" in reason:
+                reason = re.sub(r"^\[\S+\] |\. This is .*", "", reason)  # the place in Gloo's source, its advice
                 raise ConnectionError(f"another process is gone: {reason}") from error
             self.complain(traceback.format_exc())
             self.leave(1)
@@ -210,7 +212,9 @@ class Ranks:
             raise ValueError("ENABLE_INTRA_NODE_COMM=1 is for processes of one machine: leave it out")
         from torch.distributed import _symmetric_memory
 
-        _symmetric_memory.enable_symm_mem_for_group(GROUP)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated, yet what Inductor looks for
+            _symmetric_memory.enable_symm_mem_for_group(GROUP)
         torch._inductor.config._collective.auto_select = True
 
     def complain(self, message: str) -> None:
