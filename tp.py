@@ -222,14 +222,15 @@ class Ranks:
 
         An empty message keeps the others silent.
         """
-        if self.world_size > 1:
-            try:
-                is_first = self.rank == 0 if self._store is None else self._store.add("complaints", 1) == 1
-            except RuntimeError:  # the store went with the process that kept it
-                is_first = True
-            message = f"{message} (rank {self.rank} of {self.world_size})" if message and is_first else ""
-        if message:
-            print(message, file=sys.__stderr__, flush=True)
+        if self.world_size == 1:
+            print(message, end="\n" if message else "", file=sys.stderr)
+            return
+        try:
+            is_first = self.rank == 0 if self._store is None else self._store.add("complaints", 1) == 1
+        except RuntimeError:  # the store went with the process that kept it
+            is_first = True
+        if message and is_first:  # past the muted sys.stderr
+            print(f"{message} (rank {self.rank} of {self.world_size})", file=sys.__stderr__, flush=True)
 
     def leave(self, code: int) -> int:
         """Exit at once with `code`, not waiting for ranks that wait for this one; alone, return it."""
