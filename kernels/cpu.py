@@ -42,9 +42,14 @@ def load() -> str | None:
         torch.ops.load_library(library)
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return f"the kernels for quantised weights cannot be built, without them they run slowly: {lines[0]}"
+        return f"the CPU's kernels cannot be built, without them quantised weights run slowly: {lines[0]}"
     _register_fakes()
     return None
+
+
+def is_fast() -> bool:
+    """Whether this processor has the instructions that the kernels are written for; without, they are plain loops."""
+    return load() is None and torch.ops.fast.variant("") == "avx512"
 
 
 def _build(source: Path, library: Path) -> None:
@@ -52,6 +57,7 @@ def _build(source: Path, library: Path) -> None:
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         raise OSError(f"no C++ compiler ({compiler}) is installed")
+    print("building the CPU's kernels, once ...", file=sys.stderr)
     root = Path(torch.__file__).parent
     library.parent.mkdir(parents=True, exist_ok=True)
     temporary = library.with_suffix(f".{os.getpid()}.tmp")

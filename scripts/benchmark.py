@@ -223,8 +223,7 @@ def capacities_of(args: argparse.Namespace) -> list[int]:
 def warm_up_alone(args: argparse.Namespace) -> dict[str, float]:
     """Seconds of the first compiled run of one mode, kernels built on the way included, and the process's memory."""
     start = time.perf_counter()
-    if args.only_warm_up != "bf16":
-        kernels_missing(*resolve_device(args))  # builds them
+    kernels_missing(*resolve_device(args))  # builds them
     seconds = time.perf_counter() - start
     (steps,) = prepare(args, args.only_warm_up, capacities_of(args)[:1])
     seconds += warm_up(steps, made_up_prompts(args), args.new_tokens)
