@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from linear import swap_linears
+from linear import pack_linears, swap_linears
 from model import ModelArgs, RopeScaling, Transformer
 
 FORMAT = 1
@@ -127,6 +127,7 @@ def load_model(
     model.load_state_dict(state, assign=True)
     if checkpoint.args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
+    pack_linears(model, dtype)
     model.quantization = checkpoint.quantization
     return model.eval().requires_grad_(False)
 
