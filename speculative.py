@@ -1,6 +1,6 @@
 """Speculative decoding: a draft proposes k tokens, the target checks them in one pass, the output stays the target's.
 
-    steps = build_speculative_steps(target, DraftModel(draft, sampling, k), sampling, compile=True)
+    steps = build_speculative_steps(build_steps(target, sampling), DraftModel(draft, sampling, k=5), sampling)
     for step in speculate(steps, [tokenizer.encode("Hello")], max_new_tokens=50): print(step.ids)
 
 The target's pass over k + 1 tokens reads its weights once, as a decoded token does, so every accepted draft saves a
@@ -13,11 +13,13 @@ advances a row by 1 to k + 1 positions; what a rejected draft left behind lies b
 looks before it is overwritten. Only the host's copy of ids and counts, one step behind on a GPU, says how far rows are.
 """
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,9 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decoding import Steps, build_steps, check_fit, compile_step, copy_to_host, kv_slots, lay_out, stream, wait
+from checkpoint import load_model
+from decoding import Steps, check_fit, compile_step, copy_to_host, kv_slots, lay_out, stream, wait
+from metrics import bytes_per_step
 from model import Transformer
 from sampling import Sampling, draw
+from tokenizer import Tokenizer, load_tokenizer
 
 MAX_K = 15  # with the token before them 16 rows, as many as the kernels for few rows take
 SPARE = MAX_K + 1  # cache slots behind the last token's, for drafts that are rejected
@@ -44,21 +49,26 @@ class DraftModel(nn.Module):
     def prefill(self, idx: Tensor, input_pos: Tensor, kv_pos: Tensor, last: Tensor) -> None:
         self.model(idx, input_pos, kv_pos, logits_at=last[:, :0])
 
-    def forward(self, new: Tensor, new_pos: Tensor, token: Tensor, input_pos: Tensor, kv_pos: Tensor):
+    def forward(self, new: Tensor, new_pos: Tensor, pair: Tensor, input_pos: Tensor, kv_pos: Tensor):
         """The drafts, int `[B, k]`, and the distributions they were drawn from, float32 `[B, k, V]`.
 
-        new `[B, k+1]`: the last step's tokens, the first at position `new_pos [B, 1]`; token `[B, 1]`, the last
-        that counts, is at `input_pos [B, 1]`. At temperature 0 the distributions are left out, `[B, k, 0]`.
+        new `[B, k+1]`: the last step's tokens, the first at position `new_pos [B, 1]`; pair `[B, 2]`: the last two that
+        count, the second at `input_pos [B, 1]`. At temperature 0 the distributions are left out, `[B, k, 0]`.
         """
+        tokens, pos = pair, torch.cat((input_pos - 1, input_pos), 1)  # the first was not read if it was draft k
         drafts, probs = [], []
-        for i in range(self.k):
-            logits = self.model(token, input_pos + i, kv_pos)  # [B, 1, V]
-            q = logits[..., :0].float() if self.sampling.temperature == 0 else self.sampling.probs(logits)
-            token = self.sampling(logits) if self.sampling.temperature == 0 else draw(q)
-            drafts.append(token)
+        for _ in range(self.k):
+            logits = self.model(tokens, pos, kv_pos, logits_at=torch.full_like(tokens[:, :1], tokens.shape[1] - 1))
+            q = logits[..., :0].float() if self.sampling.temperature == 0 else self.sampling.probs(logits)  # [B, 1, V]
+            tokens = self.sampling(logits) if self.sampling.temperature == 0 else draw(q)
+            pos = pos[:, -1:] + 1
+            drafts.append(tokens)
             probs.append(q)
-        self.model(token, input_pos + self.k, kv_pos, logits_at=token[:, :0])  # its keys, should it be accepted
         return torch.cat(drafts, 1), torch.cat(probs, 1)
+
+    def bytes_per_step(self, batch_size: int, positions: float) -> float:
+        """Bytes that k drafts read, of weights and of `positions` of cache."""
+        return self.k * bytes_per_step(self.model, batch_size, positions)
 
 
 class PromptLookup(nn.Module):
@@ -74,7 +84,7 @@ class PromptLookup(nn.Module):
     def prefill(self, idx: Tensor, input_pos: Tensor, kv_pos: Tensor, last: Tensor) -> None:
         self.history[: len(idx), input_pos] = idx
 
-    def forward(self, new: Tensor, new_pos: Tensor, token: Tensor, input_pos: Tensor, kv_pos: Tensor):
+    def forward(self, new: Tensor, new_pos: Tensor, pair: Tensor, input_pos: Tensor, kv_pos: Tensor):
         """As `DraftModel.forward`; a draft's distribution is all on itself."""
         B, ahead = new.shape[0], torch.arange(self.k + 1, device=new.device)
         self.history[torch.arange(B, device=new.device)[:, None], new_pos + ahead] = new
@@ -92,6 +102,27 @@ class PromptLookup(nn.Module):
         if self.sampling.temperature == 0:
             return drafts, torch.empty(B, self.k, 0, device=new.device)
         return drafts, F.one_hot(drafts, self.vocab_size).float()
+
+    def bytes_per_step(self, batch_size: int, positions: float) -> float:
+        return self.history[:batch_size].nbytes
+
+
+def load_draft(
+    path: Path | None, target: Transformer, tokenizer: Tokenizer, device: str, dtype: torch.dtype
+) -> Transformer | None:
+    """The model at `path` that drafts for `target`. Raises ValueError where its tokens are not the target's."""
+    if path is None:
+        return None
+    draft = load_model(path, device=device, dtype=dtype)
+    ours, theirs = target.args.vocab_size, draft.args.vocab_size
+    if ours != theirs:
+        raise ValueError(f"{path} has a vocabulary of {theirs} tokens, the target of {ours}: a draft needs the same")
+    with contextlib.suppress(FileNotFoundError):  # weights without a tokenizer are taken at their word
+        own = load_tokenizer(path if path.is_dir() else path.parent)
+        probe = "The quick brown fox: jumps_over(13) lazy dogs? \u00dcn\u00efcode, 42.\n"
+        if own.encode(probe) != tokenizer.encode(probe):
+            raise ValueError(f"{path} numbers its tokens otherwise than the target: a draft needs the same tokenizer")
+    return draft
 
 
 def decide(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,27 +146,33 @@ def decide(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor) -> tup
 
 
 @dataclass(frozen=True)
-class SpeculativeSteps(Steps):
-    """The functions of `Steps`, for the target alone, and the two of a speculative step.
+class SpeculativeSteps:
+    """The target's plain steps, and the two functions of a speculative step.
 
-    drafter.prefill(the arguments of Steps.prefill)
-    draft(new, new_pos, token, input_pos, kv_pos) -> (drafts, q), see `DraftModel.forward`
-    verify(token [B, 1], input_pos [B, 1], drafts, q, kv_pos, last_pos [B, 1])
-        -> (new [B, k+1], n [B, 1], the last token that counts [B, 1], its position [B, 1], at most last_pos)
+    draft(new, new_pos, pair, input_pos, kv_pos) -> (drafts, q), see `DraftModel.forward`
+    verify(pair, input_pos, drafts, q, kv_pos, last_pos [B, 1])
+        -> (new [B, k+1], n [B, 1], the next pair, its input_pos, at most last_pos)
     """
 
-    k: int
+    plain: Steps
     drafter: DraftModel | PromptLookup
     draft: Callable[..., tuple[Tensor, Tensor]]
     verify: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
+    @property
+    def model(self) -> Transformer:
+        return self.plain.model
+
+    @property
+    def k(self) -> int:
+        return self.drafter.k
+
 
 def build_speculative_steps(
-    model: Transformer,
+    plain: Steps,
     drafter: DraftModel | PromptLookup,
     sampling: Sampling,
     compile: bool = False,
-    compile_prefill: bool = False,
     decide: Callable = decide,
 ) -> SpeculativeSteps:
     """Compile the steps as asked: the k steps of the draft are one graph, the target's pass with its decision another.
@@ -144,20 +181,32 @@ def build_speculative_steps(
     decide: what accepts; a benchmark without trained weights gives another. Raises ValueError for k out of range.
     """
     if not 1 <= drafter.k <= MAX_K:
-        raise ValueError(f"--speculate_k {drafter.k} must be 1 to {MAX_K}")
+        raise ValueError(f"speculate_k {drafter.k} must be 1 to {MAX_K}")
+    model = plain.model
     ahead = torch.arange(drafter.k + 1, device=model.tok_embeddings.weight.device)
 
-    def verify(token: Tensor, input_pos: Tensor, drafts: Tensor, q: Tensor, kv_pos: Tensor, last_pos: Tensor):
-        logits = model(torch.cat((token, drafts), 1), input_pos + ahead, kv_pos)  # [B, k+1, V]
-        new, n = decide(sampling, logits, drafts, q)
-        return new, n, new.gather(1, n), torch.minimum(input_pos + n + 1, last_pos)
+    def verify(pair: Tensor, input_pos: Tensor, drafts: Tensor, q: Tensor, kv_pos: Tensor, last_pos: Tensor):
+        idx = torch.cat((pair[:, 1:], drafts), 1)  # [B, k+1]
+        new, n = decide(sampling, model(idx, input_pos + ahead, kv_pos), drafts, q)
+        pair = torch.cat((idx.gather(1, n), new.gather(1, n)), 1)
+        return new, n, pair, torch.minimum(input_pos + n + 1, last_pos)
 
     draft = drafter.forward
     if compile:
         draft = compile_step(draft, (None, None, None, None, 0), mode="reduce-overhead")
         verify = compile_step(verify, (None, None, None, None, 0, None), mode="reduce-overhead")
-    plain = build_steps(model, sampling, compile, compile_prefill)
-    return SpeculativeSteps(**vars(plain), k=drafter.k, drafter=drafter, draft=draft, verify=verify)
+    return SpeculativeSteps(plain, drafter, draft, verify)
+
+
+def candidates(
+    k: int | str, plain: Steps, draft: Transformer | None, sampling: Sampling, compile: bool
+) -> list[SpeculativeSteps]:
+    """The steps for `k` drafts, by a model or by prompt lookup; several where `k` is "auto"."""
+    drafters = [
+        PromptLookup(plain.model, sampling, n) if draft is None else DraftModel(draft, sampling, n)
+        for n in (AUTO_K if k == "auto" else (k,))
+    ]
+    return [build_speculative_steps(plain, drafter, sampling, compile) for drafter in drafters]
 
 
 @dataclass
@@ -179,10 +228,11 @@ def speculate(
     model, k, on_gpu = steps.model, steps.k, steps.model.slots.is_cuda
     check_fit(model, prompts, max_new_tokens, cached)
     layout = lay_out(model, prompts, cached)
-    token, input_pos = steps.prefill(*layout), cached + layout[-1] + 1
+    token, input_pos = steps.plain.prefill(*layout), cached + layout[-1] + 1
     steps.drafter.prefill(*layout)
     last_pos = input_pos + max_new_tokens - 1  # of a row's last token, where it waits for the other rows
     new, n, new_pos = F.pad(token, (0, k)), torch.zeros_like(token), input_pos
+    pair = torch.cat((layout[0].gather(1, layout[-1]), token), 1)
     under_way = deque([(copy_to_host(torch.cat((new, n), 1)), [])])  # what the host has not seen yet
     lengths, produced = [cached + len(prompt) for prompt in prompts], [0] * len(prompts)
     while True:
@@ -191,10 +241,10 @@ def speculate(
             known = max(length + min(has, max_new_tokens) for length, has in zip(lengths, produced, strict=True))
             kv_pos = model.slots[: kv_slots(known + len(under_way) * (k + 1) + k, len(model.slots))]
             marks = [_mark(on_gpu)]
-            drafts, q = steps.draft(new, new_pos, token, input_pos, kv_pos)
+            drafts, q = steps.draft(new, new_pos, pair, input_pos, kv_pos)
             marks.append(_mark(on_gpu))
             new_pos = input_pos + 1
-            new, n, token, input_pos = steps.verify(token, input_pos, drafts, q, kv_pos, last_pos)
+            new, n, pair, input_pos = steps.verify(pair, input_pos, drafts, q, kv_pos, last_pos)
             marks.append(_mark(on_gpu))
             under_way.append((copy_to_host(torch.cat((new, n), 1)), marks))
         if not under_way:
@@ -222,16 +272,16 @@ def _seconds(start: Any, end: Any) -> float:
 def warm_up_speculation(steps: SpeculativeSteps, prompts: list[list[int]], max_new_tokens: int) -> float:
     """Compile the speculative step, and on a GPU record it for every cache size; the seconds it took."""
     start, model, k = time.perf_counter(), steps.model, steps.k
-    if not steps.prefill_is_compiled and not model.slots.is_cuda:
+    if not steps.plain.prefill_is_compiled and not model.slots.is_cuda:
         prompts = [prompt[:2] for prompt in prompts]  # nothing to gain from a whole one
     deque(speculate(steps, prompts, min(2 * k + 3, max_new_tokens)), maxlen=0)  # two steps at least
     if model.slots.is_cuda and max_new_tokens > 1:
         zeros = torch.zeros(len(prompts), 1, dtype=torch.long, device=model.slots.device)
-        longest = max(map(len, prompts)) + k + 1
+        new, longest = zeros.expand(-1, k + 1).clone(), max(map(len, prompts)) + k + 1
         for slots in sorted({kv_slots(longest + n, len(model.slots)) for n in range(max_new_tokens + k + 2)}):
             for _ in range(3):  # warm-up, recording, replay
-                drafts, q = steps.draft(zeros.expand(-1, k + 1).contiguous(), zeros, zeros, zeros, model.slots[:slots])
-                steps.verify(zeros, zeros, drafts, q, model.slots[:slots], zeros)
+                drafts, q = steps.draft(new, zeros, new[:, :2].clone(), zeros + 1, model.slots[:slots])
+                steps.verify(new[:, :2].clone(), zeros + 1, drafts, q, model.slots[:slots], zeros)
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
@@ -243,9 +293,23 @@ def warm_up_speculation(steps: SpeculativeSteps, prompts: list[list[int]], max_n
 class Acceptance:
     """How often a step accepted n drafts, n = 0 to k, and what the steps cost."""
 
-    counts: list[int]
+    k: int
+    counts: list[int] = field(init=False)
     draft_s: list[float] = field(default_factory=list)
     verify_s: list[float] = field(default_factory=list)
+    compared: list[tuple[float, float]] = field(default_factory=list)  # tokens/s, speculative and plain
+
+    def __post_init__(self):
+        self.counts = [0] * (self.k + 1)
+
+    @property
+    def n_steps(self) -> int:
+        return len(self.verify_s)
+
+    def compare(self, rate: float | None, plain_rate: float | None) -> None:
+        """Take the tokens/s of one sample, and of plain decoding right after it."""
+        if rate and plain_rate:
+            self.compared.append((rate, plain_rate))
 
     def add(self, step: Step, live: list[bool]) -> None:
         """Count a step that is not the prefill, for the rows that had not ended before it."""
@@ -262,35 +326,40 @@ class Acceptance:
 
     def figures(self) -> dict[str, Any]:
         """The entry in `--metrics_path`; times are medians per step."""
-        times = {"draft_s": self.draft_s, "verify_s": self.verify_s}
-        medians = {name: median(values) if values else None for name, values in times.items()}
-        return {"counts": self.counts, "mean": self.mean(), "k": len(self.counts) - 1, **medians}
+        figures: dict[str, Any] = {"counts": self.counts, "mean": self.mean(), "k": self.k}
+        for name, seconds in (("draft_s", self.draft_s), ("verify_s", self.verify_s)):
+            figures[name] = median(seconds) if seconds else None
+        if self.compared:
+            figures["plain_decode_tokens_per_s"] = median(plain for _, plain in self.compared)
+            figures["speed_up"] = median(rate / plain for rate, plain in self.compared)
+        return figures
 
 
 def choose(
     all_steps: list[SpeculativeSteps], prompts: list[list[int]], max_new_tokens: int
-) -> tuple[SpeculativeSteps | None, str]:
-    """The steps that are fastest on these prompts by a short measurement, or None where plain decoding is; a report.
+) -> tuple[SpeculativeSteps | Steps, str]:
+    """The steps that are fastest on these prompts by a short measurement, those of plain decoding among them; a report.
 
     Acceptance is taken from the largest k: what a smaller one would have accepted follows from it.
     """
     n = min(64, max_new_tokens)
     seconds, accepted = [], None
     for steps in sorted(all_steps, key=lambda steps: steps.k, reverse=True):
-        measured = Acceptance([0] * (steps.k + 1))
+        measured = Acceptance(steps.k)
         for step in islice(speculate(steps, prompts, n), 1, None if accepted is None else 9):
             measured.add(step, [True] * len(prompts))
         accepted = accepted or measured
         figures = measured.figures()
         seconds.append((steps, (figures["draft_s"] or 0) + (figures["verify_s"] or 0)))
     times = []
-    for _ in stream(all_steps[0], prompts, min(18, n)):
+    for _ in stream(all_steps[0].plain, prompts, min(18, n)):
         times.append(time.perf_counter())
     plain_s = median(b - a for a, b in pairwise(times)) if len(times) > 1 else 0.0
-    report, best, best_s = [f"plain {plain_s * 1e3:.2f} ms/token"], None, plain_s
+    report, best, best_s = [f"plain {plain_s * 1e3:.2f} ms/token"], all_steps[0].plain, plain_s
     for steps, step_s in reversed(seconds):
         token_s = step_s / (1 + accepted.mean(steps.k))
         report.append(f"k={steps.k} {token_s * 1e3:.2f}")
         if token_s < best_s:
             best, best_s = steps, token_s
-    return best, f"--speculate_k auto: {', '.join(report)}: " + (f"k={best.k}" if best else "plain decoding")
+    chosen = f"k={best.k}" if isinstance(best, SpeculativeSteps) else "plain decoding"
+    return best, f"--speculate_k auto: {', '.join(report)}: {chosen}"
