@@ -20,6 +20,7 @@ import torch
 
 from checkpoint import check_device, load_model
 from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
+from linear import kernels_missing
 from metrics import bytes_per_step, count_parameters, describe, report, write_json
 from model import Transformer
 from sampling import Sampling
@@ -161,6 +162,12 @@ def resolve_device(args: argparse.Namespace) -> tuple[str, torch.dtype]:
     check_device(args.device)
     old_gpu = args.device.startswith("cuda") and torch.cuda.get_device_capability(args.device) < (8, 0)
     return args.device, getattr(torch, args.dtype or ("float16" if old_gpu else "bfloat16"))
+
+
+def load(path: Path, device: str, dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
+    """The model at `path`, a `.pth` of ours or a Hugging Face directory, and the tokenizer that lies with it."""
+    model = load_model(path, device=device, dtype=dtype)
+    return model, load_tokenizer(path if path.is_dir() else path.parent)
 
 
 def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
@@ -325,15 +332,15 @@ def run(args: argparse.Namespace) -> None:
     set_compile_flags(device)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     start = time.perf_counter()
-    model = load_model(args.checkpoint_path, device=device, dtype=dtype)
-    directory = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent
-    tokenizer = load_tokenizer(directory)
+    model, tokenizer = load(args.checkpoint_path, device, dtype)
     draft = load_draft(args.draft_checkpoint_path, model, tokenizer, device, dtype)
     load_s = time.perf_counter() - start
     kind = str(dtype).removeprefix("torch.") + (f", {model.quantization['mode']}" if model.quantization else "")
     print(f"{args.checkpoint_path}: {count_parameters(model.args) / 1e6:.1f} M parameters, {kind}, {device}")
     if draft is not None:
         print(f"{args.draft_checkpoint_path}: {count_parameters(draft.args) / 1e6:.1f} M parameters to draft")
+    if model.quantization and device == "cpu" and (reason := kernels_missing(device, dtype)):
+        print(reason, file=sys.stderr)
     torch.manual_seed(args.seed)
     context = min(part.args.context_length for part in (model, draft) if part is not None)
     if args.interactive:

@@ -168,10 +168,14 @@ def swap_linears(model: nn.Module, scheme: dict[str, Any]) -> None:
 
 
 def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
-    """Pack every quantised Linear for the device it is on and for activations in `dtype`."""
+    """Pack every quantised Linear for the device it is on and for activations in `dtype`; a float one stays as it is,
+    but gets the CPU's kernel where that is faster than what the compiler makes.
+    """
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.pack(dtype)
+        elif isinstance(module, nn.Linear) and kernels_missing(module.weight.device, dtype) is None and cpu.is_fast():
+            module.kernel = torch.ops.fast.bf16_linear
 
 
 def kernels_missing(device: torch.device | str, dtype: torch.dtype) -> str | None:

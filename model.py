@@ -13,6 +13,7 @@ recorded as one CUDA graph; what grows with the text is only `kv_pos`, the list 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,12 +251,19 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, but compiled for a CPU its one-row product streams the weight at the memory's speed.
+    """`nn.Linear`, but on a CPU its products of a few rows stream the weight at the memory's speed.
 
-    There `F.linear` reaches about 60 % of the read bandwidth; a multiply-and-sum that Inductor fuses about 90 %.
+    There `F.linear` reaches about 60 % of the read bandwidth. Where whoever loads the model has a `kernel(x [M, K],
+    weight) -> [M, N]` that does better, it is used; else a compiled product of one row is a multiply-and-sum that
+    Inductor fuses, for about 90 %.
     """
 
+    kernel: Callable[[Tensor, Tensor], Tensor] | None = None
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is not None:
+            y = self.kernel(x.flatten(0, -2), self.weight).view(*x.shape[:-1], self.out_features)
+            return y if self.bias is None else y + self.bias
         if x.device.type == "cpu" and torch.compiler.is_compiling() and x.numel() == self.in_features:
             # Inductor stores what as_strided sees: x is made once, not again for every output.
             row = x.reshape(-1).as_strided((self.in_features,), (1,))

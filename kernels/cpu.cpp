@@ -3,7 +3,7 @@
 // Quantised weights lie in panels of 16 rows, one row per lane: a register of weights meets a broadcast input, and no sum
 // runs across lanes. Each thread reads one stream of panels from its first byte to its last, the scales inside it. Up to
 // 8 rows of x share what is read of a panel, 16 take it twice, the second time from the cache; with more rows (prefill)
-// the panels are turned into plain bf16 rows, a cache's worth at a time, for at::mm.
+// a panel is first unpacked to bf16, or without AVX-512 a cache's worth of panels to plain rows for at::mm.
 //
 // A panel of int8:  K/2 times 32 bytes: row r's inputs 2i, 2i+1 at 2r, 2r+1.  Then 16 float32 scales.
 // A panel of int4:  K/8 times 16 words of 32 bits, row r's in word r: inputs 0, 2, 4, 6 in its low half from the lowest
@@ -30,7 +30,8 @@ namespace {
 
 constexpr int64_t LANES = 16;
 constexpr int64_t MAX_ROWS = 16;           // of x; above it is a prefill
-constexpr int64_t SCRATCH = 1 << 20;       // elements of the weight that a prefill multiplies at a time
+constexpr int64_t ROWS_AT_ONCE = 256;      // of x in a prefill: what the cache holds beside a panel
+constexpr int64_t SCRATCH = 1 << 20;       // elements of the weight that at::mm gets at a time
 using bf16 = uint16_t;
 
 inline float to_float(bf16 x) {
@@ -56,6 +57,13 @@ struct Call {
 
 inline int64_t int8_panel(int64_t K) { return LANES * K + LANES * 4; }
 inline int64_t int4_panel(int64_t K, int64_t G) { return LANES * K / 2 + K / G * LANES * 4; }
+
+// What was computed for a panel, out [M, 16], goes to its columns of y.
+__attribute__((always_inline)) inline void store(const Call& c, int64_t panel, const float* out) {
+  const int64_t n = std::min(LANES, c.N - panel * LANES);
+  for (int64_t m = 0; m < c.M; ++m)
+    for (int64_t r = 0; r < n; ++r) c.y[m * c.N + panel * LANES + r] = to_bf16(out[m * LANES + r]);
+}
 
 // ---- The weights of one panel as numbers: for prefill, and all there is on processors without a kernel below.
 
@@ -142,161 +150,17 @@ __attribute__((always_inline)) inline void plain_bf16(const Call& c, int64_t beg
     for (int64_t m = 0; m < c.M; ++m) c.y[m * c.N + n] = to_bf16(dot(c.x + m * c.K, w + n * c.K, c.K));
 }
 
-// ---- The same with AVX-512 and its bf16 dot product, for M rows at a time.
+// ---- The same for what the processor turns out to have.
 
 #if defined(__x86_64__)
+#include "cpu_avx512.h"
+
 #define AVX2 __attribute__((target("avx2,fma")))
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
-#define INLINE_AVX512 AVX512 __attribute__((always_inline)) inline
-
-INLINE_AVX512 __m512bh pairs_at(const void* x) { return (__m512bh)_mm512_loadu_si512(x); }
-INLINE_AVX512 __m512bh pair_everywhere(const bf16* x) {  // two neighbours of x in every lane
-  int32_t both;
-  std::memcpy(&both, x, 4);
-  return (__m512bh)_mm512_set1_epi32(both);
-}
-
-// With several rows of x there is so much to do per cache line that the processor does not look far enough ahead.
-INLINE_AVX512 void fetch(const void* weights) { _mm_prefetch((const char*)weights + 2048, _MM_HINT_T0); }
-
-// int8 to bf16 by way of float32: 8 bits of magnitude are more than a bf16's 7 behind the leading one, so no bit trick.
-INLINE_AVX512 __m512bh int8_pairs(const uint8_t* q) {
-  const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)q)));
-  const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(q + 16))));
-  return _mm512_cvtne2ps_pbh(high, low);
-}
-
-template <int M>
-AVX512 void int8_rows(const Call& c, const uint8_t* panel, int64_t first, float* out) {
-  constexpr int CHAINS = M > 2 ? 1 : 4 / M;  // enough sums at once to hide the latency of adding to one
-  __m512 sums[CHAINS][M];
-  for (auto& chain : sums)
-    for (auto& sum : chain) sum = _mm512_setzero_ps();
-  const bf16* x = c.x + first * c.K;
-  const int64_t pairs = c.K / 2;
-  int64_t i = 0;
-  for (; i + CHAINS <= pairs; i += CHAINS)
-    for (int a = 0; a < CHAINS; ++a) {
-      if (M > 2 && (i + a) % 2 == 0) fetch(panel + 2 * LANES * (i + a));
-      const __m512bh w = int8_pairs(panel + 2 * LANES * (i + a));
-      for (int m = 0; m < M; ++m) sums[a][m] = _mm512_dpbf16_ps(sums[a][m], w, pair_everywhere(x + m * c.K + 2 * (i + a)));
-    }
-  for (; i < pairs; ++i) {
-    const __m512bh w = int8_pairs(panel + 2 * LANES * i);
-    for (int m = 0; m < M; ++m) sums[0][m] = _mm512_dpbf16_ps(sums[0][m], w, pair_everywhere(x + m * c.K + 2 * i));
-  }
-  const __m512 scales = _mm512_loadu_ps(panel + LANES * c.K);
-  for (int m = 0; m < M; ++m) {
-    for (int a = 1; a < CHAINS; ++a) sums[0][m] = _mm512_add_ps(sums[0][m], sums[a][m]);
-    _mm512_storeu_ps(out + (first + m) * LANES, _mm512_mul_ps(sums[0][m], scales));
-  }
-}
-
-// 0x4300 | q is 128 + q in bf16: four bits become a number by one shift and one logical operation. What is added that
-// way, 128, and the 8 of q - 8 leave again through the group's sum of x, from which its accumulator starts.
-template <int M>
-AVX512 void int4_rows(const Call& c, const uint8_t* panel, int64_t first, float* out) {
-  constexpr int CHAINS = M > 2 ? 1 : 4 / M;
-  const __m512i low = _mm512_set1_epi32(0x000F000F), magic = _mm512_set1_epi32(0x43004300);
-  const int64_t n_groups = c.K / c.G;
-  __m512 totals[M];
-  for (auto& total : totals) total = _mm512_setzero_ps();
-  const bf16* x = c.x + first * c.K;
-  const float* x_sums = c.sums + first * n_groups;
-  for (int64_t g = 0; g < n_groups; ++g) {
-    __m512 sums[CHAINS][M];
-    for (int m = 0; m < M; ++m) {
-      sums[0][m] = _mm512_set1_ps(-136.f * x_sums[m * n_groups + g]);
-      for (int a = 1; a < CHAINS; ++a) sums[a][m] = _mm512_setzero_ps();
-    }
-    for (int64_t i = 0; i < c.G; i += 8, panel += LANES * 4) {
-      if (M > 2) fetch(panel);
-      const __m512i words = _mm512_loadu_si512(panel);
-#define FOUR_BITS(j)                                                                                              \
-  {                                                                                                               \
-    const __m512i bits = _mm512_ternarylogic_epi32(_mm512_srli_epi32(words, 4 * j), low, magic, 0xEA);             \
-    for (int m = 0; m < M; ++m)                                                                                   \
-      sums[j % CHAINS][m] = _mm512_dpbf16_ps(sums[j % CHAINS][m], (__m512bh)bits,                                 \
-                                             pair_everywhere(x + m * c.K + g * c.G + i + 2 * j));                 \
-  }
-      FOUR_BITS(0) FOUR_BITS(1) FOUR_BITS(2) FOUR_BITS(3)
-#undef FOUR_BITS
-    }
-    const __m512i pairs = _mm512_loadu_si512(panel);
-    panel += LANES * 4;
-    const __m512 scales = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    const __m512 zeros = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xFFFF0000))));
-    for (int m = 0; m < M; ++m) {
-      for (int a = 1; a < CHAINS; ++a) sums[0][m] = _mm512_add_ps(sums[0][m], sums[a][m]);
-      totals[m] = _mm512_fmadd_ps(scales, sums[0][m], totals[m]);
-      totals[m] = _mm512_fmadd_ps(zeros, _mm512_set1_ps(x_sums[m * n_groups + g]), totals[m]);
-    }
-  }
-  for (int m = 0; m < M; ++m) _mm512_storeu_ps(out + (first + m) * LANES, totals[m]);
-}
-
-// R rows of the weight at a time, so that what is loaded of x serves them all.
-template <int M, int R>
-INLINE_AVX512 void bf16_block(const Call& c, int64_t first, int64_t n) {
-  constexpr int CHAINS = M * R > 2 ? 1 : 4 / (M * R);
-  __m512 sums[CHAINS][M][R];
-  for (auto& chain : sums)
-    for (auto& row : chain)
-      for (auto& sum : row) sum = _mm512_setzero_ps();
-  const bf16 *x = c.x + first * c.K, *w = reinterpret_cast<const bf16*>(c.w) + n * c.K;
-  int64_t k = 0;
-  for (; k + 32 * CHAINS <= c.K; k += 32 * CHAINS)
-    for (int a = 0; a < CHAINS; ++a) {
-      __m512bh weights[R];
-      for (int r = 0; r < R; ++r) {
-        if (R > 1) _mm_prefetch((const char*)(w + (r + R) * c.K + k), _MM_HINT_T1);  // the next R rows
-        weights[r] = pairs_at(w + r * c.K + k + 32 * a);
-      }
-      for (int m = 0; m < M; ++m) {
-        const __m512bh inputs = pairs_at(x + m * c.K + k + 32 * a);
-        for (int r = 0; r < R; ++r) sums[a][m][r] = _mm512_dpbf16_ps(sums[a][m][r], weights[r], inputs);
-      }
-    }
-  for (int m = 0; m < M; ++m)
-    for (int r = 0; r < R; ++r) {
-      for (int a = 1; a < CHAINS; ++a) sums[0][m][r] = _mm512_add_ps(sums[0][m][r], sums[a][m][r]);
-      float total = _mm512_reduce_add_ps(sums[0][m][r]);
-      for (int64_t i = k; i < c.K; ++i) total += to_float(w[r * c.K + i]) * to_float(x[m * c.K + i]);
-      c.y[(first + m) * c.N + n + r] = to_bf16(total);
-    }
-}
-
-template <int M>
-AVX512 void bf16_rows(const Call& c, int64_t first, int64_t begin, int64_t end) {
-  constexpr int R = M <= 2 ? 1 : M <= 6 ? 4 : 3;  // as many sums as the registers hold
-  int64_t n = begin;
-  for (; n + R <= end; n += R) bf16_block<M, R>(c, first, n);
-  for (; n < end; ++n) bf16_block<M, 1>(c, first, n);
-}
-
-#define UP_TO_8_ROWS(function, ...)                   \
-  for (int64_t m = 0; m < c.M; m += 8) switch (std::min<int64_t>(c.M - m, 8)) { \
-      case 1: function<1>(__VA_ARGS__); break;        \
-      case 2: function<2>(__VA_ARGS__); break;        \
-      case 3: function<3>(__VA_ARGS__); break;        \
-      case 4: function<4>(__VA_ARGS__); break;        \
-      case 5: function<5>(__VA_ARGS__); break;        \
-      case 6: function<6>(__VA_ARGS__); break;        \
-      case 7: function<7>(__VA_ARGS__); break;        \
-      case 8: function<8>(__VA_ARGS__); break;        \
-    }
-
-AVX512 void int8_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(int8_rows, c, panel, m, out) }
-AVX512 void int4_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(int4_rows, c, panel, m, out) }
-AVX512 void bf16_avx512(const Call& c, int64_t begin, int64_t end) { UP_TO_8_ROWS(bf16_rows, c, m, begin, end) }
-
 AVX2 void int8_avx2(const Call& c, const uint8_t* panel, float* out) { plain_int8(c, panel, out); }
 AVX2 void int4_avx2(const Call& c, const uint8_t* panel, float* out) { plain_int4(c, panel, out); }
 AVX2 void bf16_avx2(const Call& c, int64_t begin, int64_t end) { plain_bf16(c, begin, end); }
 AVX2 void int8_values_avx2(const uint8_t* panel, int64_t K, int64_t, bf16* out) { int8_values(panel, K, out); }
 AVX2 void int4_values_avx2(const uint8_t* panel, int64_t K, int64_t G, bf16* out) { int4_values(panel, K, G, out); }
-AVX512 void int8_values_avx512(const uint8_t* panel, int64_t K, int64_t, bf16* out) { int8_values(panel, K, out); }
-AVX512 void int4_values_avx512(const uint8_t* panel, int64_t K, int64_t G, bf16* out) { int4_values(panel, K, G, out); }
 #endif
 
 void int8_portable(const Call& c, const uint8_t* panel, float* out) { plain_int8(c, panel, out); }
@@ -309,9 +173,11 @@ void int4_values_portable(const uint8_t* panel, int64_t K, int64_t G, bf16* out)
 
 struct Functions {
   const char* name;
-  void (*int8)(const Call&, const uint8_t*, float*);
+  void (*int8)(const Call&, const uint8_t*, float*);  // few rows, one panel
   void (*int4)(const Call&, const uint8_t*, float*);
   void (*bf16_dots)(const Call&, int64_t, int64_t);
+  void (*int8_many)(const Call&, int64_t, int64_t);  // many rows, a range of panels; null: the values for at::mm
+  void (*int4_many)(const Call&, int64_t, int64_t);
   void (*int8_values)(const uint8_t*, int64_t, int64_t, bf16*);
   void (*int4_values)(const uint8_t*, int64_t, int64_t, bf16*);
 };
@@ -322,11 +188,11 @@ const std::vector<Functions>& available() {  // the best comes first
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-      list.push_back({"avx512", int8_avx512, int4_avx512, bf16_avx512, int8_values_avx512, int4_values_avx512});
+      list.push_back({"avx512", int8_avx512, int4_avx512, bf16_avx512, many_avx512<false>, many_avx512<true>, nullptr, nullptr});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      list.push_back({"avx2", int8_avx2, int4_avx2, bf16_avx2, int8_values_avx2, int4_values_avx2});
+      list.push_back({"avx2", int8_avx2, int4_avx2, bf16_avx2, nullptr, nullptr, int8_values_avx2, int4_values_avx2});
 #endif
-    list.push_back({"portable", int8_portable, int4_portable, bf16_portable, int8_values_portable, int4_values_portable});
+    list.push_back({"portable", int8_portable, int4_portable, bf16_portable, nullptr, nullptr, int8_values_portable, int4_values_portable});
     return list;
   }();
   return found;
@@ -344,7 +210,7 @@ Call make_call(const at::Tensor& x, const at::Tensor& w, at::Tensor& y, int64_t 
 }
 
 // y = x W^T of many rows: the panels as bf16 rows, as many as the cache holds, and a product of matrices.
-void prefill(const Call& c, const at::Tensor& x, at::Tensor& y, bool is_int4) {
+void by_matrices(const Call& c, const at::Tensor& x, at::Tensor& y, bool is_int4) {
   const int64_t bytes = is_int4 ? int4_panel(c.K, c.G) : int8_panel(c.K);
   const int64_t at_once = std::max<int64_t>(1, SCRATCH / (LANES * c.K));
   at::Tensor scratch = at::empty({std::min(at_once, panels(c.N)) * LANES, c.K}, x.options());
@@ -367,11 +233,27 @@ void few_rows(const Call& c, bool is_int4) {
     float out[MAX_ROWS * LANES];
     for (int64_t p = begin; p < end; ++p) {
       multiply(c, c.w + p * bytes, out);
-      const int64_t n = std::min(LANES, c.N - p * LANES);
-      for (int64_t m = 0; m < c.M; ++m)
-        for (int64_t r = 0; r < n; ++r) c.y[m * c.N + p * LANES + r] = to_bf16(out[m * LANES + r]);
+      store(c, p, out);
     }
   });
+}
+
+void many_rows(Call c, bool is_int4) {
+  const int64_t n_rows = c.M;
+  auto multiply = is_int4 ? chosen.int4_many : chosen.int8_many;
+  for (int64_t first = 0; first < n_rows; first += ROWS_AT_ONCE, c.x += c.M * c.K, c.y += c.M * c.N) {
+    c.M = std::min(n_rows - first, ROWS_AT_ONCE);
+    at::parallel_for(0, panels(c.N), 2, [&](int64_t begin, int64_t end) { multiply(c, begin, end); });
+  }
+}
+
+void multiply(const Call& c, const at::Tensor& x, at::Tensor& y, bool is_int4) {
+  if (c.M <= MAX_ROWS)
+    few_rows(c, is_int4);
+  else if (chosen.int8_many)
+    many_rows(c, is_int4);
+  else
+    by_matrices(c, x, y, is_int4);
 }
 
 void check(const at::Tensor& x, const at::Tensor& w, int64_t expected_bytes) {
@@ -385,11 +267,7 @@ at::Tensor int8_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_
   const int64_t K = x.size(-1);
   check(x, packed, panels(N) * int8_panel(K));
   at::Tensor y = at::empty({x.size(0), N}, x.options());
-  const Call c = make_call(x, packed, y, N, K, nullptr);
-  if (c.M > MAX_ROWS)
-    prefill(c, x, y, false);
-  else
-    few_rows(c, false);
+  multiply(make_call(x, packed, y, N, K, nullptr), x, y, false);
   return y;
 }
 
@@ -398,15 +276,11 @@ at::Tensor int4_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_
   const int64_t K = x.size(-1), n_groups = K / G;
   check(x, packed, panels(N) * int4_panel(K, G));
   at::Tensor y = at::empty({x.size(0), N}, x.options());
-  if (x.size(0) > MAX_ROWS) {
-    prefill(make_call(x, packed, y, N, G, nullptr), x, y, true);
-    return y;
-  }
-  std::vector<float> sums(x.size(0) * n_groups);
+  std::vector<float> sums(x.size(0) > MAX_ROWS ? 0 : x.size(0) * n_groups);
   const bf16* data = static_cast<const bf16*>(x.const_data_ptr());
   for (size_t g = 0; g < sums.size(); ++g)
     for (int64_t i = 0; i < G; ++i) sums[g] += to_float(data[g * G + i]);
-  few_rows(make_call(x, packed, y, N, G, sums.data()), true);
+  multiply(make_call(x, packed, y, N, G, sums.data()), x, y, true);
   return y;
 }
 

@@ -4,8 +4,8 @@
         packed = cpu.pack_int4(weight, scales, zeros)
         y = torch.ops.fast.int4_linear(x, packed, n_out, groupsize)
 
-`int8_linear`, `int4_linear` and `bf16_linear` take x bfloat16 `[M, K]` and give `[M, N]`: one row at the speed of memory,
-up to 16 without reading a weight twice, more as a product of matrices. What is packed lies as `cpu.cpp` says.
+`int8_linear`, `int4_linear` and `bf16_linear` take x bfloat16 `[M, K]` and give `[M, N]`: one row at the speed of
+memory, up to 16 without reading a weight twice, more as a product of matrices. `cpu.cpp` says how panels lie.
 """
 
 import functools
@@ -32,7 +32,8 @@ def load() -> str | None:
     source and on the version of torch.
     """
     source = Path(__file__).with_suffix(".cpp")
-    key = hashlib.sha256(source.read_bytes() + f"{torch.__version__} {FLAGS}".encode()).hexdigest()[:16]
+    content = source.read_bytes() + source.with_name("cpu_avx512.h").read_bytes()
+    key = hashlib.sha256(content + f"{torch.__version__} {FLAGS}".encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     library = folder / f"fast-{key}.so"
     try:
@@ -41,9 +42,14 @@ def load() -> str | None:
         torch.ops.load_library(library)
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return f"the kernels for quantised weights cannot be built, without them they run slowly: {lines[0]}"
+        return f"the CPU's kernels cannot be built, without them quantised weights run slowly: {lines[0]}"
     _register_fakes()
     return None
+
+
+def is_fast() -> bool:
+    """Whether this processor has the instructions that the kernels are written for; without, they are plain loops."""
+    return load() is None and torch.ops.fast.variant("") == "avx512"
 
 
 def _build(source: Path, library: Path) -> None:
@@ -51,6 +57,7 @@ def _build(source: Path, library: Path) -> None:
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         raise OSError(f"no C++ compiler ({compiler}) is installed")
+    print("building the CPU's kernels, once ...", file=sys.stderr)
     root = Path(torch.__file__).parent
     library.parent.mkdir(parents=True, exist_ok=True)
     temporary = library.with_suffix(f".{os.getpid()}.tmp")

@@ -66,12 +66,12 @@ def test_packing_int4_is_undone(n, k, groupsize):
         assert found.equal(expected)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 9, 16, 17, 40])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 9, 16, 17, 40, 300])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_products(variant, rows, threads):
     torch.set_num_threads(threads)
     try:
-        for n, k in SHAPES:
+        for n, k in SHAPES if rows < 100 else [(40, 320)]:
             x, weight = normal(rows, k).bfloat16(), normal(n, k)
             assert close(torch.ops.fast.bf16_linear(x, weight.bfloat16()), x.float() @ weight.bfloat16().float().T)
             module = Int8Linear.from_float(weight)
@@ -127,7 +127,7 @@ def load_in_a_process(folder: Path, **environment: str) -> str:
 
 def test_without_a_compiler_it_says_so(tmp_path):
     found = load_in_a_process(tmp_path, CXX="no-such-compiler")
-    assert found.startswith("the kernels for quantised weights cannot be built, without them they run slowly: ")
+    assert found.startswith("the CPU's kernels cannot be built, without them quantised weights run slowly: ")
     assert found.endswith("no C++ compiler (no-such-compiler) is installed")
     assert not list(tmp_path.iterdir())
 
@@ -137,7 +137,7 @@ def test_a_failed_build_leaves_nothing(tmp_path):
     compiler.write_text("#!/bin/sh\necho 'cpu.cpp: out of patience' >&2\nexit 1\n")
     compiler.chmod(0o755)
     found = load_in_a_process(tmp_path / "built", CXX=str(compiler))
-    assert found.endswith("they run slowly: cpu.cpp: out of patience")
+    assert found.endswith("run slowly: cpu.cpp: out of patience")
     assert not list((tmp_path / "built").iterdir())
 
 

@@ -1,0 +1,189 @@
+"""Evaluate a checkpoint: tasks of EleutherAI's lm-evaluation-harness, and perplexity of a text file.
+
+    python eval.py --checkpoint_path checkpoints/$MODEL_REPO/model.pth --compile --tasks hellaswag winogrande
+    python eval.py --perplexity demo/heldout.txt
+
+Without `--checkpoint_path` the embedded demo model is evaluated. Tasks need the package lm_eval, perplexity does not.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from decoding import missing_compiler, set_compile_flags
+from generate import DEMO, load, resolve_device
+from model import Transformer
+from perplexity import perplexity
+from scoring import parse_batch_size
+from tokenizer import Tokenizer
+
+HARNESS = "lm_eval>=0.4.9,<0.5"
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Perplexity of a text per token and per byte, bits per byte, and what was counted."""
+
+    token_perplexity: float
+    byte_perplexity: float
+    bits_per_byte: float
+    tokens_scored: int
+    tokens: int
+    bytes: int
+    window: int
+    stride: int
+
+
+def score_file(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    path: Path,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int | None = None,
+) -> TextScore:
+    """Sliding-window perplexity of the UTF-8 text file `path`.
+
+    Defaults: a window of the model's context length, at most 2048, and a stride of half of it. Raises ValueError for
+    a file that is not UTF-8 or too short, and for sizes that do not fit.
+    """
+    data = path.read_bytes()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    ids = tokenizer.encode(text)
+    n_tokens = len(ids) - (tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id])
+    window = window or min(model.args.context_length, 2048)
+    stride = stride or max(1, window // 2)
+    try:
+        result = perplexity(model, ids, window, stride, batch_size, progress=True)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    bits = result.bits_per_byte(n_tokens / len(data))
+    counts = result.n_tokens, n_tokens, len(data), window, stride
+    return TextScore(result.perplexity, 2.0**bits if bits < 1000 else float("inf"), bits, *counts)
+
+
+def describe_text(path: Path, score: TextScore) -> str:
+    return (
+        f"{path}: perplexity {score.token_perplexity:.4f} per token, {score.byte_perplexity:.4f} per byte, "
+        f"{score.bits_per_byte:.4f} bits per byte\n"
+        f"{score.tokens_scored} of {score.tokens} tokens scored, {score.bytes} bytes; "
+        f"window {score.window}, stride {score.stride}"
+    )
+
+
+# ---- The command line.
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, default=DEMO, help="a .pth of ours or a Hugging Face directory (default: demo)")
+    add("--tasks", nargs="+", metavar="TASK", help="tasks of the lm-evaluation-harness, or patterns of their names")
+    add("--include_path", type=Path, metavar="DIR", help="a directory with tasks of your own")
+    add("--num_fewshot", type=int, help="examples before each question (default: as the task says)")
+    add("--limit", type=float, help="take only the first N items of a task, or below 1 that share of them")
+    add("--apply_chat_template", action="store_true", help="put the prompts into the model's chat template")
+    add("--fewshot_as_multiturn", action="store_true", help="there, each example is a turn of the conversation")
+    add("--max_seq_length", type=int, help="cut contexts on the left to this length (default: the context length)")
+    add("--output_path", type=Path, metavar="DIR", help="write the harness's results file here")
+    add("--log_samples", action="store_true", help="there too: every item with its prompts and answers")
+    add("--seed", type=int, help="for what the harness draws, examples among it (default: the harness's own seeds)")
+    add("--perplexity", type=Path, metavar="FILE", help="sliding-window perplexity of this text file")
+    add("--window", type=int, help="tokens a window of --perplexity spans (default: the context length, at most 2048)")
+    add("--stride", type=int, help="tokens between the windows' starts (default: half the window)")
+    add("--batch_size", default="auto", help="texts that go through the model together, or auto (default)")
+    add("--compile", action="store_true", help="compile the model for --tasks")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that make no sense, before anything is loaded."""
+    if args.perplexity is None and args.tasks is None:
+        raise ValueError("nothing to evaluate: give --tasks TASK, --perplexity FILE, or both")
+    if args.perplexity is not None and not args.perplexity.is_file():
+        raise ValueError(f"--perplexity {args.perplexity}: no such file")
+    for name in ("window", "stride", "max_seq_length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
+    parse_batch_size(args.batch_size)
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise ValueError(f"--num_fewshot {args.num_fewshot} must be at least 0")
+    if args.limit is not None and not (0 < args.limit < 1 or (args.limit >= 1 and args.limit.is_integer())):
+        raise ValueError(f"--limit {args.limit:g} must be a whole number of items, or a share between 0 and 1")
+    if args.include_path is not None and not args.include_path.is_dir():
+        raise ValueError(f"--include_path {args.include_path} is not a directory")
+    for name, needed in (("log_samples", "output_path"), ("fewshot_as_multiturn", "apply_chat_template")):
+        if getattr(args, name) and not getattr(args, needed):
+            raise ValueError(f"--{name} needs --{needed}")
+    if args.output_path is not None and args.tasks is None:
+        raise ValueError("--output_path holds the results of --tasks, and there are none")
+    if args.output_path is not None:
+        args.output_path.mkdir(parents=True, exist_ok=True)
+    if args.compile and (lacking := missing_compiler()):
+        print(f"{lacking}: going on without --compile", file=sys.stderr)
+        args.compile = False
+
+
+def import_harness() -> ModuleType:
+    """The adapter. Raises ImportError that says how to install what it needs."""
+    try:
+        import harness
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise ImportError(f"--tasks needs the lm-evaluation-harness: pip install '{HARNESS}'") from None
+    return harness
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate as the flags say and print it; the harness's results and the `TextScore`, where asked for."""
+    check_args(args)
+    if args.tasks:
+        harness = import_harness()
+        tasks = harness.find_tasks(args.tasks, args.include_path)
+    device, dtype = resolve_device(args)
+    if args.compile:
+        set_compile_flags(device)
+    model, tokenizer = load(args.checkpoint_path, device, dtype)
+    found: dict[str, Any] = {}
+    if args.perplexity:
+        batch_size = parse_batch_size(args.batch_size)
+        found["perplexity"] = score_file(model, tokenizer, args.perplexity, args.window, args.stride, batch_size)
+        print(describe_text(args.perplexity, found["perplexity"]))
+    if args.tasks:
+        name, length = str(args.checkpoint_path), args.max_seq_length
+        lm = harness.FastLM(model, tokenizer, name, args.batch_size, length, args.compile)
+        found["tasks"] = harness.evaluate(lm, tasks, args)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        with torch.no_grad():
+            run(build_parser().parse_args(argv))
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

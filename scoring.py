@@ -1,0 +1,303 @@
+"""Log-likelihoods of many continuations: batched, sorted by length, what texts have in common computed once.
+
+    scorer = Scorer(model, batch_size=16)
+    for log_likelihood, is_greedy in scorer.score([(context_ids, continuation_ids), ...]): ...
+
+The answers to one question begin alike, and so do questions behind the same examples. Texts with a common beginning
+form a group: the beginning goes through the model once, its keys and values are copied to the group's rows of the KV
+cache, and only what differs is computed per row. Texts that share nothing need no cache.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model import Transformer
+from perplexity import negative_log_likelihoods
+
+MIN_SHARED = 16  # tokens that sharing must save to be worth a pass of its own
+PASS_TOKENS = {"cuda": 16384, "cpu": 256}  # enough to keep the device busy: rows beyond them wait for the next pass
+AUTO_TOKENS = {"cuda": 65536, "cpu": 2048}  # what a batch of `batch_size=None` is filled with, padding included
+AUTO_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Text:
+    """One input of the model and the continuations to score at its end: (index of the request, token ids) each."""
+
+    ids: list[int]
+    continuations: list[tuple[int, list[int]]]
+
+    @property
+    def n_scored(self) -> int:
+        return max(len(ids) for _, ids in self.continuations)
+
+
+@dataclass
+class Group:
+    """Texts whose first `shared` tokens are the same; none of these is where a scored token is predicted."""
+
+    texts: list[Text]
+    shared: int
+
+    @property
+    def longest_rest(self) -> int:
+        return max(len(text.ids) for text in self.texts) - self.shared
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What is left of a text to compute behind its group's `start` shared tokens; `source`: the group's number."""
+
+    text: Text
+    start: int
+    source: int
+
+    @property
+    def length(self) -> int:
+        return len(self.text.ids) - self.start
+
+
+def to_texts(requests: list[tuple[list[int], list[int]]], max_length: int) -> list[Text]:
+    """The distinct inputs of (context, continuation) pairs, in lexicographic order.
+
+    The input is what predicts the continuation: both without the last token, cut on the left to `max_length`, as the
+    harness's HFLM does. Raises ValueError for a pair without context, or a continuation longer than that.
+    """
+    by_ids: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+    for i, (context, continuation) in enumerate(requests):
+        if not context:
+            raise ValueError("a continuation needs at least one token of context")
+        if len(continuation) > max_length:
+            raise ValueError(f"a continuation of {len(continuation)} tokens exceeds the maximum length {max_length}")
+        if continuation:
+            ids = (context + continuation)[-(max_length + 1) :][:-1]
+            by_ids.setdefault(tuple(ids), []).append((i, continuation))
+    return [Text(list(ids), continuations) for ids, continuations in sorted(by_ids.items())]
+
+
+def to_groups(texts: list[Text], max_rows: int) -> list[Group]:
+    """Group neighbours of the sorted `texts`, at most `max_rows` each, where that saves tokens.
+
+    A text joins the group before it if the tokens saved grow, unless it has far more in common with its successor.
+    """
+    groups: list[Group] = []
+    for i, text in enumerate(texts):
+        own = len(text.ids) - text.n_scored  # what can be shared at all
+        if groups and len(groups[-1].texts) < max_rows:
+            group = groups[-1]
+            n = len(group.texts)
+            common = min(group.shared, own, common_prefix(group.texts[-1].ids, text.ids))
+            following = common_prefix(text.ids, texts[i + 1].ids) if i + 1 < len(texts) else 0
+            if n * common >= (n - 1) * group.shared + MIN_SHARED and 2 * common >= min(own, following):
+                group.texts.append(text)
+                group.shared = common
+                continue
+        groups.append(Group([text], own))
+    for group in groups:
+        if len(group.texts) == 1:
+            group.shared = 0
+    return groups
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def bucket(n: int) -> int:
+    """`n` rounded up to an eighth of its octave, at least 16: few lengths, an eighth of padding at most."""
+    step = max(16, 1 << max(0, (n - 1).bit_length() - 4))
+    return -(-n // step) * step
+
+
+class Scorer:
+    """Scores continuations with a model, whose KV cache it sets up as needed.
+
+    batch_size: rows that go through the model together; None: as many as make a good batch. On a GPU whose memory is
+    full it is halved. max_length: tokens the model is given at most (default: its context length).
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        compile: bool = False,
+    ):
+        max_length = max_length or model.args.context_length
+        if not 1 <= max_length <= model.args.context_length:
+            raise ValueError(f"max_seq_length {max_length} must be 1 to {model.args.context_length}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} must be at least 1 or auto")
+        self.model, self.batch_size, self.max_length, self.compile = model, batch_size, max_length, compile
+        self.device = model.tok_embeddings.weight.device
+        self._at_least = 2 if compile else 1  # a dimension of one is a graph of its own
+
+        def whole(idx: Tensor, logits_at: Tensor) -> Tensor:
+            return model(idx, logits_at=logits_at)
+
+        def cached(idx: Tensor, input_pos: Tensor, kv_pos: Tensor, logits_at: Tensor) -> Tensor:
+            return model(idx, input_pos, kv_pos, logits_at)
+
+        self._whole = _compiled(whole) if compile else whole
+        self._cached = _compiled(cached) if compile else cached
+
+    def rows_for(self, length: int) -> int:
+        """How many rows of `length` tokens a batch takes."""
+        return self.batch_size or max(1, min(AUTO_ROWS, AUTO_TOKENS.get(self.device.type, 2048) // length))
+
+    def reserve(self, rows: int, length: int) -> None:
+        """Make sure that the model has a KV cache of `rows` rows of at least `length` positions."""
+        if self.model.max_batch_size != rows or self.model.max_seq_length < length:
+            for layer in self.model.layers:
+                layer.attention.kv_cache = None  # the old one makes room first
+            self.model.setup_caches(rows, min(bucket(length), self.model.args.context_length))
+
+    @torch.no_grad()
+    def score(self, requests: list[tuple[list[int], list[int]]], progress: bool = False) -> list[tuple[float, bool]]:
+        """For every (context, continuation) its log-likelihood in nats, and whether greedy decoding would give it."""
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # of an empty continuation
+        texts = to_texts(requests, self.max_length)
+        bar = tqdm(total=len(requests), desc="log-likelihoods", disable=None if progress else True)
+        bar.update(len(requests) - sum(len(text.continuations) for text in texts))
+        rows = self.rows_for(max((len(text.ids) for text in texts), default=1))
+        waiting = by_length(to_groups(texts, rows))
+        while waiting:
+            batch = take_batch(waiting, rows)
+            try:
+                found = self._score_batch(batch, rows)
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+                rows = self.batch_size = rows // 2
+                print(f"out of memory: going on with batches of {rows}", file=sys.stderr)
+                waiting = by_length([part for group in waiting + batch for part in split(group, rows)])
+                continue
+            for i, result in found:
+                results[i] = result
+            bar.update(len(found))
+        bar.close()
+        return results
+
+    def _score_batch(self, groups: list[Group], rows: int) -> list[tuple[int, tuple[float, bool]]]:
+        """(index of the request, result) for every continuation in the groups."""
+        rests = [Rest(text, group.shared, source) for source, group in enumerate(groups) for text in group.texts]
+        rests.sort(key=lambda rest: rest.length, reverse=True)
+        beginnings = None
+        if groups[0].shared:
+            self.reserve(rows, max(len(rest.text.ids) for rest in rests))
+            beginnings = self._compute_beginnings(groups)
+        found, tokens = [], PASS_TOKENS.get(self.device.type, 256)
+        while rests:  # rows of like length go together, whatever group they are of: little is padding
+            n = max(1, tokens // rests[0].length)
+            found += self._score_rests(rests[:n], beginnings)
+            rests = rests[n:]
+        return found
+
+    def _compute_beginnings(self, groups: list[Group]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values, by layer, of what each group shares; `[len(groups), n_kv_heads, S, head_dim]`."""
+        S = min(self._padded(max(group.shared for group in groups)), self.model.max_seq_length)
+        idx = torch.zeros(max(self._at_least, len(groups)), S, dtype=torch.long)
+        for row, group in enumerate(groups):
+            idx[row, : group.shared] = torch.tensor(group.texts[0].ids[: group.shared])
+        idx, slots = idx.to(self.device), self.model.slots[:S]
+        self._cached(idx, slots.clone(), slots, idx.new_zeros(len(idx), 1))  # of its logits nothing is needed
+        caches = [layer.attention.kv_cache for layer in self.model.layers]
+        return [tuple(x[: len(groups), :, :S].clone() for x in (cache.k, cache.v)) for cache in caches]
+
+    def _score_rests(
+        self, rests: list[Rest], beginnings: list[tuple[Tensor, Tensor]] | None
+    ) -> list[tuple[int, tuple[float, bool]]]:
+        """One pass of the model, behind the beginnings if there are any."""
+        S, starts = self._padded(rests[0].length), [rest.start for rest in rests]
+        if beginnings is not None:  # what is padded stays in the cache: some rows compute a little again
+            starts = [min(start, self.model.max_seq_length - S) for start in starts]
+        n = max(self._at_least, max(rest.text.n_scored for rest in rests))
+        idx = torch.zeros(max(self._at_least, len(rests)), S, dtype=torch.long)
+        logits_at = torch.zeros(len(idx), n, dtype=torch.long)
+        requests, row_of, targets = [], [], []
+        for row, (rest, start) in enumerate(zip(rests, starts, strict=True)):
+            end = len(rest.text.ids) - start
+            idx[row, :end] = torch.tensor(rest.text.ids[start:])
+            logits_at[row] = torch.arange(end - n, end).clamp(min=0)
+            for request, ids in rest.text.continuations:
+                requests.append(request)
+                row_of.append(row)
+                targets.append([-100] * (n - len(ids)) + ids)
+        idx, logits_at = idx.to(self.device), logits_at.to(self.device)
+        if beginnings is None:
+            logits = self._whole(idx, logits_at)
+        else:
+            self._copy_beginnings(beginnings, [rest.source for rest in rests])
+            first = torch.tensor(starts + [0] * (len(idx) - len(starts)), device=self.device)
+            input_pos = first[:, None] + torch.arange(S, device=self.device)  # [B, S]
+            n_slots = min(self._padded(max(starts) + S), self.model.max_seq_length)
+            logits = self._cached(idx, input_pos, self.model.slots[:n_slots], logits_at)
+        if row_of != list(range(len(logits))):
+            logits = logits[torch.tensor(row_of, device=self.device)]
+        wanted = torch.tensor(targets, device=self.device)
+        nll = negative_log_likelihoods(logits, wanted).sum(1, dtype=torch.float64)
+        greedy = ((logits.argmax(-1) == wanted) | (wanted == -100)).all(1)
+        return list(zip(requests, zip((-nll).tolist(), greedy.tolist(), strict=True), strict=True))
+
+    def _copy_beginnings(self, beginnings: list[tuple[Tensor, Tensor]], sources: list[int]) -> None:
+        """Fill the cache's rows, each with the beginning that `sources` names."""
+        rows = torch.tensor(sources, device=self.device)
+        for layer, (k, v) in zip(self.model.layers, beginnings, strict=True):
+            cache = layer.attention.kv_cache
+            cache.k[: len(rows), :, : k.shape[2]] = k[rows]
+            cache.v[: len(rows), :, : v.shape[2]] = v[rows]
+
+    def _padded(self, n: int) -> int:
+        """The length to pad `n` tokens to: a bucket for a compiled graph, which is reused; else nothing is added."""
+        return min(bucket(n) if self.compile else n, self.model.args.context_length)
+
+
+def parse_batch_size(value: int | str | None) -> int | None:
+    """`N`, or None for "auto" (and the harness's "auto:N"). Raises ValueError for anything else."""
+    if value is None or str(value).startswith("auto"):
+        return None
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ValueError(f"--batch_size {value} must be at least 1, or auto")
+    return int(value)
+
+
+def by_length(groups: list[Group]) -> list[Group]:
+    """In the order to take them from the end: first those that share something, in both kinds the longest first.
+
+    So the time left is overestimated, and memory runs out at once or not at all.
+    """
+    return sorted(groups, key=lambda group: (group.shared, group.longest_rest))
+
+
+def take_batch(waiting: list[Group], rows: int) -> list[Group]:
+    """Take groups from the end of `waiting`, alike in whether they share something, until `rows` are full."""
+    batch, sharing = [], bool(waiting[-1].shared)
+    while waiting and bool(waiting[-1].shared) == sharing and len(waiting[-1].texts) <= rows:
+        rows -= len(waiting[-1].texts)
+        batch.append(waiting.pop())
+    return batch
+
+
+def split(group: Group, rows: int) -> list[Group]:
+    """The group in pieces of at most `rows` texts; one text alone shares nothing."""
+    pieces = [group.texts[i : i + rows] for i in range(0, len(group.texts), rows)]
+    return [Group(piece, group.shared if len(piece) > 1 else 0) for piece in pieces]
+
+
+def _compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile `step` once for all sizes above one that the dimensions of its arguments may have."""
+    compiled = torch.compile(step, fullgraph=True)
+
+    def run(*tensors: Tensor) -> Tensor:
+        for tensor in tensors:
+            for dim, size in enumerate(tensor.shape):
+                if size > 1:
+                    torch._dynamo.mark_dynamic(tensor, dim)
+        return compiled(*tensors)
+
+    return run

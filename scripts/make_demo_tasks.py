@@ -1,0 +1,91 @@
+"""Two small tasks for the demo model, made from its held-out text: the true continuation among four, the last word.
+
+    python scripts/make_demo_tasks.py [--out demo/tasks]
+
+Writes items (`*.jsonl`) and the harness's descriptions (`*.yaml`), always the same ones. Run them from the root:
+`python eval.py --include_path demo/tasks --tasks demo_continuation demo_last_word`.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import _root  # noqa: F401 - finds the modules of the repository's root
+
+from generate import DEMO
+
+HELDOUT = DEMO.parent / "heldout.txt"
+N_ITEMS = 150
+N_WORDS = 12  # of a continuation
+
+CONTINUATION = """task: demo_continuation
+dataset_path: json
+dataset_kwargs: {data_files: {test: demo/tasks/demo_continuation.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{context}}"
+doc_to_choice: "{{endings}}"
+doc_to_target: "{{label}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+metadata: {version: 1}
+"""
+LAST_WORD = """task: demo_last_word
+dataset_path: json
+dataset_kwargs: {data_files: {test: demo/tasks/demo_last_word.jsonl}}
+output_type: loglikelihood
+test_split: test
+doc_to_text: "{{context}}"
+doc_to_target: "{{' ' ~ word}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+metadata: {version: 1}
+"""
+
+
+def make_continuations(paragraphs: list[str], draw: random.Random) -> list[dict]:
+    """Paragraphs cut in the middle, each with its own next words among three others' next words."""
+    long = [words for words in map(str.split, paragraphs) if 2 * N_WORDS <= len(words) <= 4 * N_WORDS]
+    chosen, items = draw.sample(long, N_ITEMS), []
+    endings = [" ".join(words[len(words) // 2 :][:N_WORDS]) for words in chosen]
+    for i, words in enumerate(chosen):
+        others = draw.sample([ending for ending in endings if ending != endings[i]], 3)
+        label = draw.randrange(4)
+        context = " ".join(words[: len(words) // 2])
+        items.append({"context": context, "endings": [*others[:label], endings[i], *others[label:]], "label": label})
+    return items
+
+
+def make_last_words(paragraphs: list[str], draw: random.Random) -> list[dict]:
+    """First sentences of paragraphs without their last word, where that is a word of four letters or more."""
+    items = []
+    for paragraph in paragraphs:
+        context, _, word = paragraph.split(". ")[0].rstrip(".").rpartition(" ")
+        if word.isalpha() and len(word) >= 4 and 60 <= len(context) <= 160:
+            items.append({"context": context, "word": word})
+    return draw.sample(items, N_ITEMS)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=DEMO.parent / "tasks")
+    out = parser.parse_args(argv).out
+    out.mkdir(parents=True, exist_ok=True)
+    paragraphs, draw = HELDOUT.read_text(encoding="utf-8").split("\n\n"), random.Random(0)
+    tasks = {
+        "demo_continuation": (CONTINUATION, make_continuations(paragraphs, draw)),
+        "demo_last_word": (LAST_WORD, make_last_words(paragraphs, draw)),
+    }
+    for name, (description, items) in tasks.items():
+        (out / f"{name}.yaml").write_text(description, encoding="utf-8")
+        lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+        (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{out / name}.yaml, .jsonl: {len(items)} items")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

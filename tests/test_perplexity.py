@@ -1,0 +1,104 @@
+"""perplexity.py against transformers, window by window, and the command line that prints it.
+
+python -m pytest tests/test_perplexity.py
+"""
+
+import math
+import re
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import eval as eval_cli
+import perplexity as module
+from checkpoint import load_model
+from generate import DEMO
+from perplexity import perplexity
+from tokenizer import load_tokenizer
+
+HELDOUT = DEMO.parent / "heldout.txt"
+
+
+def perplexity_of_transformers(model, ids: list[int], window: int, stride: int) -> float:
+    """The loop of https://huggingface.co/docs/transformers/perplexity; the mean is over the tokens that count."""
+    ids, nll, n_tokens, previous = torch.tensor([ids]), 0.0, 0, 0
+    for begin in range(0, ids.shape[1], stride):
+        end = min(begin + window, ids.shape[1])
+        labels = ids[:, begin:end].clone()
+        labels[:, : -(end - previous)] = -100
+        n = int((labels[:, 1:] != -100).sum())
+        nll += float(model(ids[:, begin:end], labels=labels).loss) * n
+        n_tokens, previous = n_tokens + n, end
+        if end == ids.shape[1]:
+            break
+    return math.exp(nll / n_tokens)
+
+
+@pytest.fixture(scope="module")
+def excerpt(tmp_path_factory):
+    """A file with the beginning of the held-out text, some characters of two bytes among it."""
+    path = tmp_path_factory.mktemp("perplexity") / "excerpt.txt"
+    path.write_text(HELDOUT.read_text(encoding="utf-8")[:6000] + " Ünïcödé.", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("window", "stride"), [(512, 256), (128, 128), (100, 33)])
+def test_the_demo_has_the_perplexity_that_transformers_finds(excerpt, window, stride):
+    ids = load_tokenizer(DEMO).encode(excerpt.read_text(encoding="utf-8"))
+    theirs = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    with torch.no_grad():
+        expected = perplexity_of_transformers(theirs, ids, window, stride)
+    found = perplexity(load_model(DEMO, dtype=torch.float32), ids, window, stride)
+    assert found.perplexity == pytest.approx(expected, abs=1e-3)
+    unscored = -(-len(ids) // window) if stride == window else 1
+    assert found.n_tokens == len(ids) - unscored
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window"])
+def test_neither_batches_nor_chunks_change_it(tiny, monkeypatch, family):
+    model = load_model(tiny(family)[1], dtype=torch.float32)
+    ids = torch.randint(128, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    alone = perplexity(model, ids, window=32, stride=24, batch_size=1)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 7 * 128)
+    together = perplexity(model, ids, window=32, stride=24, batch_size=5)
+    assert together.n_tokens == alone.n_tokens == 199
+    assert together.nll == pytest.approx(alone.nll, rel=1e-6)
+
+
+def test_the_command_line_prints_tokens_bytes_and_bits(excerpt, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    argv = ["--perplexity", str(excerpt), "--window", "64", "--stride", "32", "--dtype", "float32"]
+    assert eval_cli.main(argv) == 0
+    out = capsys.readouterr().out
+    per_token, per_byte, bits = map(float, re.findall(r"(\d+\.\d+) (?:per token|per byte|bits per byte)", out))
+    ids = load_tokenizer(DEMO).encode(excerpt.read_text(encoding="utf-8"))
+    found = perplexity(load_model(DEMO, dtype=torch.float32), ids, 64, 32)
+    n_bytes = excerpt.stat().st_size
+    assert found.n_tokens == len(ids) - 1  # all but the begin-of-text token
+    assert per_token == pytest.approx(found.perplexity, abs=1e-4)
+    assert per_byte == pytest.approx(math.exp(found.nll / n_bytes), abs=1e-4)
+    assert bits == pytest.approx(found.nll / n_bytes / math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "nothing to evaluate"),
+        (["--perplexity", "no.txt"], "--perplexity no.txt: no such file"),
+        (["--perplexity", "EXCERPT", "--stride", "0"], "--stride 0 must be at least 1"),
+        (["--perplexity", "EXCERPT", "--window", "513"], "window 513 must be 2 to 512"),
+        (["--perplexity", "EXCERPT", "--window", "64", "--stride", "65"], "stride 65 must be 1 to 64"),
+        (["--perplexity", str(DEMO / "model.safetensors")], "is not UTF-8 text"),
+        (["--perplexity", "EMPTY"], "a text of 1 tokens has no perplexity"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(excerpt, tmp_path, capsys, argv, message):
+    (tmp_path / "empty.txt").touch()
+    names = {"EXCERPT": str(excerpt), "EMPTY": str(tmp_path / "empty.txt")}
+    assert eval_cli.main([names.get(word, word) for word in argv]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
