@@ -465,9 +465,10 @@ class Transformer(nn.Module):
         self.max_batch_size = self.max_seq_length = 0
         self.quantization: dict[str, Any] | None = None  # what `checkpoint.load_model` found the Linears to be
 
-    def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
+    def setup_caches(self, max_batch_size: int, max_seq_length: int, spare: int = 0) -> None:
         """Allocate the KV cache for `max_batch_size` rows of `max_seq_length` positions. Call it once.
 
+        spare: slots behind them for tokens that are tried and discarded (speculative decoding).
         Raises ValueError if the model was not made for so many positions.
         """
         if max_batch_size < 1 or not 1 <= max_seq_length <= self.args.context_length:
@@ -479,10 +480,10 @@ class Transformer(nn.Module):
         weight = self.tok_embeddings.weight
         # One slot to spare: a view of the whole cache would be contiguous, a layout that is compiled for on its own.
         n_kv_heads = self.layers[0].attention.n_kv_heads  # of this rank
-        shape = (max_batch_size, n_kv_heads, max_seq_length + 1, self.args.head_dim)
+        shape = (max_batch_size, n_kv_heads, max_seq_length + spare + 1, self.args.head_dim)
         for layer in self.layers:
             layer.attention.kv_cache = KVCache(shape, weight.device, weight.dtype)
-        slots = torch.arange(max_seq_length, device=weight.device)
+        slots = torch.arange(max_seq_length + spare, device=weight.device)
         cos, sin = rope_table(self.args, slots)
         self.register_buffer("slots", slots, persistent=False)
         self.register_buffer("cos", cos, persistent=False)
