@@ -20,10 +20,12 @@ import torch
 
 from checkpoint import check_device, load_model
 from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
-from metrics import bytes_per_step, count_parameters, describe, report, write_json
+from linear import kernels_missing
+from metrics import bytes_per_step, count_parameters, describe, parameter_bytes, report, write_json
 from model import Transformer
 from sampling import Sampling
 from tokenizer import IncrementalDecoder, Tokenizer, load_tokenizer
+from tp import ALONE, Ranks, measure_collectives
 
 DEMO = Path(__file__).resolve().parent / "demo" / "target"
 
@@ -128,9 +130,9 @@ def resolve_device(args: argparse.Namespace) -> tuple[str, torch.dtype]:
     return args.device, getattr(torch, args.dtype or ("float16" if old_gpu else "bfloat16"))
 
 
-def load(path: Path, device: str, dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
+def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> tuple[Transformer, Tokenizer]:
     """The model at `path`, a `.pth` of ours or a Hugging Face directory, and the tokenizer that lies with it."""
-    model = load_model(path, device=device, dtype=dtype)
+    model = load_model(path, device=device, dtype=dtype, ranks=ranks)
     return model, load_tokenizer(path if path.is_dir() else path.parent)
 
 
@@ -223,20 +225,25 @@ def run_sample(
     return figures
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, ranks: Ranks) -> None:
     check_args(args)
+    args.device = ranks.device(args.device)
     device, dtype = resolve_device(args)
-    set_compile_flags(device)
+    if args.compile or args.compile_prefill:
+        set_compile_flags(device)  # imports the compiler, for a second
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     start = time.perf_counter()
-    model, tokenizer = load(args.checkpoint_path, device, dtype)
+    model, tokenizer = load(args.checkpoint_path, device, dtype, ranks)
     load_s = time.perf_counter() - start
     kind = str(dtype).removeprefix("torch.") + (f", {model.quantization['mode']}" if model.quantization else "")
+    kind += f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""
     print(f"{args.checkpoint_path}: {count_parameters(model.args) / 1e6:.1f} M parameters, {kind}, {device}")
+    if model.quantization and device == "cpu" and (reason := kernels_missing(device, dtype)):
+        print(reason, file=sys.stderr)
     steps = build_steps(model, sampling, args.compile, args.compile_prefill)
     torch.manual_seed(args.seed)
     if args.interactive:
-        return chat(steps, tokenizer, args)
+        return chat(steps, tokenizer, args, ranks)
     prompts = encode_prompts(args, tokenizer, model.args.vocab_size)
     longest, limit = max(map(len, prompts)), args.max_seq_length or model.args.context_length
     if longest > limit:
@@ -255,12 +262,31 @@ def run(args: argparse.Namespace) -> None:
     samples, show_prompt = [], not args.chat and (args.prompt_file is not None or not args.prompt.isdecimal())
     for n in range(args.num_samples):
         for batch in batches:
-            with profiled(args.profile if n == args.num_samples - 1 else None):
+            with profiled(args.profile if n == args.num_samples - 1 and ranks.rank == 0 else None):
                 samples.append(run_sample(steps, tokenizer, batch, args, show_prompt))
     figures = report(samples, load_s, compile_s, device)
-    if args.metrics_path:
+    figures["parallel"] = report_ranks(steps, batches[0], args.max_new_tokens, ranks) if ranks.world_size > 1 else None
+    if args.metrics_path and ranks.rank == 0:
         header = {"model": dataclasses.asdict(model.args), "device": device, "dtype": str(dtype).removeprefix("torch.")}
         write_json(args.metrics_path, {**header, "quantization": model.quantization, **figures})
+
+
+def report_ranks(steps: Steps, prompts: list[list[int]], max_new_tokens: int, ranks: Ranks) -> dict[str, Any]:
+    """Print and return what a rank holds, and what the collectives of a few more tokens cost."""
+
+    def decode() -> int:
+        return sum(1 for _ in tokens)
+
+    tokens = stream(steps, prompts, min(9, max_new_tokens))
+    next(tokens)  # the prefill is not counted
+    costs = measure_collectives(decode, str(steps.model.slots.device)) if max_new_tokens > 1 else {}
+    nbytes = parameter_bytes(steps.model)
+    line = f"{ranks.world_size} ranks, {nbytes / 1e6:.1f} MB of parameters each"
+    if costs:
+        share = f"{costs['collectives_share']:.0%} of the time"
+        line += f" · {costs['collectives_s_per_token'] * 1e6:.0f} us/token in collectives, {share}"
+    print(line + "; bytes and GB/s above are those of one rank")
+    return {"world_size": ranks.world_size, "parameter_bytes": nbytes, **costs}
 
 
 @contextlib.contextmanager
@@ -275,7 +301,7 @@ def profiled(path: Path | None):
     print(f"trace: {path} (open it at https://ui.perfetto.dev)")
 
 
-def chat(steps: Steps, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+def chat(steps: Steps, tokenizer: Tokenizer, args: argparse.Namespace, ranks: Ranks) -> None:
     """Converse until Ctrl-D. The KV cache stays between turns: only what it does not hold yet is prefilled."""
     model = steps.model
     model.setup_caches(1, args.max_seq_length or min(model.args.context_length, 4096))
@@ -290,7 +316,7 @@ def chat(steps: Steps, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
         print("this model has no chat template: it goes on from what you write")
     history = [{"role": "system", "content": args.system}] if args.system is not None else []
     text, cached = "", []  # the conversation so far, as text where there is no template; what the cache holds
-    while (line := _ask()) is not None:
+    while (line := ranks.share(_ask)) is not None:
         if not line.strip():
             continue
         if tokenizer.has_chat_template:
@@ -332,18 +358,21 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    ranks = Ranks.from_torchrun()
     try:
-        with torch.no_grad():
-            run(build_parser().parse_args(argv))
+        args = build_parser().parse_args(argv)
+        with torch.no_grad(), ranks.joined(args.device):
+            run(args, ranks)
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        ranks.complain("")
+        return ranks.leave(141) if ranks.world_size > 1 else 0  # 0 would not end the other ranks
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        ranks.complain(f"error: {error}")
+        return ranks.leave(2)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+        ranks.complain("\nstopped")
+        return ranks.leave(130)
     return 0
 
 

@@ -23,19 +23,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import cpu
+
 GROUP_SIZES = (32, 64, 128, 256)
 ELEMENTS_AT_ONCE = 1 << 19  # of a weight while it is quantised: what the caches hold is ten times as fast
 
 
-class Int8Linear(nn.Module):
-    """A Linear with int8 weights and a float32 scale per output row."""
+class QuantizedLinear(nn.Module):
+    """What the two have in common: `y = x W^T + bias` with the bias in the dtype of `x [..., K]`."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, groupsize: int | None = None):
+    def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.packed: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return F.linear(x, self.dequantize(x.dtype), self.bias)
+        y = self.multiply(x.flatten(0, -2)).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def _replace_with(self, packed: Tensor, *names: str) -> None:
+        """Keep the weights in `packed` alone."""
+        for name in names:
+            delattr(self, name)
+        del self.packed
+        self.register_buffer("packed", packed)
+
+
+class Int8Linear(QuantizedLinear):
+    """A Linear with int8 weights and a float32 scale per output row."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scales", torch.empty(out_features, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     @classmethod
     def from_float(cls, weight: Tensor, bias: Tensor | None = None, **scheme: Any) -> "Int8Linear":
@@ -49,22 +72,25 @@ class Int8Linear(nn.Module):
         """The weights as numbers, `[N, K]`."""
         return (self.weight * self.scales[:, None]).to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype)) * self.scales  # float32, or Inductor takes a slow kernel
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+    def pack(self, dtype: torch.dtype) -> None:
+        """Take the layout of this device's kernel, if there is one for activations in `dtype`."""
+        if kernels_missing(self.weight.device, dtype) is None:
+            self._replace_with(cpu.pack_int8(self.weight, self.scales), "weight", "scales")
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return torch.ops.fast.int8_linear(x, self.packed, self.out_features)
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(QuantizedLinear):
     """A Linear with 4-bit weights, a scale and a zero for each group of `groupsize` inputs."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, groupsize: int = 32):
-        super().__init__()
-        self.in_features, self.out_features, self.groupsize = in_features, out_features, groupsize
+        super().__init__(in_features, out_features, bias)
+        self.groupsize = groupsize
         self.register_buffer("weight", torch.empty(out_features, in_features // 2, dtype=torch.uint8))
         for name in ("scales", "zeros"):
             shape = out_features, in_features // groupsize
             self.register_buffer(name, torch.empty(shape, dtype=torch.bfloat16))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     @classmethod
     def from_float(
@@ -92,8 +118,14 @@ class Int4Linear(nn.Module):
         """The weights as numbers, `[N, K]`."""
         return int4_values(unpack_nibbles(self.weight), self.scales, self.zeros).to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantize(x.dtype), self.bias)
+    def pack(self, dtype: torch.dtype) -> None:
+        """Take the layout of this device's kernel, if there is one for activations in `dtype`."""
+        if kernels_missing(self.weight.device, dtype) is None:
+            packed = cpu.pack_int4(self.weight, self.scales, self.zeros)
+            self._replace_with(packed, "weight", "scales", "zeros")
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return torch.ops.fast.int4_linear(x, self.packed, self.out_features, self.groupsize)
 
 
 LINEARS: dict[str, type[Int8Linear] | type[Int4Linear]] = {
@@ -132,7 +164,28 @@ def swap_linears(model: nn.Module, scheme: dict[str, Any]) -> None:
         parent, _, child = name.rpartition(".")
         with linear.weight.device:
             swapped = LINEARS[mode](linear.in_features, linear.out_features, linear.bias is not None, **options)
+        swapped.sharding = linear.sharding
         setattr(model.get_submodule(parent), child, swapped)
+
+
+def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Pack every quantised Linear for the device it is on and for activations in `dtype`; a float one stays as it is,
+    but gets the CPU's kernel where that is faster than what the compiler makes.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.pack(dtype)
+        elif isinstance(module, nn.Linear) and kernels_missing(module.weight.device, dtype) is None and cpu.is_fast():
+            module.kernel = torch.ops.fast.bf16_linear
+
+
+def kernels_missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why quantised Linears multiply by plain PyTorch here, in one line; None where they have a kernel."""
+    if torch.device(device).type != "cpu":
+        return f"there is no kernel for quantised weights on {device}"
+    if dtype != torch.bfloat16:
+        return f"the kernels for quantised weights take bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return cpu.load()
 
 
 def pack_nibbles(q: Tensor) -> Tensor:

@@ -25,8 +25,15 @@ def bytes_per_step(model: Transformer, batch_size: int, positions: float) -> flo
     del tensors["tok_embeddings.weight"]  # of which a token reads a row; a tied one is also the output projection
     weights = sum(t.nbytes for t in tensors.values())
     cache = model.layers[0].attention.kv_cache.k
-    per_position = 2 * model.args.n_layers * model.args.n_kv_heads * model.args.head_dim * cache.element_size()
+    per_position = 2 * model.args.n_layers * cache.shape[1] * cache.shape[3] * cache.element_size()
     return weights + batch_size * positions * per_position
+
+
+def parameter_bytes(model: Transformer) -> int:
+    """Bytes of the weights that this process holds, scales and zeros with them."""
+    return sum(
+        t.nbytes for name, t in model.state_dict().items() if name != "output.weight" or not model.args.tie_embeddings
+    )
 
 
 def count_parameters(args: ModelArgs) -> int:

@@ -172,7 +172,7 @@ class Scorer:
             try:
                 found = self._score_batch(batch, rows)
             except torch.OutOfMemoryError:
-                if rows == 1:
+                if rows == 1 or torch.distributed.is_initialized():  # other ranks would not go back
                     raise
                 rows = self.batch_size = rows // 2
                 print(f"out of memory: going on with batches of {rows}", file=sys.stderr)

@@ -1,12 +1,14 @@
 """Speed at a real model's shape, with random weights, beside what the device itself can do at that moment.
 
     python scripts/benchmark.py --model tinyllama-1.1b
+    python scripts/benchmark.py --model tinyllama-1.1b --mode bf16 int8 int4
     python scripts/benchmark.py --model tinyllama-1.1b --prompt_length 100 --max_seq_length 256 8192
 
 Worth knowing: a machine's bandwidth may drift by half within seconds, so tokens/s alone say little. A plain read (on a
 GPU a copy) is timed before and after every stretch of decoding, a plain product before and after every prefill; a share
-compares a figure with its own two neighbours, and the table gives medians. The second line asks what the capacity of
-the KV cache costs. Progress goes to stderr; the table, and as the last line every figure as JSON, to stdout.
+compares a figure with its own two neighbours, and the table gives medians. Modes and capacities take turns within a
+run: the second line asks what quantising gains, the third what the capacity of the KV cache costs. Progress goes to
+stderr; the table, and as the last line every figure as JSON, to stdout.
 """
 
 import argparse
@@ -34,15 +36,25 @@ import torch.nn.functional as F
 
 from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
 from generate import resolve_device
+from linear import GROUP_SIZES, kernels_missing, pack_linears, swap_linears
 from metrics import bytes_per_step, peak_memory, write_json
 from model import ModelArgs, Transformer
 from sampling import Sampling
 
 
-def build_model(args: ModelArgs, device: str, dtype: torch.dtype) -> Transformer:
-    """A model with random weights, made on the device: one block of noise over and over, norms left at one."""
+def build_model(args: ModelArgs, device: str, dtype: torch.dtype, scheme: dict[str, Any] | None = None) -> Transformer:
+    """A model with random weights, made on the device: one block of noise over and over, norms left at one.
+
+    scheme: how the Linears are quantised, as a checkpoint records it.
+    """
+    if scheme is not None:
+        args = dataclasses.replace(args, tie_embeddings=False)  # a quantised output projection has its own weight
     with torch.device("meta"):
-        model = Transformer(args).to(dtype)
+        model = Transformer(args)
+    if scheme is not None:
+        swap_linears(model, scheme)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     if args.tie_embeddings:
         model.output.weight = None  # else to_empty gives it memory of its own
     model = model.to_empty(device=device).requires_grad_(False).eval()
@@ -55,6 +67,12 @@ def build_model(args: ModelArgs, device: str, dtype: torch.dtype) -> Transformer
             continue
         for piece in parameter.view(-1).split(len(noise)):
             piece.copy_(noise[: len(piece)])
+    for name, buffer in model.named_buffers():
+        if name.endswith("weight"):
+            buffer.view(-1).view(torch.int8).random_(-127, 128)
+        else:  # so that weights spread as the noise does
+            buffer.fill_(0.0 if name.endswith("zeros") else 0.02 / (73 if scheme["mode"] == "int8" else 4.6))
+    pack_linears(model, dtype)
     return model
 
 
@@ -98,7 +116,9 @@ def prefill_flops(model: Transformer, batch_size: int, length: int) -> float:
     and in attention the two products over the keys that a causal query sees. Norms, RoPE, softmax: not counted.
     """
     args = model.args
-    layers = 2 * length * sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
+    with torch.device("meta"):
+        blocks = Transformer(args).layers
+    layers = 2 * length * sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
     attention = 4 * args.n_layers * args.n_heads * args.head_dim * length * (length + 1) / 2
     return batch_size * (layers + attention + 2 * args.vocab_size * args.dim)
 
@@ -126,6 +146,7 @@ def measure_prefill(steps: Steps, prompts: list[list[int]], yardstick: Yardstick
 class Decoding:
     """Decode times in stretches of at least 50 ms, each with the bandwidth around it; on a GPU a run is one stretch."""
 
+    mode: str
     steps: Steps
     yardstick: Yardstick
     first_token_s: list[float] = dataclasses.field(default_factory=list)
@@ -153,6 +174,7 @@ class Decoding:
         tokens, nbytes, rates, bandwidths = zip(*self.stretches, strict=True)
         shares = sorted(rate / bandwidth for rate, bandwidth in zip(rates, bandwidths, strict=True))
         return {
+            "mode": self.mode,
             "max_seq_length": self.steps.model.max_seq_length,
             "first_token_s": median(self.first_token_s),
             "tokens_per_s": median(tokens),
@@ -163,58 +185,79 @@ class Decoding:
         }
 
 
-def compile_in_fresh_process(argv: list[str], cache: str) -> float:
-    """Seconds that `warm_up` takes in a new process which keeps everything compiled, headers too, in `cache`."""
-    env, command = {"TORCHINDUCTOR_CACHE_DIR": cache, "TMPDIR": cache}, [sys.executable, __file__, *argv]
-    child = subprocess.run([*command, "--only_compile"], env={**os.environ, **env}, stdout=subprocess.PIPE)
+def fresh_process(argv: list[str], mode: str, cache: str) -> dict[str, float]:
+    """What `warm_up` takes in a new process that keeps all it compiles, kernels and headers too, in `cache`."""
+    env = {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCH_EXTENSIONS_DIR": f"{cache}/extensions", "TMPDIR": cache}
+    command = [sys.executable, __file__, *argv, "--only_warm_up", mode]
+    child = subprocess.run(command, env={**os.environ, **env}, stdout=subprocess.PIPE)
     if child.returncode:
-        raise ValueError(f"the process that compiles failed with exit code {child.returncode}")
-    return float(child.stdout.split()[-1])
+        raise ValueError(f"the process that warms up {mode} failed with exit code {child.returncode}")
+    return json.loads(child.stdout.splitlines()[-1])
 
 
-def prepare(args: argparse.Namespace, capacities: list[int]) -> list[Steps]:
+def prepare(args: argparse.Namespace, mode: str, capacities: list[int]) -> list[Steps]:
     """The steps for each capacity of the KV cache, on the same weights."""
     device, dtype = resolve_device(args)
-    set_compile_flags(device)
-    # A model alone is compiled for its own capacity; the second of several would be compiled for any.
-    torch._dynamo.config.automatic_dynamic_shapes = len(capacities) == 1
     shape = ModelArgs.from_name(args.model)
     shape = dataclasses.replace(shape, context_length=max(shape.context_length, *capacities))
-    model, all_steps = build_model(shape, device, dtype), []
+    scheme = {"int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": args.groupsize}}.get(mode)
+    model, all_steps = build_model(shape, device, dtype, scheme), []
+    weights = [*model.parameters(), *model.buffers()]
     for capacity in capacities:
-        twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
         twin.setup_caches(args.batch_size, capacity)
         all_steps.append(build_steps(twin, Sampling(), args.compile, args.compile_prefill))
     return all_steps
 
 
+def made_up_prompts(args: argparse.Namespace) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    shape = args.batch_size, args.prompt_length
+    return torch.randint(ModelArgs.from_name(args.model).vocab_size, shape, generator=generator).tolist()
+
+
+def capacities_of(args: argparse.Namespace) -> list[int]:
+    return args.max_seq_length or [args.prompt_length + args.new_tokens - 1]
+
+
+def warm_up_alone(args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of the first compiled run of one mode, kernels built on the way included, and the process's memory."""
+    start = time.perf_counter()
+    kernels_missing(*resolve_device(args))  # builds them
+    seconds = time.perf_counter() - start
+    (steps,) = prepare(args, args.only_warm_up, capacities_of(args)[:1])
+    seconds += warm_up(steps, made_up_prompts(args), args.new_tokens)
+    deque(stream(steps, made_up_prompts(args), 2), maxlen=0)
+    return {"seconds": seconds, "peak_memory_bytes": peak_memory(args.device)}
+
+
 def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
-    """Every figure; or the seconds of compiling alone, where that is all that is asked for."""
-    capacities = args.max_seq_length or [args.prompt_length + args.new_tokens - 1]
-    compile_s = {}
+    """Every figure of every mode."""
+    prompts, capacities, alone = made_up_prompts(args), capacities_of(args), {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        if (args.compile or args.compile_prefill) and not args.only_compile:
-            print("compiling in fresh processes, the cache empty and filled ...", file=sys.stderr)
-            compile_s = {f"compile_{cached}_s": compile_in_fresh_process(argv, cache) for cached in ("cold", "warm")}
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        for mode in args.mode:
+            print(f"{mode} in a fresh process, the caches of compilers empty and filled ...", file=sys.stderr)
+            cold, warm = (fresh_process(argv, mode, f"{cache}/{mode}") for _ in ("cold", "warm"))
+            alone[mode] = {"compile_cold_s": cold["seconds"], "compile_warm_s": warm["seconds"]}
+            if not (args.compile or args.compile_prefill):
+                alone[mode] = {}
+            alone[mode]["peak_memory_bytes"] = warm["peak_memory_bytes"]
+        # A model alone is compiled for its own capacity; the second of several would be compiled for any.
+        torch._dynamo.config.automatic_dynamic_shapes = len(args.mode) * len(capacities) == 1
         print(f"building {args.model} and warming up ...", file=sys.stderr)
-        all_steps = prepare(args, capacities)
-        shape = all_steps[0].model.args
-        prompts = torch.randint(shape.vocab_size, (args.batch_size, args.prompt_length)).tolist()
-        seconds = [warm_up(steps, prompts, args.new_tokens) for steps in all_steps[: 1 if args.only_compile else None]]
-    if args.only_compile:
-        return {"compile_s": seconds[0]}
+        all_steps = {mode: prepare(args, mode, capacities) for mode in args.mode}
+        for steps in sum(all_steps.values(), []):
+            warm_up(steps, prompts, args.new_tokens)
     print("measuring ...", file=sys.stderr)
-    deque(stream(all_steps[0], prompts, 2), maxlen=0)
-    peak = peak_memory(args.device)  # before the yardstick's own
+    shape = all_steps[args.mode[0]][0].model.args
     yardstick = Yardstick(shape, args.batch_size * args.prompt_length, *resolve_device(args))
-    prefill = measure_prefill(all_steps[0], prompts, yardstick, args.repeats)
-    decodings = [Decoding(steps, yardstick) for steps in all_steps]
+    prefill = {mode: measure_prefill(steps[0], prompts, yardstick, args.repeats) for mode, steps in all_steps.items()}
+    decodings = [Decoding(mode, steps, yardstick) for mode in args.mode for steps in all_steps[mode]]
     for _ in range(args.repeats):
         for decoding in decodings:
             decoding.measure(prompts, args.new_tokens)
-    decode = [decoding.figures() for decoding in decodings]
-    return {**prefill, "decode": decode, **compile_s, "peak_memory_bytes": peak}
+    modes = [{"mode": mode, **prefill[mode], **alone[mode]} for mode in args.mode]
+    return {"modes": modes, "decode": [decoding.figures() for decoding in decodings]}
 
 
 def print_table(r: dict[str, Any]) -> None:
@@ -225,18 +268,24 @@ def print_table(r: dict[str, Any]) -> None:
     print(f"{r['model']}, {r['dtype']}, {r['hardware']}, torch {r['torch']}\n")
     row("", "measured", "the device itself", "share of it")
     row("-" * 32, "-" * 34, "-" * 40, "-" * 18)
-    prefill = f"{r['prefill_tokens_per_s']:.1f} tokens/s, {r['prefill_gflops_per_s']:.0f} GFLOP/s"
-    matmul = f"{r['matmul_gflops_per_s']:.0f} GFLOP/s (F.linear {r['matmul_shape']})"
-    row(f"prefill {r['batch_size']} x {r['prompt_length']}", prefill, matmul, share(*r["prefill_share"]))
-    row("first token", f"{r['decode'][0]['first_token_s'] * 1e3:.0f} ms")
+    for m in r["modes"]:
+        prefill = f"{m['prefill_tokens_per_s']:.1f} tokens/s, {m['prefill_gflops_per_s']:.0f} GFLOP/s"
+        matmul = f"{m['matmul_gflops_per_s']:.0f} GFLOP/s (F.linear {m['matmul_shape']})"
+        name = f"{m['mode']} prefill {r['batch_size']} x {r['prompt_length']}"
+        row(name, prefill, matmul, share(*m["prefill_share"]))
     for d in r["decode"]:
         decode = f"{d['tokens_per_s']:.2f} tokens/s, {d['gb_per_s']:.1f} GB/s"
+        if d["mode"] != r["decode"][0]["mode"]:
+            decode += f" ({d['tokens_per_s'] / r['decode'][0]['tokens_per_s']:.2f} x)"
         read = f"{d['bandwidth_gb_per_s']:.1f} GB/s (plain {'copy' if 'cuda' in r['device'] else 'read'})"
-        name = f"decode {r['batch_size']} x {r['new_tokens']}, cache of {d['max_seq_length']}"
+        name = f"{d['mode']} decode {r['batch_size']} x {r['new_tokens']}, cache {d['max_seq_length']}"
         row(name, decode, read, share(*d["share"]))
-    compiled = [f"{name} {r[f'compile_{name}_s']:.1f} s" for name in ("cold", "warm") if f"compile_{name}_s" in r]
-    row("compile, with a first run", ", ".join(compiled) or "-")
-    row("peak memory", f"{r['peak_memory_bytes'] / 1e9:.2f} GB")
+    for d in r["decode"]:
+        row(f"{d['mode']} first token, cache {d['max_seq_length']}", f"{d['first_token_s'] * 1e3:.0f} ms")
+    for m in r["modes"]:
+        compiled = [f"{name} {m[f'compile_{name}_s']:.1f} s" for name in ("cold", "warm") if f"compile_{name}_s" in m]
+        row(f"{m['mode']} compile, with a first run", ", ".join(compiled) or "-")
+        row(f"{m['mode']} peak memory", f"{m['peak_memory_bytes'] / 1e9:.2f} GB")
     print()
 
 
@@ -253,6 +302,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, help="a preset of model.py, such as tinyllama-1.1b")
+    add("--mode", nargs="+", choices=["bf16", "int8", "int4"], default=["bf16"], help="one or several, taking turns")
+    add("--groupsize", type=int, choices=GROUP_SIZES, default=32, help="of int4")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the decode step")
     add("--compile_prefill", action="store_true", help="compile the prefill")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -266,7 +317,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="capacities of the KV cache, taking turns (default: what it takes)",
     )
     add("--json_path", type=Path, help="write the figures to this file too")
-    add("--only_compile", action="store_true", help=argparse.SUPPRESS)
+    add("--only_warm_up", help=argparse.SUPPRESS)
     return parser
 
 
@@ -278,10 +329,13 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     if (args.compile or args.compile_prefill) and (lacking := missing_compiler()):
         print(f"{lacking}: going on without --compile", file=sys.stderr)
         args.compile = args.compile_prefill = False
-    asked = {key: value for key, value in vars(args).items() if key not in ("json_path", "only_compile")}
+    set_compile_flags(device)
+    if args.only_warm_up:
+        return print(json.dumps(warm_up_alone(args)))
+    if set(args.mode) != {"bf16"} and device == "cpu" and (reason := kernels_missing(device, dtype)):
+        print(reason, file=sys.stderr)
+    asked = {key: value for key, value in vars(args).items() if key not in ("json_path", "only_warm_up")}
     measured = measure(args, argv)
-    if args.only_compile:
-        return print(measured["compile_s"])
     made = {"hardware": hardware(device), "torch": torch.__version__, "date": date.today().isoformat()}
     result = {**asked, "dtype": str(dtype).removeprefix("torch."), **made, **measured}
     print_table(result)

@@ -18,9 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from checkpoint import load_model
 from decoding import Steps, stream
+from kernels import cpu
 from model import Transformer
 from sampling import Sampling
 
+cpu.load()  # builds what is not built, before a test looks at what is printed
 torch.set_num_threads(1)  # threads that wait for each other cost tiny models more than they give, on busy cores a lot
 
 SIZES = {
@@ -64,6 +66,30 @@ def make_tiny(family: str, **overrides) -> PreTrainedModel:
                 parameter.normal_(std=0.2, generator=generator)
     return model.requires_grad_(False)
 
+
+# For a process of its own: `growth(action)` is how many MB of anonymous memory `action()` takes at its peak.
+GROWTH = """
+import threading, torch
+from pathlib import Path
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+def anonymous_mb():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
+
+def growth(action):
+    base, done, peak = anonymous_mb(), threading.Event(), [0]
+    def watch():
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], anonymous_mb())
+    threading.Thread(target=watch, daemon=True).start()
+    result = action()
+    done.set()
+    return round(max(peak[0], anonymous_mb()) - base)
+
+torch.set_num_threads(1)
+with FakeTensorMode():
+    torch.empty(1)  # imports what it needs
+"""
 
 GREEDY = Sampling(temperature=0)
 

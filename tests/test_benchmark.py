@@ -29,7 +29,8 @@ def run(tmp_path_factory) -> tuple[list[str], dict, Path]:
     path = tmp_path_factory.mktemp("benchmark") / "figures.json"
     sizes = ["--prompt_length", "24", "--new_tokens", "9", "--batch_size", "2", "--repeats", "2"]
     done = benchmark(
-        "--model", "stories-15m", "--no-compile", *sizes, "--max_seq_length", "64", "512", "--json_path", str(path)
+        "--model", "stories-15m", "--no-compile", *sizes, "--max_seq_length", "64", "512", "--json_path", str(path),
+        "--mode", "bf16", "int4",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
@@ -42,7 +43,8 @@ def test_json_says_what_was_run(run):
     assert {key: figures[key] for key in expected} == expected
     assert figures["dtype"] == "bfloat16"
     assert all(figures[key] for key in ("hardware", "torch", "date"))
-    assert "compile_cold_s" not in figures  # nothing was compiled
+    assert [mode["mode"] for mode in figures["modes"]] == figures["mode"] == ["bf16", "int4"]
+    assert all("compile_cold_s" not in mode for mode in figures["modes"])  # nothing was compiled
     assert json.loads(path.read_text()) == figures
 
 
@@ -54,24 +56,29 @@ def test_bytes_and_operations_follow_from_the_shape(run):
     # On average a step, 1 to 8 behind the prompt of 24, attends 28.5 positions in each of 2 rows.
     cache = 2 * 28.5 * n_layers * 2 * dim
     for decode in figures["decode"]:
-        whole_run = 2 * (in_layers + vocab_size * dim + norms + cache)
+        bytes_per_weight = {"bf16": 2, "int4": 5 / 8}[decode["mode"]]
+        whole_run = bytes_per_weight * (in_layers + vocab_size * dim) + 2 * (norms + cache)
         spread = 2 * 2 * 3.5 * n_layers * 2 * dim  # a run may be measured in pieces, their median is near its middle
         assert decode["bytes_per_step"] == pytest.approx(whole_run, abs=spread)
         assert decode["gb_per_s"] * 1e9 == pytest.approx(decode["tokens_per_s"] / 2 * whole_run, rel=0.02)
     attention = n_layers * 4 * dim * sum(range(1, 25))
-    assert figures["prefill_flops"] == 2 * (2 * 24 * in_layers + attention + 2 * vocab_size * dim)
-    gflops = figures["prefill_tokens_per_s"] * figures["prefill_flops"] / 48 / 1e9
-    assert figures["prefill_gflops_per_s"] == pytest.approx(gflops)
+    for mode in figures["modes"]:
+        assert mode["prefill_flops"] == 2 * (2 * 24 * in_layers + attention + 2 * vocab_size * dim)
+        gflops = mode["prefill_tokens_per_s"] * mode["prefill_flops"] / 48 / 1e9
+        assert mode["prefill_gflops_per_s"] == pytest.approx(gflops)
 
 
 def test_figures_are_positive_and_ordered(run):
     _, figures, _ = run
-    assert [decode["max_seq_length"] for decode in figures["decode"]] == [64, 512]
-    assert figures["peak_memory_bytes"] > 256e6  # the buffer that is read
-    assert figures["matmul_gflops_per_s"] > 0
+    rows = [(decode["mode"], decode["max_seq_length"]) for decode in figures["decode"]]
+    assert rows == [("bf16", 64), ("bf16", 512), ("int4", 64), ("int4", 512)]
+    for mode in figures["modes"]:
+        assert mode["peak_memory_bytes"] > 1e8  # a process with torch
+        assert mode["matmul_gflops_per_s"] > 0
     for decode in figures["decode"]:
         assert all(decode[key] > 0 for key in ("first_token_s", "tokens_per_s", "gb_per_s", "bandwidth_gb_per_s"))
-    for middle, low, high in [figures["prefill_share"], *(decode["share"] for decode in figures["decode"])]:
+    shares = [mode["prefill_share"] for mode in figures["modes"]] + [decode["share"] for decode in figures["decode"]]
+    for middle, low, high in shares:
         assert 0 < low <= middle <= high
 
 
@@ -81,13 +88,16 @@ def test_table_shows_the_figures(run):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     table = {row[0]: row[1:] for row in rows}
     assert len({len(line) for line in lines if line.startswith("|")}) == 1
-    assert table["prefill 2 x 24"][0].startswith(f"{figures['prefill_tokens_per_s']:.1f} tokens/s")
+    for mode in figures["modes"]:
+        cells = table[f"{mode['mode']} prefill 2 x 24"]
+        assert cells[0].startswith(f"{mode['prefill_tokens_per_s']:.1f} tokens/s")
+        assert table[f"{mode['mode']} compile, with a first run"][0] == "-"
+        assert table[f"{mode['mode']} peak memory"][0] == f"{mode['peak_memory_bytes'] / 1e9:.2f} GB"
     for decode in figures["decode"]:
-        cells = table[f"decode 2 x 9, cache of {decode['max_seq_length']}"]
-        assert cells[0] == f"{decode['tokens_per_s']:.2f} tokens/s, {decode['gb_per_s']:.1f} GB/s"
+        cells = table[f"{decode['mode']} decode 2 x 9, cache {decode['max_seq_length']}"]
+        assert cells[0].startswith(f"{decode['tokens_per_s']:.2f} tokens/s, {decode['gb_per_s']:.1f} GB/s")
+        assert cells[0].endswith(" x)") == (decode["mode"] == "int4")  # beside the first mode's
         assert cells[2].startswith(f"{decode['share'][0]:.0%} (")
-    assert table["compile, with a first run"][0] == "-"
-    assert table["peak memory"][0] == f"{figures['peak_memory_bytes'] / 1e9:.2f} GB"
 
 
 @pytest.mark.parametrize(

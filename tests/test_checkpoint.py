@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import GROWTH
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_model, open_checkpoint, save_checkpoint
@@ -447,30 +448,13 @@ def test_prepare_downloads_then_converts(tmp_path):
 
 # --- memory ---------------------------------------------------------------------------------------------------------
 
-WATCH = """
-import sys, threading, torch
-from pathlib import Path
-from torch._subclasses.fake_tensor import FakeTensorMode
+WATCH = f"""
+import sys
+{GROWTH}
 from checkpoint import load_model
 sys.path.insert(0, "scripts")
 from convert_hf_checkpoint import convert
 
-def anonymous_mb():
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
-
-def growth(action):
-    base, done, peak = anonymous_mb(), threading.Event(), [0]
-    def watch():
-        while not done.wait(0.001):
-            peak[0] = max(peak[0], anonymous_mb())
-    threading.Thread(target=watch, daemon=True).start()
-    result = action()
-    done.set()
-    return round(max(peak[0], anonymous_mb()) - base)
-
-torch.set_num_threads(1)
-with FakeTensorMode():
-    torch.empty(1)  # imports what it needs
 path = Path(sys.argv[1])
 print("grew", growth(lambda: convert(path, torch.bfloat16)))
 print("grew", growth(lambda: load_model(path / "model.pth")))

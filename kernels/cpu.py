@@ -1,0 +1,145 @@
+"""The CPU's kernels for products of a few rows: built once from `cpu.cpp`, found again by every later process.
+
+    if cpu.load() is None:
+        packed = cpu.pack_int4(weight, scales, zeros)
+        y = torch.ops.fast.int4_linear(x, packed, n_out, groupsize)
+
+`int8_linear`, `int4_linear` and `bf16_linear` take x bfloat16 `[M, K]` and give `[M, N]`: one row at the speed of
+memory, up to 16 without reading a weight twice, more as a product of matrices. `cpu.cpp` says how panels lie.
+"""
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LANES = 16  # rows of a panel
+PANELS_AT_ONCE = 64  # packed together: what that takes beside the result is small
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-w")
+
+
+@functools.cache
+def load() -> str | None:
+    """Build or find the operators `torch.ops.fast.*`; None, or in one line why they are not there.
+
+    The library lies in TORCH_EXTENSIONS_DIR, by default `~/.cache/torch_extensions`, under a name that depends on the
+    source and on the version of torch.
+    """
+    source = Path(__file__).with_suffix(".cpp")
+    content = source.read_bytes() + source.with_name("cpu_avx512.h").read_bytes()
+    key = hashlib.sha256(content + f"{torch.__version__} {FLAGS}".encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    library = folder / f"fast-{key}.so"
+    try:
+        if not library.exists():
+            _build(source, library)
+        torch.ops.load_library(library)
+    except (OSError, subprocess.CalledProcessError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        return f"the CPU's kernels cannot be built, without them quantised weights run slowly: {lines[0]}"
+    _register_fakes()
+    return None
+
+
+def is_fast() -> bool:
+    """Whether this processor has the instructions that the kernels are written for; without, they are plain loops."""
+    return load() is None and torch.ops.fast.variant("") == "avx512"
+
+
+def _build(source: Path, library: Path) -> None:
+    """Compile `source`; the library gets its name once it is whole. Raises OSError or CalledProcessError."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise OSError(f"no C++ compiler ({compiler}) is installed")
+    print("building the CPU's kernels, once ...", file=sys.stderr)
+    root = Path(torch.__file__).parent
+    library.parent.mkdir(parents=True, exist_ok=True)
+    temporary = library.with_suffix(f".{os.getpid()}.tmp")
+    include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+    link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    try:
+        command = [compiler, *FLAGS, abi, *include, str(source), "-o", str(temporary), *link]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(temporary, library)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _register_fakes() -> None:
+    """Tell a compiler what the operators return."""
+
+    def quantized(x: Tensor, packed: Tensor, n_out: int, groupsize: int = 0) -> Tensor:
+        return x.new_empty(x.shape[0], n_out)
+
+    torch.library.register_fake("fast::int8_linear", quantized)
+    torch.library.register_fake("fast::int4_linear", quantized)
+    torch.library.register_fake("fast::bf16_linear", lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
+
+
+def pack_int8(weight: Tensor, scales: Tensor) -> Tensor:
+    """int8 `[N, K]`, K even, and float32 `[N]` as panels, uint8 `[ceil(N / 16), 16 K + 64]`."""
+
+    def panels(weight: Tensor, scales: Tensor) -> Tensor:
+        pairs = weight.unflatten(1, (-1, 2)).unflatten(0, (-1, LANES)).transpose(1, 2)  # [P, K / 2, 16, 2]
+        scales = scales.unflatten(0, (-1, LANES))
+        return torch.cat((pairs.flatten(1).contiguous().view(torch.uint8), scales.view(torch.uint8)), dim=1)
+
+    return _by_panels(panels, weight, scales)
+
+
+def unpack_int8(packed: Tensor, n_out: int, n_in: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack_int8`."""
+    pairs, scales = packed[:, : LANES * n_in].view(torch.int8), packed[:, LANES * n_in :].contiguous()
+    weight = pairs.reshape(-1, n_in // 2, LANES, 2).transpose(1, 2).reshape(-1, n_in)
+    return weight[:n_out], scales.view(torch.float32).flatten()[:n_out]
+
+
+def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """uint8 `[N, K / 2]` and bfloat16 `[N, K / G]` as panels, uint8 `[ceil(N / 16), 8 K + 64 K / G]`."""
+
+    def panels(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        n_groups = scales.shape[1]
+        a, b, c, d = weight.unflatten(1, (-1, 4)).unbind(2)  # each [rows, K / 8], an even input below an odd one
+        even = a & 0xF | b << 4, c & 0xF | d << 4
+        odd = a >> 4 | b & 0xF0, c >> 4 | d & 0xF0
+        words = torch.stack((*even, *odd), dim=2).unflatten(0, (-1, LANES)).transpose(1, 2)  # [P, K / 8, 16, 4]
+        pairs = torch.stack((scales, zeros), dim=2).unflatten(0, (-1, LANES)).transpose(1, 2)  # [P, K / G, 16, 2]
+        words = words.reshape(len(words), n_groups, -1)
+        pairs = pairs.contiguous().view(torch.uint8).reshape(len(words), n_groups, -1)
+        return torch.cat((words, pairs), dim=2).flatten(1)
+
+    return _by_panels(panels, weight, scales, zeros)
+
+
+def unpack_int4(packed: Tensor, n_out: int, n_in: int, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of `pack_int4`."""
+    n_groups, n_panels = n_in // groupsize, len(packed)
+    words, pairs = packed.view(n_panels, n_groups, -1).split((LANES * groupsize // 2, LANES * 4), dim=2)
+    e, f, g, h = words.reshape(n_panels, n_in // 8, LANES, 4).transpose(1, 2).reshape(-1, n_in // 8, 4).unbind(2)
+    weight = torch.stack((e & 0xF | g << 4, e >> 4 | g & 0xF0, f & 0xF | h << 4, f >> 4 | h & 0xF0), dim=2)
+    pairs = pairs.contiguous().view(torch.bfloat16).view(n_panels, n_groups, LANES, 2).transpose(1, 2)
+    scales, zeros = pairs.reshape(-1, n_groups, 2).unbind(2)
+    return weight.flatten(1)[:n_out], scales[:n_out].contiguous(), zeros[:n_out].contiguous()
+
+
+def _by_panels(pack, *tensors: Tensor) -> Tensor:
+    """`pack` a few panels of rows at a time; the last is filled up with zeros."""
+    n_out = len(tensors[0])
+    out: Tensor | None = None
+    for start in range(0, n_out, LANES * PANELS_AT_ONCE):
+        rows = [tensor[start : start + LANES * PANELS_AT_ONCE] for tensor in tensors]
+        lacking = -len(rows[0]) % LANES
+        if lacking:
+            rows = [torch.cat((piece, piece.new_zeros(lacking, *piece.shape[1:]))) for piece in rows]
+        panels = pack(*rows)
+        if out is None:
+            out = panels.new_empty(-(-n_out // LANES), panels.shape[1])
+        out[start // LANES : start // LANES + len(panels)] = panels
+    return out

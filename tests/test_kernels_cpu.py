@@ -1,0 +1,146 @@
+"""The CPU's kernels: packing, products on every instruction set of this machine, building.
+
+    python -m pytest tests/test_kernels_cpu.py
+
+Worth knowing: the reference is float32 arithmetic on the dequantised weights; the kernels round their result to
+bfloat16, which alone is an error of up to 0.4 %.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import cpu
+from linear import Int4Linear, Int8Linear
+
+ROOT = Path(cpu.__file__).parent.parent
+pytestmark = pytest.mark.skipif(cpu.load() is not None, reason=str(cpu.load()))
+SHAPES = [(1, 64), (16, 64), (40, 192), (131, 256), (8, 1056)]
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def variant(request):
+    try:
+        torch.ops.fast.variant(request.param)
+    except RuntimeError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    torch.ops.fast.variant("")
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def pack(module) -> torch.Tensor:
+    if isinstance(module, Int8Linear):
+        return cpu.pack_int8(module.weight, module.scales)
+    return cpu.pack_int4(module.weight, module.scales, module.zeros)
+
+
+def close(y: torch.Tensor, expected: torch.Tensor) -> bool:
+    return y.dtype == torch.bfloat16 and float((y.float() - expected).norm() / expected.norm()) < 0.004
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_packing_int8_is_undone(n, k):
+    weight, scales = torch.randint(-127, 128, (n, k), dtype=torch.int8), torch.rand(n)
+    packed = cpu.pack_int8(weight, scales)
+    assert packed.shape == (-(-n // 16), 16 * k + 64)
+    found = cpu.unpack_int8(packed, n, k)
+    assert found[0].equal(weight)
+    assert found[1].equal(scales)
+
+
+@pytest.mark.parametrize(("n", "k", "groupsize"), [(1, 64, 32), (40, 192, 64), (131, 256, 256), (2000, 128, 128)])
+def test_packing_int4_is_undone(n, k, groupsize):
+    tensors = torch.randint(256, (n, k // 2), dtype=torch.uint8), normal(n, k // groupsize), normal(n, k // groupsize)
+    tensors = tensors[0], tensors[1].bfloat16(), tensors[2].bfloat16()
+    packed = cpu.pack_int4(*tensors)
+    assert packed.shape == (-(-n // 16), 8 * k + 64 * k // groupsize)
+    for found, expected in zip(cpu.unpack_int4(packed, n, k, groupsize), tensors, strict=True):
+        assert found.equal(expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 9, 16, 17, 40, 300])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_products(variant, rows, threads):
+    torch.set_num_threads(threads)
+    try:
+        for n, k in SHAPES if rows < 100 else [(40, 320)]:
+            x, weight = normal(rows, k).bfloat16(), normal(n, k)
+            assert close(torch.ops.fast.bf16_linear(x, weight.bfloat16()), x.float() @ weight.bfloat16().float().T)
+            module = Int8Linear.from_float(weight)
+            y = torch.ops.fast.int8_linear(x, pack(module), n)
+            assert close(y, x.float() @ module.dequantize(torch.float32).T)
+            for groupsize in (size for size in (32, 64, 128, 256) if k % size == 0):
+                module = Int4Linear.from_float(weight, groupsize=groupsize)
+                y = torch.ops.fast.int4_linear(x, pack(module), n, groupsize)
+                assert close(y, x.float() @ module.dequantize(torch.float32).T)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_rows_are_what_they_are_alone(variant):
+    """A row of a batch, or of a verified draft, is what it is on its own, but for rounding."""
+    x, weight = normal(6, 256).bfloat16(), normal(48, 256)
+    for multiply in (
+        lambda x: torch.ops.fast.bf16_linear(x, weight.bfloat16()),
+        lambda x: torch.ops.fast.int8_linear(x, pack(Int8Linear.from_float(weight)), 48),
+        lambda x: torch.ops.fast.int4_linear(x, pack(Int4Linear.from_float(weight, groupsize=32)), 48, 32),
+    ):
+        alone = torch.cat([multiply(row[None]) for row in x])
+        assert torch.allclose(multiply(x).float(), alone.float(), rtol=0.008, atol=0.02)
+
+
+def test_large_offsets_do_not_cancel(variant):
+    """Weights around 100 with a spread of 1: what the magic number adds is taken off without a loss."""
+    x, weight = normal(2, 512).bfloat16(), 100 + normal(16, 512)
+    module = Int4Linear.from_float(weight, groupsize=32)
+    y = torch.ops.fast.int4_linear(x, pack(module), 16, 32)
+    assert close(y, x.float() @ module.dequantize(torch.float32).T)
+
+
+def test_operators_keep_pytorchs_rules():
+    x, module = normal(3, 64).bfloat16(), Int8Linear.from_float(normal(40, 64))
+    torch.library.opcheck(torch.ops.fast.int8_linear.default, (x, pack(module), 40))
+    module = Int4Linear.from_float(normal(40, 64), groupsize=32)
+    torch.library.opcheck(torch.ops.fast.int4_linear.default, (x, pack(module), 40, 32))
+    torch.library.opcheck(torch.ops.fast.bf16_linear.default, (x, normal(40, 64).bfloat16()))
+
+
+def test_a_weight_of_another_size_is_refused():
+    packed = pack(Int8Linear.from_float(normal(40, 64)))
+    with pytest.raises(RuntimeError, match="the weight has 3264 bytes, not 6336"):
+        torch.ops.fast.int8_linear(normal(1, 128).bfloat16(), packed, 40)
+
+
+def load_in_a_process(folder: Path, **environment: str) -> str:
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder), **environment}
+    command = [sys.executable, "-c", "from kernels import cpu; print(cpu.load())"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_without_a_compiler_it_says_so(tmp_path):
+    found = load_in_a_process(tmp_path, CXX="no-such-compiler")
+    assert found.startswith("the CPU's kernels cannot be built, without them quantised weights run slowly: ")
+    assert found.endswith("no C++ compiler (no-such-compiler) is installed")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_build_leaves_nothing(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'cpu.cpp: out of patience' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    found = load_in_a_process(tmp_path / "built", CXX=str(compiler))
+    assert found.endswith("run slowly: cpu.cpp: out of patience")
+    assert not list((tmp_path / "built").iterdir())
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be built" in load_in_a_process(tmp_path / "file")

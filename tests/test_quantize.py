@@ -1,0 +1,373 @@
+"""quantize.py: the files it writes, GPTQ, calibration, errors; generate.py on what it wrote.
+
+    python -m pytest tests/test_quantize.py
+
+Worth knowing: on independent inputs GPTQ has nothing to gain, so its tests make inputs that depend on each other.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GROWTH, make_tiny
+
+import generate
+import gptq as gptq_module
+import quantize
+from checkpoint import load_model, open_checkpoint, save_checkpoint
+from gptq import gptq, gptq_linears
+from linear import Int4Linear, Int8Linear, int4_values
+from model import Linear, ModelArgs, Transformer
+
+ROOT = Path(quantize.__file__).parent
+DEMO = ROOT / "demo" / "target"
+MODES = {"int8": "model_int8.pth", "int4": "model_int4.g32.pth", "int4-gptq": "model_int4-gptq.g32.pth"}
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def run(capsys):
+    """`run("--flag", value)`: exit code, stdout and stderr of quantize.py."""
+
+    def call(*flags) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return quantize.main([str(flag) for flag in flags]), *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def fails(run):
+    """`fails(message, "--flag", value)`: one line on stderr says what was wrong, and exit code 2."""
+
+    def call(message: str, *flags) -> None:
+        code, out, err = run(*flags)
+        lines = [line for line in err.splitlines() if "Linear/s" not in line and line.strip()]
+        assert (code, out, len(lines)) == (2, "", 1), err
+        assert lines[0].startswith("error: ")
+        assert message in lines[0]
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """English in a file, three times the calibration that the demo's widest Linear needs."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text((ROOT / "demo" / "heldout.txt").read_text(encoding="utf-8")[:8000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, text) -> Path:
+    """A directory like the demo's, with a file of every mode, each made by the command line."""
+    directory = tmp_path_factory.mktemp("written")
+    for path in DEMO.iterdir():
+        (directory / path.name).symlink_to(path)
+    for mode in MODES:
+        flags = ["--checkpoint_path", directory, "--mode", mode, "--calibration_file", text]
+        assert quantize.main([str(flag) for flag in [*flags, "--calibration_seq_length", 256]]) == 0
+    return directory
+
+
+# ---- What is written.
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_file_says_what_it_is_and_loads_by_that(written, mode):
+    model = load_model(written / MODES[mode])
+    assert model.quantization["mode"] == mode
+    assert model.quantization.get("groupsize") == (None if mode == "int8" else 32)
+    kind = Int8Linear if mode == "int8" else Int4Linear
+    linears = [
+        m for name, m in model.named_modules() if name.rpartition(".")[2] in ("wqkv", "wo", "w13", "w2", "output")
+    ]
+    assert len(linears) == 4 * model.args.n_layers + 1
+    assert all(isinstance(linear, kind) for linear in linears)
+
+
+def test_files_are_as_small_as_their_bits(written):
+    float_size = (DEMO / "model.safetensors").stat().st_size
+    embedding = 2 * 4096 * 256  # the demo's output projection is the embedding table, and is then no longer
+    sizes = {mode: (written / name).stat().st_size for mode, name in MODES.items()}
+    assert sizes["int8"] == pytest.approx(float_size / 2 + embedding, rel=0.02)
+    assert sizes["int4"] == pytest.approx(float_size * 5 / 16 + embedding, rel=0.02)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_save_load_save_is_the_same_file(written, tmp_path, mode):
+    checkpoint = open_checkpoint(written / MODES[mode])
+    tensors = {name: (t.shape, t.dtype, t.fill) for name, t in checkpoint.tensors.items()}
+    save_checkpoint(tmp_path / "again.pth", checkpoint.args, tensors, checkpoint.quantization)
+    assert (tmp_path / "again.pth").read_bytes() == (written / MODES[mode]).read_bytes()
+
+
+def test_weights_are_those_of_from_float(written):
+    source, found = load_model(DEMO), open_checkpoint(written / "model_int4.g32.pth").tensors
+    expected = Int4Linear.from_float(source.layers[2].attention.wqkv.weight, groupsize=32)
+    for name, tensor in expected.state_dict().items():
+        assert found[f"layers.2.attention.wqkv.{name}"].load("cpu", tensor.dtype).equal(tensor)
+    assert found["tok_embeddings.weight"].load("cpu", torch.bfloat16).equal(source.tok_embeddings.weight)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "llama-bias", "qwen2", "mistral-window"])
+@pytest.mark.parametrize("mode", ["int8", "int4", "int4-gptq"])
+def test_families(tiny, tmp_path, family, mode):
+    """Tied embeddings part, biases are kept, a sliding window holds while calibrating; logits stay near."""
+    source, target = open_checkpoint(tiny(family)[1]), tmp_path / "model.pth"
+    scheme = {"mode": mode, "groupsize": 32, "percdamp": 0.01, "blocksize": 32, "act_order": False}
+    tokens = torch.randint(128, (64, 16), generator=torch.Generator().manual_seed(0))
+    quantize.quantize(source, scheme, target, "cpu", tokens.tolist() if mode == "int4-gptq" else None)
+    model, exact = load_model(target, dtype=torch.float32), load_model(tiny(family)[1], dtype=torch.float32)
+    assert not model.args.tie_embeddings
+    if family == "qwen2":
+        bias = model.layers[0].attention.wqkv.bias
+        assert torch.allclose(bias, exact.layers[0].attention.wqkv.bias, rtol=0.01)
+    found, expected = model(tokens[:8]), exact(tokens[:8])
+    assert (found - expected).norm() < {"int8": 0.06, "int4": 0.5, "int4-gptq": 0.5}[mode] * expected.norm()
+
+
+def test_skipped_linears_stay_float(tiny, run, tmp_path):
+    flags = ["--checkpoint_path", tiny("llama-tied")[1], "--output_path", tmp_path / "m.pth"]
+    code, out, _ = run(*flags, "--skip", "lm_head", "wo", "layers.1.feed_forward.w2")
+    assert code == 0
+    assert out.splitlines()[-1] == f"next: python generate.py --compile --checkpoint_path {tmp_path / 'm.pth'}"
+    model = load_model(tmp_path / "m.pth")
+    assert model.args.tie_embeddings
+    assert type(model.output) is type(model.layers[0].attention.wo) is type(model.layers[1].feed_forward.w2) is Linear
+    assert type(model.layers[0].feed_forward.w2) is Int8Linear
+
+
+# ---- GPTQ.
+
+
+def dependent_inputs(n: int, k: int, seed: int = 0) -> torch.Tensor:
+    """`[n, k]` with a spectrum that falls steeply, as hidden states have."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(k, k, generator=generator) * torch.logspace(0, -2, k)[:, None]
+    return torch.randn(n, k, generator=generator) @ mixing
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(("groupsize", "blocksize"), [(32, 128), (128, 32), (64, 64)])
+def test_gptq_beats_rounding_on_inputs_that_depend_on_each_other(act_order, groupsize, blocksize):
+    x, weight = dependent_inputs(2000, 256), torch.randn(48, 256, generator=torch.Generator().manual_seed(1))
+    hessian = x.T @ x / len(x)
+    options = {"groupsize": groupsize, "percdamp": 0.01, "blocksize": blocksize, "act_order": act_order}
+    q, scales, zeros, error = gptq(weight, hessian, **options)
+
+    def output_error(approximate):
+        return float(((approximate - weight) @ x.T).norm() / (weight @ x.T).norm())
+
+    rounded = Int4Linear.from_float(weight, groupsize=groupsize, scale_search=True).dequantize(torch.float32)
+    assert output_error(int4_values(q, scales, zeros)) == pytest.approx(error, rel=1e-3)
+    assert error < 0.6 * output_error(rounded)
+
+
+def test_gptq_does_not_depend_on_the_block_size():
+    hessian = torch.cov(dependent_inputs(2000, 128).T)
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(1))
+    results = [
+        gptq(weight, hessian, groupsize=32, percdamp=0.01, blocksize=b, act_order=False)[3] for b in (32, 64, 128)
+    ]
+    assert max(results) < 1.02 * min(results)  # the same but for rounding
+
+
+def test_gptq_with_independent_inputs_is_rounding():
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
+    q, scales, zeros, _ = gptq(weight, torch.eye(64), groupsize=32, percdamp=0.01, blocksize=64, act_order=False)
+    expected = Int4Linear.from_float(weight, groupsize=32, scale_search=True).dequantize(torch.float32)
+    assert int4_values(q, scales, zeros).equal(expected)
+
+
+def test_gptq_takes_inputs_that_are_always_zero():
+    hessian = torch.cov(dependent_inputs(500, 64).T)
+    hessian[5] = hessian[:, 5] = 0
+    q, scales, zeros, error = gptq(
+        torch.randn(4, 64), hessian, groupsize=32, percdamp=0.01, blocksize=64, act_order=True
+    )
+    assert error < 0.2
+    assert scales.isfinite().all()
+
+
+def test_gptq_of_a_singular_hessian_says_so():
+    with pytest.raises(ValueError, match="singular with --percdamp 1e-30: raise it, or calibrate longer"):
+        gptq(torch.randn(4, 64), torch.ones(64, 64), groupsize=32, percdamp=1e-30, blocksize=64, act_order=False)
+
+
+def test_gptq_observes_what_the_model_computes(tiny, monkeypatch):
+    """With rounding switched off, every Hessian is that of the float model's own inputs."""
+    monkeypatch.setattr(gptq_module, "int4_values", lambda q, scales, zeros: torch.full((), torch.nan))
+    seen = {}
+
+    def exact(weight, hessian, **options):
+        seen[weight.shape, len(seen)] = hessian
+        return torch.zeros(weight.shape), torch.zeros(len(weight), 2), torch.zeros(len(weight), 2), 0.0
+
+    monkeypatch.setattr(gptq_module, "gptq", exact)
+    monkeypatch.setattr(gptq_module.Int4Linear, "dequantize", lambda self, dtype: next(weights))
+    source = load_model(tiny("llama")[1])
+    tokens = torch.randint(128, (6, 16), generator=torch.Generator().manual_seed(0))
+    names = [n for n, m in source.named_modules() if isinstance(m, Linear)]
+    weights = iter([source.get_submodule(name).weight for name in names])
+    inputs = {name: [] for name in names}
+    for name in names:
+        source.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: inputs[name].append(x[0]))
+    source(tokens)
+    scheme = {"groupsize": 32, "percdamp": 0.01, "blocksize": 32, "act_order": False}
+    found = [name for name, *_ in gptq_linears(open_checkpoint(tiny("llama")[1]), scheme, tokens.tolist(), "cpu")]
+    assert found == names
+    for name, hessian in zip(names, seen.values(), strict=True):
+        x = inputs[name][0].flatten(0, 1).float()
+        assert torch.allclose(hessian, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+
+
+# ---- Memory, interruption, errors.
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_anonymous_memory_is_bounded(tmp_path, mode):
+    """A model of 540 MB, whose largest Linear has 33 MB: the output is a mapped file, so only Linears count."""
+    shape = {"dim": 1024, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "head_dim": 128, "hidden_dim": 8192}
+    args = ModelArgs(**shape, vocab_size=8192, context_length=128, norm_eps=1e-5, rope_theta=1e4)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Transformer(args).state_dict().items()}
+    tensors = {name: (shape, torch.bfloat16, lambda out: out.fill_(1)) for name, shape in shapes.items()}
+    save_checkpoint(tmp_path / "model.pth", args, tensors)
+    flags = ["--checkpoint_path", str(tmp_path / "model.pth"), "--mode", mode]
+    program = f"{GROWTH}\nimport quantize\nprint('grew', growth(lambda: quantize.main({flags})))"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    grew = int(run.stdout.split("grew ")[1])
+    assert grew < 300  # a Linear as stored and quantised, and slack; far from the model
+
+
+def test_an_interrupted_run_leaves_no_file(tmp_path, text):
+    for path in DEMO.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    flags = ["--mode", "int4-gptq", "--calibration_file", text, "--checkpoint_path", tmp_path]
+    command = [sys.executable, "quantize.py", *map(str, flags)]
+    before = set(tmp_path.iterdir())
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while set(tmp_path.iterdir()) == before and run.poll() is None:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    err = run.communicate(timeout=60)[1].decode()
+    assert run.returncode == 130
+    assert "stopped; nothing was written" in err
+    assert "Traceback" not in err
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4-gptq"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_a_weight_that_is_no_number_is_named(fails, tmp_path, mode, value, name, text):
+    model = make_tiny("llama")
+    model.get_parameter(name).view(-1)[7] = value
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").symlink_to(DEMO / "tokenizer.model")
+    ours = {"model.norm.weight": "norm.weight"}.get(name, "layers.1.feed_forward.w2.weight")
+    flags = ["--mode", mode, "--checkpoint_path", tmp_path, "--calibration_file", text, "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "calibrate", lambda args, model_args: [[1, 2, 3, 4]] * 64)
+        fails(f"{ours} holds NaN or infinite values: it cannot be quantised", *flags)
+    assert not list(tmp_path.glob("*.pth*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint_path", "nowhere.pth"], "nowhere.pth: no such file or directory"),
+        (["--skip", "w5"], "no such Linear; use output, w13, w2, wo, wqkv or a full name (layers.0.attention.wqkv)"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+        (["--mode", "int4", "--groupsize", 256], "layers.0.feed_forward.w2 has 640 inputs, not a multiple of 256: use"),
+        (["--mode", "int4-gptq", "--calibration_limit", 0], "--calibration_limit 0: give at least 1"),
+        (["--mode", "int4-gptq", "--percdamp", 0], "--percdamp 0.0: give a share above 0, such as 0.01"),
+        (["--mode", "int4-gptq", "--calibration_seq_length", 9999], "--calibration_seq_length 9999: this model takes"),
+        (["--mode", "int4-gptq", "--calibration_file", "nothing.txt"], "nothing.txt"),
+        (["--output_path", "nowhere/model.pth"], "nowhere"),
+    ],
+)
+def test_bad_flags(fails, tmp_path, flags, message):
+    fails(message, *(["--output_path", tmp_path / "m.pth"] if "--output_path" not in flags else []), *flags)
+
+
+def test_too_little_calibration_text(fails, tmp_path):
+    (tmp_path / "short.txt").write_text("A few words. " * 40)
+    flags = ["--mode", "int4-gptq", "--calibration_file", tmp_path / "short.txt", "--output_path", tmp_path / "m.pth"]
+    message = (
+        "the calibration text gives 2 sequences of 64 tokens, but the 640 inputs of the widest Linear need 10: give"
+    )
+    fails(message, *flags, "--calibration_seq_length", 64)
+
+
+def test_a_quantised_input_and_the_input_as_output(fails, written):
+    path = written / "model_int8.pth"
+    fails("is quantised already (int8): give the checkpoint it was made from", "--checkpoint_path", path)
+    size = path.stat().st_size
+    bf16 = written / "bf16.pth"
+    checkpoint = open_checkpoint(DEMO)
+    tensors = {name: (t.shape, torch.bfloat16, t.fill) for name, t in checkpoint.tensors.items()}
+    save_checkpoint(bf16, checkpoint.args, tensors)
+    fails("is the input: name another file", "--checkpoint_path", bf16, "--output_path", bf16)
+    assert path.stat().st_size == size
+
+
+def test_a_full_disk_leaves_no_file(tmp_path):
+    program = (
+        "import resource, sys, torch, quantize, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "sys.exit(quantize.main(['--output_path', sys.argv[1]]))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, tmp_path / "m.pth"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_tasks_without_lm_eval(fails, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    message = "--calibration_tasks needs lm_eval: pip install 'lm_eval>=0.4.9,<0.5', or give --calibration_file TEXT"
+    fails(message, "--mode", "int4-gptq", "--output_path", tmp_path / "m.pth")
+
+
+# ---- generate.py on every file.
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_generating_from_every_file(written, mode, tmp_path, capsys):
+    """Eager and compiled, alone and as a row of three, in bf16 with the device's kernels: the text of the demo."""
+    settings, texts = torch._inductor.config.save_config(), {}
+    for name, flags in {"eager": [], "compiled": ["--compile", "--compile_prefill"]}.items():
+        for batch in (1, 3):
+            if (name, batch, mode) in (("compiled", 3, "int8"), ("compiled", 1, "int4")):
+                continue  # the other is enough
+            torch._dynamo.reset()
+            path = tmp_path / "figures.json"
+            defaults = ["--checkpoint_path", written / MODES[mode], "--temperature", 0, "--max_new_tokens", 16]
+            argv = [*defaults, "--batch_size", batch, "--device", "cpu", "--metrics_path", path, *flags]
+            assert generate.main([str(flag) for flag in argv]) == 0
+            figures = json.loads(path.read_text())
+            assert figures["quantization"]["mode"] == mode
+            assert len(figures["samples"]) == batch
+            assert len({sample["text"] for sample in figures["samples"]}) == 1
+            texts[name, batch] = figures["samples"][0]["text"]
+    torch._inductor.config.load_config(settings)
+    assert f"M parameters, bfloat16, {mode}, cpu" in capsys.readouterr().out
+    assert len({text[:20] for text in texts.values()}) == 1, texts  # until rounding decides between two tokens
