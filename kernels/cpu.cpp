@@ -256,8 +256,9 @@ void multiply(const Call& c, const at::Tensor& x, at::Tensor& y, bool is_int4) {
     by_matrices(c, x, y, is_int4);
 }
 
-void check(const at::Tensor& x, const at::Tensor& w, int64_t expected_bytes) {
+void check(const at::Tensor& x, const at::Tensor& w, at::ScalarType dtype, int64_t expected_bytes) {
   TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kBFloat16, "x must be bfloat16 [M, K]");
+  TORCH_CHECK(w.scalar_type() == dtype, "the weight is ", w.scalar_type(), ", not ", dtype);
   TORCH_CHECK(w.is_contiguous() && int64_t(w.nbytes()) == expected_bytes, "the weight has ", w.nbytes(), " bytes, not ",
               expected_bytes);
 }
@@ -265,7 +266,7 @@ void check(const at::Tensor& x, const at::Tensor& w, int64_t expected_bytes) {
 at::Tensor int8_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_t N) {
   const at::Tensor x = x_any.contiguous();
   const int64_t K = x.size(-1);
-  check(x, packed, panels(N) * int8_panel(K));
+  check(x, packed, at::kByte, panels(N) * int8_panel(K));
   at::Tensor y = at::empty({x.size(0), N}, x.options());
   multiply(make_call(x, packed, y, N, K, nullptr), x, y, false);
   return y;
@@ -273,13 +274,18 @@ at::Tensor int8_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_
 
 at::Tensor int4_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_t N, int64_t G) {
   const at::Tensor x = x_any.contiguous();
-  const int64_t K = x.size(-1), n_groups = K / G;
-  check(x, packed, panels(N) * int4_panel(K, G));
+  const int64_t K = x.size(-1);
+  TORCH_CHECK(G > 0 && G % 32 == 0 && K % G == 0, K, " inputs do not fall into groups of ", G);
+  check(x, packed, at::kByte, panels(N) * int4_panel(K, G));
   at::Tensor y = at::empty({x.size(0), N}, x.options());
-  std::vector<float> sums(x.size(0) > MAX_ROWS ? 0 : x.size(0) * n_groups);
+  std::vector<float> sums(x.size(0) > MAX_ROWS ? 0 : x.size(0) * (K / G));
   const bf16* data = static_cast<const bf16*>(x.const_data_ptr());
-  for (size_t g = 0; g < sums.size(); ++g)
-    for (int64_t i = 0; i < G; ++i) sums[g] += to_float(data[g * G + i]);
+  for (size_t g = 0; g < sums.size(); ++g) {
+    float lanes[LANES] = {0};  // 16 sums side by side, or each addition waits for the one before
+    for (int64_t i = 0; i < G; i += LANES)
+      for (int64_t r = 0; r < LANES; ++r) lanes[r] += to_float(data[g * G + i + r]);
+    for (float lane : lanes) sums[g] += lane;
+  }
   multiply(make_call(x, packed, y, N, G, sums.data()), x, y, true);
   return y;
 }
@@ -287,7 +293,7 @@ at::Tensor int4_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_
 at::Tensor bf16_linear(const at::Tensor& x_any, const at::Tensor& weight) {
   const at::Tensor x = x_any.contiguous();
   const int64_t N = weight.size(0);
-  check(x, weight, 2 * N * x.size(-1));
+  check(x, weight, at::kBFloat16, 2 * N * x.size(-1));
   if (x.size(0) > MAX_ROWS) return at::mm(x, weight.t());
   at::Tensor y = at::empty({x.size(0), N}, x.options());
   const Call c = make_call(x, weight, y, N, 1, nullptr);

@@ -119,6 +119,18 @@ def test_a_weight_of_another_size_is_refused():
         torch.ops.fast.int8_linear(normal(1, 128).bfloat16(), packed, 40)
 
 
+def test_a_weight_of_another_type_is_refused():
+    with pytest.raises(RuntimeError, match="the weight is Half, not BFloat16"):
+        torch.ops.fast.bf16_linear(normal(1, 64).bfloat16(), normal(40, 64).half())
+
+
+@pytest.mark.parametrize("groupsize", [0, 64])
+def test_groups_that_do_not_fit_are_refused(groupsize):
+    packed = pack(Int4Linear.from_float(normal(40, 96), groupsize=32))
+    with pytest.raises(RuntimeError, match=f"96 inputs do not fall into groups of {groupsize}"):
+        torch.ops.fast.int4_linear(normal(1, 96).bfloat16(), packed, 40, groupsize)
+
+
 def load_in_a_process(folder: Path, **environment: str) -> str:
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder), **environment}
     command = [sys.executable, "-c", "from kernels import cpu; print(cpu.load())"]
