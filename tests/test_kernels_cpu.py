@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from checkpoint import load_model
 from kernels import cpu
 from linear import Int4Linear, Int8Linear
 
@@ -172,6 +173,23 @@ def test_attention_keeps_pytorchs_rules():
     torch.library.opcheck(torch.ops.fast.decode_attention.default, (q, cache[:, :, :33], cache[:, :, :33], mask))
     with pytest.raises(RuntimeError, match="mask must be bool"):
         torch.ops.fast.decode_attention(q, cache, cache, mask)
+
+
+@needs_avx512
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_model_attends_with_the_kernel(tiny, compiled):
+    """A step over a cache that the same step writes; the reference is the model without the kernel."""
+    model = load_model(tiny("llama-head-dim")[1], device="cpu", dtype=torch.bfloat16)
+    model.setup_caches(2, 64)
+    model(torch.arange(80).view(2, 40), torch.arange(40))
+    step = torch.compile(model, fullgraph=True) if compiled else model
+    tokens, positions = torch.tensor([[3], [5]]), torch.tensor([[40], [17]])
+    y = step(tokens, positions, model.slots[:48])
+    for layer in model.layers:
+        assert layer.attention.kernel is torch.ops.fast.decode_attention
+        layer.attention.kernel = None
+    expected = model(tokens, positions, model.slots[:48])
+    assert float((y - expected).float().norm() / expected.float().norm()) < 0.02
 
 
 def load_in_a_process(folder: Path, **environment: str) -> str:
