@@ -7,6 +7,7 @@ stored in the wanted dtype and on its own *is* those pages, and saving fills a m
 takes the memory of a model, only that of its largest tensor.
 """
 
+import contextlib
 import dataclasses
 import json
 import mmap
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+import tp
 from linear import pack_linears, swap_linears
 from model import ModelArgs, RopeScaling, Transformer
 
@@ -98,6 +101,31 @@ class Stored:
         for rows, part in zip(out.split([part.shape[0] for part in self.parts]), self.parts, strict=True):
             rows.copy_(part.read())
 
+    def share(self, share: tp.Share) -> "Stored":
+        """The rank's share of this tensor, still in the files: of a part that is mapped, only its pages are read."""
+        if share.is_zero:
+            return Stored(self.shape, (Part(self.shape, self.dtype, partial(torch.zeros, self.shape)),))
+        if share.dim == 1:
+            ((first, end),) = share.ranges
+            slices = [(part, (slice(None), slice(first, end))) for part in self.parts]
+        else:
+            offsets = [0, *accumulate(part.shape[0] for part in self.parts)]
+            slices = [
+                (part, (slice(max(first - offset, 0), end - offset),))
+                for first, end in share.ranges
+                for offset, part in zip(offsets, self.parts, strict=False)
+                if offset < end and first < offset + part.shape[0]
+            ]
+        parts = tuple(_slice(part, index) for part, index in slices)
+        shape = list(self.shape)
+        shape[share.dim] = sum(end - first for first, end in share.ranges)
+        return Stored(tuple(shape), parts)
+
+
+def _slice(part: Part, index: tuple[slice, ...]) -> Part:
+    sizes = [len(range(n)[cut]) for n, cut in zip(part.shape, index, strict=False)]
+    return Part((*sizes, *part.shape[len(sizes) :]), part.dtype, lambda: part.read()[index])
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -109,19 +137,31 @@ class Checkpoint:
 
 
 def load_model(
-    path: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+    path: str | os.PathLike,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    ranks: tp.Ranks = tp.ALONE,
+    replicate: bool = False,
 ) -> Transformer:
     """The model stored at `path`, on `device` in `dtype`, in eval mode and without gradients.
 
     Quantised Linears keep their own dtypes, packed for the device; `model.quantization` is the scheme, or None.
 
     path: a `.pth` that `save_checkpoint` wrote, or a directory as `open_checkpoint` takes.
-    Raises ValueError for what is not a complete checkpoint of a supported model, FileNotFoundError for no file at all.
+    ranks: the processes that share the model; this one reads only its share. replicate: it reads all of it, as do the
+        others, and only the logits are rank 0's on every rank, for ranks to agree on what they draw.
+    Raises ValueError for what is not a complete checkpoint of a supported model or cannot be divided by so many ranks,
+    FileNotFoundError for no file at all.
     """
     checkpoint = open_checkpoint(path)
     model = _skeleton(checkpoint.args, checkpoint.quantization)
+    tensors = checkpoint.tensors
+    if ranks.world_size > 1:
+        whole, model = model, model if replicate else _share_of_skeleton(checkpoint, ranks.world_size)
+        shares = tp.connect(whole, model, ranks)
+        tensors = {name: stored.share(shares[name]) if name in shares else stored for name, stored in tensors.items()}
     dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}  # what quantised Linears hold keeps its own
-    state = {name: stored.load(device, dtypes.get(name, dtype)) for name, stored in checkpoint.tensors.items()}
+    state = {name: stored.load(device, dtypes.get(name, dtype)) for name, stored in tensors.items()}
     if checkpoint.args.tie_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, assign=True)
@@ -204,6 +244,28 @@ def _skeleton(args: ModelArgs, quantization: dict[str, Any] | None) -> Transform
         model = Transformer(args)
     if quantization is not None:
         swap_linears(model, quantization)
+    return model
+
+
+def _share_of_skeleton(checkpoint: Checkpoint, world_size: int) -> Transformer:
+    """One rank's share of the model without its weights. ValueError names the world sizes that fit."""
+    args, quantization = checkpoint.args, checkpoint.quantization
+
+    def divided(n: int, **changes: Any) -> Transformer:
+        return _skeleton(dataclasses.replace(args.divided(n), **changes), quantization)
+
+    def fits(n: int) -> bool:
+        with contextlib.suppress(ValueError):
+            return bool(divided(n, n_layers=1))
+        return False
+
+    try:
+        model = divided(world_size)
+    except ValueError as error:
+        fitting = ", ".join(str(n) for n in range(1, args.n_heads + 1) if args.n_heads % n == 0 and fits(n))
+        message = f"{world_size} processes cannot share this model: {error}; world sizes that fit: {fitting}"
+        raise ValueError(message) from None
+    model.args = args
     return model
 
 

@@ -49,13 +49,13 @@ def build_steps(model: Transformer, sampling: Sampling, compile: bool = False, c
         return sampling(model(tokens, input_pos, kv_pos)), input_pos + 1
 
     if compile_prefill:
-        prefill = _compile(prefill, dynamic_dims=(1, 0, 0, None))
+        prefill = compile_step(prefill, dynamic_dims=(1, 0, 0, None))
     if compile:
-        decode = _compile(decode, dynamic_dims=(None, None, 0), mode="reduce-overhead")
+        decode = compile_step(decode, dynamic_dims=(None, None, 0), mode="reduce-overhead")
     return Steps(model, prefill, decode, compile_prefill)
 
 
-def _compile(step: Callable, dynamic_dims: tuple[int | None, ...], mode: str | None = None) -> Callable:
+def compile_step(step: Callable, dynamic_dims: tuple[int | None, ...], mode: str | None = None) -> Callable:
     """Compile `step` once for all sizes that the given dimension of each argument may have."""
     compiled = torch.compile(step, mode=mode, fullgraph=True)
 
@@ -64,6 +64,8 @@ def _compile(step: Callable, dynamic_dims: tuple[int | None, ...], mode: str | N
             if dim is not None and tensor.shape[dim] > 1:
                 torch._dynamo.mark_dynamic(tensor, dim)
         out = compiled(*tensors)
+        if not tensors[0].is_cuda:
+            return out
         return out.clone() if isinstance(out, Tensor) else tuple(o.clone() for o in out)  # a CUDA graph reuses its own
 
     return run
@@ -103,7 +105,15 @@ def stream(steps: Steps, prompts: list[list[int]], max_new_tokens: int, cached: 
     The rows may differ in length. `cached` leading positions, the same for all rows, are in the KV cache already and
     `prompts` continues them. Raises ValueError when the text would outgrow the cache.
     """
-    model = steps.model
+    check_fit(steps.model, prompts, max_new_tokens, cached)
+    # A GPU runs ahead while the host reads the token before; a CPU has nobody to run ahead.
+    copies = _launch(steps, prompts, max_new_tokens, cached)
+    for tokens in _read_behind(copies, depth=int(steps.model.slots.is_cuda)):
+        yield tokens[:, 0].tolist()
+
+
+def check_fit(model: Transformer, prompts: list[list[int]], max_new_tokens: int, cached: int) -> None:
+    """Raise ValueError unless the cache holds every prompt and, but for the last, the tokens that follow it."""
     lengths = [len(prompt) for prompt in prompts]
     if not prompts or min(lengths) == 0:
         raise ValueError("a prompt has no tokens: give at least one")
@@ -113,29 +123,30 @@ def stream(steps: Steps, prompts: list[list[int]], max_new_tokens: int, cached: 
             f"{len(prompts)} rows of {needed} tokens ({cached + max(lengths)} in the prompt) do not fit the cache of "
             f"{model.max_batch_size} x {model.max_seq_length}: shorten the prompt or raise --max_seq_length"
         )
-    # A GPU runs ahead while the host reads the token before; a CPU has nobody to run ahead.
-    yield from _read_behind(_launch(steps, prompts, max_new_tokens, cached), depth=int(model.slots.is_cuda))
 
 
-def _launch(steps: Steps, prompts: list[list[int]], max_new_tokens: int, cached: int):
-    """Enqueue prefill and decode steps; yield each step's tokens as a copy on its way to the host."""
-    model, device = steps.model, steps.model.slots.device
-    lengths = [len(prompt) for prompt in prompts]
-    valid = cached + max(lengths)
+def lay_out(model: Transformer, prompts: list[list[int]], cached: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The arguments of `Steps.prefill` for these prompts, padded on the right."""
+    device, lengths = model.slots.device, [len(prompt) for prompt in prompts]
     S = min(max(*lengths, 2), model.max_seq_length - cached)  # a row of one would be a shape of its own
     idx = torch.tensor([prompt + [0] * (S - len(prompt)) for prompt in prompts], device=device)
     input_pos = model.slots[cached : cached + S].clone()  # the offset of a view would be compiled in
     kv_pos = model.slots[: kv_slots(cached + S, model.max_seq_length) if cached else S]
-    last = torch.tensor(lengths, device=device)[:, None] - 1
-    tokens = steps.prefill(idx, input_pos, kv_pos, last)
-    input_pos = cached + last + 1
+    return idx, input_pos, kv_pos, torch.tensor(lengths, device=device)[:, None] - 1
+
+
+def _launch(steps: Steps, prompts: list[list[int]], max_new_tokens: int, cached: int):
+    """Enqueue prefill and decode steps; yield each step's tokens as a copy on its way to the host."""
+    model, valid = steps.model, cached + max(map(len, prompts))
+    layout = lay_out(model, prompts, cached)
+    tokens, input_pos = steps.prefill(*layout), cached + layout[-1] + 1
     for n in range(valid + 1, valid + max_new_tokens):
-        yield _copy_to_host(tokens)
+        yield copy_to_host(tokens)
         tokens, input_pos = steps.decode(tokens, input_pos, model.slots[: kv_slots(n, model.max_seq_length)])
-    yield _copy_to_host(tokens)
+    yield copy_to_host(tokens)
 
 
-def _copy_to_host(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+def copy_to_host(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     if not tokens.is_cuda:
         return tokens, None
     host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
@@ -144,21 +155,22 @@ def _copy_to_host(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return host, event
 
 
-def _read_behind(copies: Iterator[tuple[Tensor, Any]], depth: int) -> Iterator[list[int]]:
-    """Yield each copy's ids once `depth` later ones are under way."""
+def _read_behind(copies: Iterator[tuple[Tensor, Any]], depth: int) -> Iterator[Tensor]:
+    """Yield each copy once `depth` later ones are under way."""
     under_way: deque = deque()
     for copy in copies:
         under_way.append(copy)
         if len(under_way) > depth:
-            yield _wait(*under_way.popleft())
+            yield wait(*under_way.popleft())
     while under_way:
-        yield _wait(*under_way.popleft())
+        yield wait(*under_way.popleft())
 
 
-def _wait(host: Tensor, event: torch.cuda.Event | None) -> list[int]:
+def wait(host: Tensor, event: torch.cuda.Event | None) -> Tensor:
+    """The copy, arrived."""
     if event is not None:
         event.synchronize()
-    return host[:, 0].tolist()
+    return host
 
 
 def warm_up(steps: Steps, prompts: list[list[int]], max_new_tokens: int) -> float:

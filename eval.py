@@ -22,6 +22,7 @@ from model import Transformer
 from perplexity import perplexity
 from scoring import parse_batch_size
 from tokenizer import Tokenizer
+from tp import ALONE, Ranks
 
 HARNESS = "lm_eval>=0.4.9,<0.5"
 
@@ -143,20 +144,23 @@ def import_harness() -> ModuleType:
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise
-        raise ImportError(f"--tasks needs the lm-evaluation-harness: pip install '{HARNESS}'") from None
+        raise ImportError(f"--tasks needs the lm-evaluation-harness ({error}): pip install '{HARNESS}'") from None
     return harness
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Evaluate as the flags say and print it; the harness's results and the `TextScore`, where asked for."""
     check_args(args)
+    args.device = ranks.device(args.device)
+    if ranks.rank > 0:
+        args.output_path, args.log_samples = None, False  # rank 0 alone writes
     if args.tasks:
         harness = import_harness()
         tasks = harness.find_tasks(args.tasks, args.include_path)
     device, dtype = resolve_device(args)
     if args.compile:
         set_compile_flags(device)
-    model, tokenizer = load(args.checkpoint_path, device, dtype)
+    model, tokenizer = load(args.checkpoint_path, device, dtype, ranks)
     found: dict[str, Any] = {}
     if args.perplexity:
         batch_size = parse_batch_size(args.batch_size)
@@ -170,18 +174,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    ranks = Ranks.from_torchrun()
     try:
-        with torch.no_grad():
-            run(build_parser().parse_args(argv))
+        args = build_parser().parse_args(argv)
+        with torch.no_grad(), ranks.joined(args.device):
+            run(args, ranks)
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        ranks.complain("")
+        return ranks.leave(141) if ranks.world_size > 1 else 0
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        ranks.complain(f"error: {error}")
+        return ranks.leave(2)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+        ranks.complain("\nstopped")
+        return ranks.leave(130)
     return 0
 
 

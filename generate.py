@@ -21,10 +21,23 @@ import torch
 from checkpoint import check_device, load_model
 from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
 from linear import kernels_missing
-from metrics import bytes_per_step, count_parameters, describe, report, write_json
+from metrics import bytes_per_step, count_parameters, describe, parameter_bytes, report, write_json
 from model import Transformer
 from sampling import Sampling
+from speculative import (
+    MAX_K,
+    SPARE,
+    Acceptance,
+    SpeculativeSteps,
+    Step,
+    candidates,
+    choose,
+    load_draft,
+    speculate,
+    warm_up_speculation,
+)
 from tokenizer import IncrementalDecoder, Tokenizer, load_tokenizer
+from tp import ALONE, Ranks, measure_collectives
 
 DEMO = Path(__file__).resolve().parent / "demo" / "target"
 
@@ -81,12 +94,27 @@ class Row:
         }
 
 
-def run_rows(steps: Steps, rows: list[Row], max_new_tokens: int, show: Callable[[int, str], None], cached: int = 0):
+def run_rows(
+    steps: Steps | SpeculativeSteps,
+    rows: list[Row],
+    max_new_tokens: int,
+    show: Callable[[int, str], None],
+    cached: int = 0,
+    acceptance: Acceptance | None = None,
+) -> None:
     """Generate until every row has ended, calling `show(row index, text)` as text becomes certain."""
-    for tokens in stream(steps, [row.prompt[cached:] for row in rows], max_new_tokens, cached):
+    prompts = [row.prompt[cached:] for row in rows]
+    if isinstance(steps, SpeculativeSteps):
+        brought = speculate(steps, prompts, max_new_tokens, cached)
+    else:
+        brought = (Step([[token] for token in tokens]) for tokens in stream(steps, prompts, max_new_tokens, cached))
+    for n, step in enumerate(brought):
+        if acceptance is not None and n > 0:
+            acceptance.add(step, [row.finish_reason is None for row in rows])
         for i, row in enumerate(rows):
-            if row.finish_reason is None:
-                show(i, row.put(tokens[i]))
+            for token in step.ids[i]:
+                if row.finish_reason is None:  # what was accepted behind a row's end is not its text
+                    show(i, row.put(token))
         if all(row.finish_reason for row in rows):
             return
 
@@ -113,6 +141,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="put the prompt into the model's chat template")
     add("--system", help="the system message of --chat and --interactive")
     add("--interactive", action="store_true", help="a conversation: Ctrl-C stops an answer, Ctrl-D ends")
+    add("--speculate_k", type=_number_or_auto, metavar="K", help=f"drafts per step, 1 to {MAX_K} (default 5), or auto")
+    add("--draft_checkpoint_path", type=Path, help="speculative decoding: the model that drafts")
+    add("--replicate_draft", action="store_true", help="under torchrun: the draft whole on every rank, not divided")
+    add("--prompt_lookup", action="store_true", help="speculative decoding: draft what followed in the text so far")
+    add("--compare", action="store_true", help="time plain decoding too, beside the speculative one")
     add("--compile", action="store_true", help="compile the decode step")
     add("--compile_prefill", action="store_true", help="compile the prefill")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -122,6 +155,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def resolve_device(args: argparse.Namespace) -> tuple[str, torch.dtype]:
     """The device and dtype to run in. Raises ValueError for a device this machine lacks."""
     check_device(args.device)
@@ -129,9 +166,9 @@ def resolve_device(args: argparse.Namespace) -> tuple[str, torch.dtype]:
     return args.device, getattr(torch, args.dtype or ("float16" if old_gpu else "bfloat16"))
 
 
-def load(path: Path, device: str, dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
+def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> tuple[Transformer, Tokenizer]:
     """The model at `path`, a `.pth` of ours or a Hugging Face directory, and the tokenizer that lies with it."""
-    model = load_model(path, device=device, dtype=dtype)
+    model = load_model(path, device=device, dtype=dtype, ranks=ranks)
     return model, load_tokenizer(path if path.is_dir() else path.parent)
 
 
@@ -176,6 +213,7 @@ def check_args(args: argparse.Namespace) -> None:
         others = {"prompt_file": None, "batch_size": None, "num_samples": 1, "metrics_path": None, "profile": None}
         if unfit := [f"--{name}" for name, default in others.items() if getattr(args, name) != default]:
             raise ValueError(f"--interactive is a conversation of one: leave out {', '.join(unfit)}")
+    check_speculation(args)
     if args.system is not None and not (args.chat or args.interactive):
         raise ValueError("--system needs --chat or --interactive")
     if "" in args.stop:
@@ -188,8 +226,65 @@ def check_args(args: argparse.Namespace) -> None:
         args.compile = args.compile_prefill = False
 
 
+def check_speculation(args: argparse.Namespace) -> None:
+    """Fill in what the speculation flags leave open; afterwards `args.speculate_k` is None where there is none."""
+    if args.draft_checkpoint_path and args.prompt_lookup:
+        raise ValueError("--draft_checkpoint_path and --prompt_lookup: choose one of them to draft")
+    if args.speculate_k is not None and not (args.draft_checkpoint_path or args.prompt_lookup):
+        if args.checkpoint_path != DEMO:
+            raise ValueError("--speculate_k needs --draft_checkpoint_path DRAFT or --prompt_lookup")
+        args.draft_checkpoint_path = DEMO.parent / "draft"
+    if args.speculate_k is None and (args.draft_checkpoint_path or args.prompt_lookup):
+        args.speculate_k = 5
+    if args.compare and args.speculate_k is None:
+        raise ValueError("--compare needs speculative decoding: --draft_checkpoint_path DRAFT or --prompt_lookup")
+    if args.speculate_k == "auto" and args.interactive:
+        raise ValueError("--speculate_k auto measures on a prompt, --interactive has none yet: give a number")
+    if isinstance(args.speculate_k, int) and not 1 <= args.speculate_k <= MAX_K:
+        raise ValueError(f"--speculate_k {args.speculate_k} must be 1 to {MAX_K}, or auto")
+
+
+def set_up(
+    args: argparse.Namespace,
+    sampling: Sampling,
+    model: Transformer,
+    draft: Transformer | None,
+    batches: list[list[list[int]]],
+    room: int,
+    ranks: Ranks,
+) -> tuple[Steps | SpeculativeSteps, float]:
+    """Caches of `room` positions, and the steps, compiled for these batches as asked; the seconds that took."""
+    if draft is not None and room > draft.args.context_length:
+        raise ValueError(f"the draft model takes {draft.args.context_length} positions, fewer than {room}")
+    for part in (model, draft):
+        if part is not None:
+            part.setup_caches(max(map(len, batches)), room, spare=SPARE if args.speculate_k else 0)
+    plain = build_steps(model, sampling, args.compile, args.compile_prefill)
+    all_steps = candidates(args.speculate_k, plain, draft, sampling, args.compile) if args.speculate_k else []
+    seconds = 0.0
+    if args.compile or args.compile_prefill:
+        print("compiling ...", file=sys.stderr)
+        for batch in batches[:1] + batches[1:][-1:]:
+            new_tokens = min(args.max_new_tokens, room + 1 - max(map(len, batch)))
+            if args.speculate_k in (None, "auto") or args.compare:
+                seconds += warm_up(plain, batch, new_tokens)
+            seconds += sum(warm_up_speculation(steps, batch, new_tokens) for steps in all_steps)
+    if args.speculate_k != "auto":
+        return all_steps[0] if all_steps else plain, seconds
+    steps, words = choose(all_steps, batches[0], args.max_new_tokens)
+    print(words)
+    chosen = ranks.share(lambda: str(steps.k if isinstance(steps, SpeculativeSteps) else 0))  # as rank 0 measured
+    torch.manual_seed(args.seed)  # the measurement has drawn
+    return next((steps for steps in all_steps if steps.k == int(chosen)), plain), seconds
+
+
 def run_sample(
-    steps: Steps, tokenizer: Tokenizer, prompts: list[list[int]], args: argparse.Namespace, show_prompt: bool
+    steps: Steps | SpeculativeSteps,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    args: argparse.Namespace,
+    show_prompt: bool,
+    acceptance: Acceptance | None,
 ) -> dict[str, Any]:
     """Generate one batch and print it, a single row as it comes and several as they end; the sample's figures."""
     rows = [Row(tokenizer, prompt, args.max_new_tokens, args.stop) for prompt in prompts]
@@ -204,14 +299,17 @@ def run_sample(
     if len(rows) == 1:
         print(beginnings[0], end="", flush=True)
     start = time.perf_counter()
-    run_rows(steps, rows, args.max_new_tokens, show)
+    passes = acceptance.n_steps if acceptance else 0
+    run_rows(steps, rows, args.max_new_tokens, show, acceptance=acceptance)
     seconds = time.perf_counter() - start
     entries = [row.figures(start) for row in rows]
     ttft = entries[0]["ttft_s"]
-    n_steps = max(len(row.tokens) for row in rows) - 1
+    n_steps = max(len(row.tokens) for row in rows) - 1  # of plain decoding
     n_tokens = sum(len(row.tokens) - 1 for row in rows)
-    positions = max(map(len, prompts)) + n_steps / 2
-    nbytes = bytes_per_step(steps.model, len(rows), positions)
+    nbytes = bytes_per_step(steps.model, len(rows), max(map(len, prompts)) + n_steps / 2)
+    if acceptance and n_steps:
+        drafting = steps.drafter.bytes_per_step(len(rows), max(map(len, prompts)) + n_steps / 2)
+        nbytes = (nbytes + drafting) * (acceptance.n_steps - passes) / n_steps
     figures = {
         "rows": entries,
         "ttft_s": ttft,
@@ -224,24 +322,38 @@ def run_sample(
     return figures
 
 
-def run(args: argparse.Namespace) -> None:
+def plain_rate(plain: Steps, tokenizer: Tokenizer, prompts: list[list[int]], args: argparse.Namespace) -> float | None:
+    """Tokens per second of plain decoding of the same batch."""
+    rows = [Row(tokenizer, prompt, args.max_new_tokens, args.stop) for prompt in prompts]
+    run_rows(plain, rows, args.max_new_tokens, show=lambda i, text: None)
+    seconds = max(row.times[-1] for row in rows) - min(row.times[0] for row in rows)
+    return sum(len(row.tokens) - 1 for row in rows) / seconds if seconds else None
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> None:
     check_args(args)
+    args.device = ranks.device(args.device)
     device, dtype = resolve_device(args)
-    set_compile_flags(device)
+    if args.compile or args.compile_prefill:
+        set_compile_flags(device)  # imports the compiler, for a second
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     start = time.perf_counter()
-    model, tokenizer = load(args.checkpoint_path, device, dtype)
+    model, tokenizer = load(args.checkpoint_path, device, dtype, ranks)
+    draft = load_draft(args.draft_checkpoint_path, model, tokenizer, device, dtype, ranks, args.replicate_draft)
     load_s = time.perf_counter() - start
     kind = str(dtype).removeprefix("torch.") + (f", {model.quantization['mode']}" if model.quantization else "")
+    kind += f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""
     print(f"{args.checkpoint_path}: {count_parameters(model.args) / 1e6:.1f} M parameters, {kind}, {device}")
+    if draft is not None:
+        print(f"{args.draft_checkpoint_path}: {count_parameters(draft.args) / 1e6:.1f} M parameters to draft")
     if model.quantization and device == "cpu" and (reason := kernels_missing(device, dtype)):
         print(reason, file=sys.stderr)
-    steps = build_steps(model, sampling, args.compile, args.compile_prefill)
     torch.manual_seed(args.seed)
+    context = min(part.args.context_length for part in (model, draft) if part is not None)
     if args.interactive:
-        return chat(steps, tokenizer, args)
+        return chat(args, sampling, model, draft, tokenizer, args.max_seq_length or min(context, 4096), ranks)
     prompts = encode_prompts(args, tokenizer, model.args.vocab_size)
-    longest, limit = max(map(len, prompts)), args.max_seq_length or model.args.context_length
+    longest, limit = max(map(len, prompts)), args.max_seq_length or context
     if longest > limit:
         raise ValueError(f"the prompt has {longest} tokens, but there is room for {limit}: shorten it")
     if longest + args.max_new_tokens - 1 > limit:  # the last token is not cached
@@ -249,21 +361,43 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.max_new_tokens} new tokens fit behind the prompt's {longest}: stopping there", file=sys.stderr)
     size = args.batch_size or len(prompts)
     batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    model.setup_caches(size, args.max_seq_length or longest + args.max_new_tokens - 1)
-    compile_s = 0.0
-    if args.compile or args.compile_prefill:
-        print("compiling ...", file=sys.stderr)
-        compile_s = sum(warm_up(steps, batch, args.max_new_tokens) for batch in batches[:1] + batches[1:][-1:])
+    room = args.max_seq_length or longest + args.max_new_tokens - 1
+    steps, compile_s = set_up(args, sampling, model, draft, batches, room, ranks)
+    acceptance = Acceptance(steps.k) if isinstance(steps, SpeculativeSteps) else None
     print()
     samples, show_prompt = [], not args.chat and (args.prompt_file is not None or not args.prompt.isdecimal())
     for n in range(args.num_samples):
         for batch in batches:
-            with profiled(args.profile if n == args.num_samples - 1 else None):
-                samples.append(run_sample(steps, tokenizer, batch, args, show_prompt))
-    figures = report(samples, load_s, compile_s, device)
-    if args.metrics_path:
+            with profiled(args.profile if n == args.num_samples - 1 and ranks.rank == 0 else None):
+                samples.append(run_sample(steps, tokenizer, batch, args, show_prompt, acceptance))
+            if acceptance and args.compare:
+                rate = plain_rate(steps.plain, tokenizer, batch, args)
+                acceptance.compare(samples[-1]["decode_tokens_per_s"], rate)
+    figures = report(samples, load_s, compile_s, device, acceptance and acceptance.figures())
+    figures["parallel"] = report_ranks(steps, batches[0], args.max_new_tokens, ranks) if ranks.world_size > 1 else None
+    if args.metrics_path and ranks.rank == 0:
         header = {"model": dataclasses.asdict(model.args), "device": device, "dtype": str(dtype).removeprefix("torch.")}
         write_json(args.metrics_path, {**header, "quantization": model.quantization, **figures})
+
+
+def report_ranks(
+    steps: Steps | SpeculativeSteps, prompts: list[list[int]], max_new_tokens: int, ranks: Ranks
+) -> dict[str, Any]:
+    """Print and return what a rank holds, and what the collectives of a few more tokens cost."""
+
+    def decode() -> int:
+        return sum(len(step.ids[0]) if isinstance(step, Step) else 1 for step in brought)
+
+    brought = (speculate if isinstance(steps, SpeculativeSteps) else stream)(steps, prompts, min(9, max_new_tokens))
+    next(brought)  # the prefill is not counted
+    costs = measure_collectives(decode, str(steps.model.slots.device)) if max_new_tokens > 1 else {}
+    nbytes = parameter_bytes(steps.model)
+    line = f"{ranks.world_size} ranks, {nbytes / 1e6:.1f} MB of parameters each"
+    if costs:
+        share = f"{costs['collectives_share']:.0%} of the time"
+        line += f" · {costs['collectives_s_per_token'] * 1e6:.0f} us/token in collectives, {share}"
+    print(line + "; bytes and GB/s above are those of one rank")
+    return {"world_size": ranks.world_size, "parameter_bytes": nbytes, **costs}
 
 
 @contextlib.contextmanager
@@ -278,22 +412,28 @@ def profiled(path: Path | None):
     print(f"trace: {path} (open it at https://ui.perfetto.dev)")
 
 
-def chat(steps: Steps, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+def chat(
+    args: argparse.Namespace,
+    sampling: Sampling,
+    model: Transformer,
+    draft: Transformer | None,
+    tokenizer: Tokenizer,
+    room: int,
+    ranks: Ranks,
+) -> None:
     """Converse until Ctrl-D. The KV cache stays between turns: only what it does not hold yet is prefilled."""
-    model = steps.model
-    model.setup_caches(1, args.max_seq_length or min(model.args.context_length, 4096))
-    if args.compile or args.compile_prefill:
-        print("compiling ...", file=sys.stderr)
-        blank = [[0] * max(1, min(64, model.max_seq_length // 4))]
-        warm_up(steps, blank, min(args.max_new_tokens, model.max_seq_length // 2) or 1)
-        deque(stream(steps, blank, 1, cached=len(blank[0]) * 2), maxlen=0)  # a turn after the first
+    blank = [[0] * max(1, min(64, room // 4))]
+    steps, _ = set_up(args, sampling, model, draft, [blank], room, ranks)
+    if args.compile or args.compile_prefill:  # a turn after the first
+        plain = steps.plain if isinstance(steps, SpeculativeSteps) else steps
+        deque(stream(plain, blank, 1, cached=len(blank[0]) * 2), maxlen=0)
     if not tokenizer.has_chat_template and args.system is not None:
         raise ValueError("--system needs a chat template, and this model has none")
     if not tokenizer.has_chat_template:
         print("this model has no chat template: it goes on from what you write")
     history = [{"role": "system", "content": args.system}] if args.system is not None else []
     text, cached = "", []  # the conversation so far, as text where there is no template; what the cache holds
-    while (line := _ask()) is not None:
+    while (line := ranks.share(_ask)) is not None:
         if not line.strip():
             continue
         if tokenizer.has_chat_template:
@@ -301,9 +441,9 @@ def chat(steps: Steps, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
             prompt = tokenizer.encode(tokenizer.apply_chat_template(turn), bos=False)
         else:
             prompt = tokenizer.encode(text + line)
-        room = model.max_seq_length - len(prompt)
+        room = steps.model.max_seq_length - len(prompt)
         if room < 1:
-            print(f"the conversation fills the cache of {model.max_seq_length} tokens: starting over")
+            print(f"the conversation fills the cache of {steps.model.max_seq_length} tokens: starting over")
             history, text, cached = history[: args.system is not None], "", []
             continue
         row = Row(tokenizer, prompt, min(args.max_new_tokens, room), args.stop)
@@ -335,18 +475,21 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    ranks = Ranks.from_torchrun()
     try:
-        with torch.no_grad():
-            run(build_parser().parse_args(argv))
+        args = build_parser().parse_args(argv)
+        with torch.no_grad(), ranks.joined(args.device):
+            run(args, ranks)
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        ranks.complain("")
+        return ranks.leave(141) if ranks.world_size > 1 else 0  # 0 would not end the other ranks
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        ranks.complain(f"error: {error}")
+        return ranks.leave(2)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+        ranks.complain("\nstopped")
+        return ranks.leave(130)
     return 0
 
 

@@ -9,6 +9,7 @@ become tokens, and tokens are cut, as in the harness's own HFLM, so that results
 
 import argparse
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -228,13 +229,22 @@ def _listed(stop: str | list[str]) -> list[str]:
 # ---- Running tasks.
 
 
+@cache  # looking through the harness's thousands of files takes seconds
+def task_manager(include_path: Path | None, include_defaults: bool = True) -> TaskManager:
+    return TaskManager(include_path=include_path and str(include_path.absolute()), include_defaults=include_defaults)
+
+
 def find_tasks(names: list[str], include_path: Path | None) -> tuple[list[str], TaskManager]:
     """The tasks, groups and tags that `names` (patterns, or several with commas) match; ValueError for none."""
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
     wanted = [name for entry in names for name in entry.split(",") if name]
-    if missing := [name for name in wanted if not manager.match_tasks([name])]:
-        where = f" there or in {include_path}" if include_path else ""
-        raise ValueError(f"--tasks: {', '.join(missing)} not found{where}; `lm_eval ls tasks` lists the harness's")
+    manager = task_manager(include_path, include_defaults=include_path is None)
+    missing = [name for name in wanted if not manager.match_tasks([name])]
+    if missing and include_path is not None:  # not all are there: look among the harness's too
+        manager = task_manager(include_path)
+        missing = [name for name in wanted if not manager.match_tasks([name])]
+    if missing:
+        where = f", nor in {include_path}" if include_path else ""
+        raise ValueError(f"--tasks: the harness has no {', '.join(missing)}{where}; `lm_eval ls tasks` lists its tasks")
     return manager.match_tasks(wanted), manager
 
 

@@ -164,6 +164,7 @@ def swap_linears(model: nn.Module, scheme: dict[str, Any]) -> None:
         parent, _, child = name.rpartition(".")
         with linear.weight.device:
             swapped = LINEARS[mode](linear.in_features, linear.out_features, linear.bias is not None, **options)
+        swapped.sharding = linear.sharding
         setattr(model.get_submodule(parent), child, swapped)
 
 

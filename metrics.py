@@ -25,8 +25,15 @@ def bytes_per_step(model: Transformer, batch_size: int, positions: float) -> flo
     del tensors["tok_embeddings.weight"]  # of which a token reads a row; a tied one is also the output projection
     weights = sum(t.nbytes for t in tensors.values())
     cache = model.layers[0].attention.kv_cache.k
-    per_position = 2 * model.args.n_layers * model.args.n_kv_heads * model.args.head_dim * cache.element_size()
+    per_position = 2 * model.args.n_layers * cache.shape[1] * cache.shape[3] * cache.element_size()
     return weights + batch_size * positions * per_position
+
+
+def parameter_bytes(model: Transformer) -> int:
+    """Bytes of the weights that this process holds, scales and zeros with them."""
+    return sum(
+        t.nbytes for name, t in model.state_dict().items() if name != "output.weight" or not model.args.tie_embeddings
+    )
 
 
 def count_parameters(args: ModelArgs) -> int:
@@ -67,10 +74,28 @@ def describe(figures: dict[str, Any]) -> str:
     return line
 
 
-def report(samples: list[dict[str, Any]], load_s: float, compile_s: float, device: str) -> dict[str, Any]:
-    """Print the medians over the samples; the figures that `--metrics_path` holds beside the samples."""
+def describe_acceptance(acceptance: dict[str, Any]) -> str:
+    counts = " · ".join(f"{n}: {count}" for n, count in enumerate(acceptance["counts"]))
+    line = f"{acceptance['mean']:.2f} of {acceptance['k']} drafts accepted per step ({counts})"
+    if acceptance["verify_s"] is not None:
+        line += f"\ndraft {acceptance['draft_s'] * 1e3:.2f} ms · verify {acceptance['verify_s'] * 1e3:.2f} ms per step"
+    if "speed_up" in acceptance:
+        plain, speed_up = acceptance["plain_decode_tokens_per_s"], acceptance["speed_up"]
+        line += f" · {speed_up:.2f} times plain decoding's {plain:.1f} tokens/s"
+    return line
+
+
+def report(
+    samples: list[dict[str, Any]], load_s: float, compile_s: float, device: str, acceptance: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Print the medians over the samples; the figures that `--metrics_path` holds beside the samples.
+
+    acceptance: of speculative decoding, None without it.
+    """
     medians = {key: _median([s[key] for s in samples]) for key in samples[0] if key != "rows"}
     print(f"median of {len(samples)}: {describe(medians)}")
+    if acceptance is not None:
+        print(describe_acceptance(acceptance))
     peak, bandwidth = peak_memory(device), measure_bandwidth(device)  # in this order: the second takes memory too
     share = ""
     if medians["bandwidth_gb_s"] is not None:
@@ -87,7 +112,7 @@ def report(samples: list[dict[str, Any]], load_s: float, compile_s: float, devic
         "bandwidth_gb_s": medians["bandwidth_gb_s"],
         "measured_bandwidth_gb_s": bandwidth / 1e9,
         "peak_memory_bytes": peak,
-        "acceptance": None,
+        "acceptance": acceptance,
     }
 
 

@@ -61,6 +61,25 @@ class ModelArgs:
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: RoPE turns pairs")
 
+    def divided(self, n_ranks: int) -> "ModelArgs":
+        """The shape of one rank's share under tensor parallelism (Megatron-LM, Shoeybi et al. 2019).
+
+        Heads and the feed-forward's width are divided; more ranks than key heads share these; the vocabulary is
+        divided only where it can be. Raises ValueError for what `n_ranks` does not divide.
+        """
+        for name in ("n_heads", "hidden_dim"):
+            if getattr(self, name) % n_ranks:
+                raise ValueError(f"{name} {getattr(self, name)} is not a multiple of {n_ranks}")
+        if self.n_kv_heads % n_ranks and n_ranks % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads {self.n_kv_heads} and {n_ranks}: neither is a multiple of the other")
+        return dataclasses.replace(
+            self,
+            n_heads=self.n_heads // n_ranks,
+            n_kv_heads=max(1, self.n_kv_heads // n_ranks),
+            hidden_dim=self.hidden_dim // n_ranks,
+            vocab_size=self.vocab_size // (1 if self.vocab_size % n_ranks else n_ranks),
+        )
+
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "ModelArgs":
         """The arguments that a Hugging Face `config.json` describes.
@@ -250,6 +269,37 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """How tensor parallelism divides a module; which dimension it is, the module's shape in a divided model tells.
+
+    parts: sizes of what is stacked in the output, to be divided each on its own; None: it is one.
+    collective: what makes one output of the ranks' own, a "sum", or a "gather" along the last dimension; None: none,
+        the next module takes each rank's share.
+    """
+
+    parts: tuple[int, ...] | None = None
+    collective: str | None = None
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding`; as a rank's share of the vocabulary it gives zeros for the ids of others, for a sum to fill."""
+
+    sharding = Sharding(collective="sum")
+    first_id: int | None = None  # of a share; None: this is the whole vocabulary
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # a draw on `meta` imports the compiler, for a second
+            super().reset_parameters()
+
+    def forward(self, idx: Tensor) -> Tensor:
+        if self.first_id is None:
+            return super().forward(idx)
+        row = idx - self.first_id
+        ours = (row >= 0) & (row < self.num_embeddings)
+        return super().forward(row.where(ours, 0)) * ours[..., None]
+
+
 class Linear(nn.Linear):
     """`nn.Linear`, but on a CPU its products of a few rows stream the weight at the memory's speed.
 
@@ -259,6 +309,10 @@ class Linear(nn.Linear):
     """
 
     kernel: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, sharding: Sharding):
+        super().__init__(in_features, out_features, bias)
+        self.sharding = sharding
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is not None:
@@ -309,9 +363,9 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = args.n_heads, args.n_kv_heads, args.head_dim
-        self.qkv_sizes = [args.n_heads * args.head_dim] + [args.n_kv_heads * args.head_dim] * 2
-        self.wqkv = Linear(args.dim, sum(self.qkv_sizes), bias=args.qkv_bias)
-        self.wo = Linear(args.n_heads * args.head_dim, args.dim, bias=args.out_bias)
+        self.qkv_sizes = (args.n_heads * args.head_dim,) + (args.n_kv_heads * args.head_dim,) * 2
+        self.wqkv = Linear(args.dim, sum(self.qkv_sizes), args.qkv_bias, Sharding(parts=self.qkv_sizes))
+        self.wo = Linear(args.n_heads * args.head_dim, args.dim, args.out_bias, Sharding(collective="sum"))
         self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else None
         self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else None
         self.kv_cache: KVCache | None = None
@@ -381,8 +435,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.w13 = Linear(args.dim, 2 * args.hidden_dim, bias=args.mlp_bias)
-        self.w2 = Linear(args.hidden_dim, args.dim, bias=args.mlp_bias)
+        self.w13 = Linear(args.dim, 2 * args.hidden_dim, args.mlp_bias, Sharding(parts=(args.hidden_dim,) * 2))
+        self.w2 = Linear(args.hidden_dim, args.dim, args.mlp_bias, Sharding(collective="sum"))
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
@@ -409,18 +463,19 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.tok_embeddings = Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = Linear(args.dim, args.vocab_size, bias=False)
+        self.output = Linear(args.dim, args.vocab_size, False, Sharding(collective="gather"))
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.max_batch_size = self.max_seq_length = 0
         self.quantization: dict[str, Any] | None = None  # what `checkpoint.load_model` found the Linears to be
 
-    def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
+    def setup_caches(self, max_batch_size: int, max_seq_length: int, spare: int = 0) -> None:
         """Allocate the KV cache for `max_batch_size` rows of `max_seq_length` positions. Call it once.
 
+        spare: slots behind them for tokens that are tried and discarded (speculative decoding).
         Raises ValueError if the model was not made for so many positions.
         """
         if max_batch_size < 1 or not 1 <= max_seq_length <= self.args.context_length:
@@ -431,10 +486,11 @@ class Transformer(nn.Module):
         self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
         weight = self.tok_embeddings.weight
         # One slot to spare: a view of the whole cache would be contiguous, a layout that is compiled for on its own.
-        shape = (max_batch_size, self.args.n_kv_heads, max_seq_length + 1, self.args.head_dim)
+        n_kv_heads = self.layers[0].attention.n_kv_heads  # of this rank
+        shape = (max_batch_size, n_kv_heads, max_seq_length + spare + 1, self.args.head_dim)
         for layer in self.layers:
             layer.attention.kv_cache = KVCache(shape, weight.device, weight.dtype)
-        slots = torch.arange(max_seq_length, device=weight.device)
+        slots = torch.arange(max_seq_length + spare, device=weight.device)
         cos, sin = rope_table(self.args, slots)
         self.register_buffer("slots", slots, persistent=False)
         self.register_buffer("cos", cos, persistent=False)

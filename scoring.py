@@ -21,7 +21,7 @@ from perplexity import negative_log_likelihoods
 
 MIN_SHARED = 16  # tokens that sharing must save to be worth a pass of its own
 PASS_TOKENS = {"cuda": 16384, "cpu": 256}  # enough to keep the device busy: rows beyond them wait for the next pass
-AUTO_TOKENS = {"cuda": 65536, "cpu": 2048}  # what a batch of `batch_size=None` is filled with, padding included
+AUTO_TOKENS = {"cuda": 65536, "cpu": 4096}  # what a batch of `batch_size=None` is filled with, padding included
 AUTO_ROWS = 64
 
 
@@ -135,6 +135,7 @@ class Scorer:
             raise ValueError(f"batch_size {batch_size} must be at least 1 or auto")
         self.model, self.batch_size, self.max_length, self.compile = model, batch_size, max_length, compile
         self.device = model.tok_embeddings.weight.device
+        self.pass_tokens = PASS_TOKENS.get(self.device.type, 256)
         self._at_least = 2 if compile else 1  # a dimension of one is a graph of its own
 
         def whole(idx: Tensor, logits_at: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ class Scorer:
 
     def rows_for(self, length: int) -> int:
         """How many rows of `length` tokens a batch takes."""
-        return self.batch_size or max(1, min(AUTO_ROWS, AUTO_TOKENS.get(self.device.type, 2048) // length))
+        return self.batch_size or max(1, min(AUTO_ROWS, AUTO_TOKENS.get(self.device.type, 4096) // length))
 
     def reserve(self, rows: int, length: int) -> None:
         """Make sure that the model has a KV cache of `rows` rows of at least `length` positions."""
@@ -171,7 +172,7 @@ class Scorer:
             try:
                 found = self._score_batch(batch, rows)
             except torch.OutOfMemoryError:
-                if rows == 1:
+                if rows == 1 or torch.distributed.is_initialized():  # other ranks would not go back
                     raise
                 rows = self.batch_size = rows // 2
                 print(f"out of memory: going on with batches of {rows}", file=sys.stderr)
@@ -191,23 +192,34 @@ class Scorer:
         if groups[0].shared:
             self.reserve(rows, max(len(rest.text.ids) for rest in rests))
             beginnings = self._compute_beginnings(groups)
-        found, tokens = [], PASS_TOKENS.get(self.device.type, 256)
+        found = []
         while rests:  # rows of like length go together, whatever group they are of: little is padding
-            n = max(1, tokens // rests[0].length)
+            n = max(1, self.pass_tokens // rests[0].length)
             found += self._score_rests(rests[:n], beginnings)
             rests = rests[n:]
         return found
 
     def _compute_beginnings(self, groups: list[Group]) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values, by layer, of what each group shares; `[len(groups), n_kv_heads, S, head_dim]`."""
-        S = min(self._padded(max(group.shared for group in groups)), self.model.max_seq_length)
-        idx = torch.zeros(max(self._at_least, len(groups)), S, dtype=torch.long)
-        for row, group in enumerate(groups):
-            idx[row, : group.shared] = torch.tensor(group.texts[0].ids[: group.shared])
-        idx, slots = idx.to(self.device), self.model.slots[:S]
-        self._cached(idx, slots.clone(), slots, idx.new_zeros(len(idx), 1))  # of its logits nothing is needed
+        """Keys and values, by layer, of what each group shares; `[len(groups), n_kv_heads, longest, head_dim]`."""
         caches = [layer.attention.kv_cache for layer in self.model.layers]
-        return [tuple(x[: len(groups), :, :S].clone() for x in (cache.k, cache.v)) for cache in caches]
+        G, KV, _, D = len(groups), *caches[0].k.shape[1:]
+        longest = max(group.shared for group in groups)
+        kept = [(cache.k.new_zeros(G, KV, longest, D), cache.v.new_zeros(G, KV, longest, D)) for cache in caches]
+        begin = 0
+        while begin < len(groups):
+            part = groups[begin : begin + max(1, self.pass_tokens // groups[begin].shared)]
+            S = min(self._padded(max(group.shared for group in part)), self.model.max_seq_length)
+            idx = torch.zeros(max(self._at_least, len(part)), S, dtype=torch.long)
+            for row, group in enumerate(part):
+                idx[row, : group.shared] = torch.tensor(group.texts[0].ids[: group.shared])
+            idx, slots = idx.to(self.device), self.model.slots[:S]
+            self._cached(idx, slots.clone(), slots, idx.new_zeros(len(idx), 1))  # of its logits nothing is needed
+            rows, n = slice(begin, begin + len(part)), min(S, longest)
+            for cache, (k, v) in zip(caches, kept, strict=True):
+                k[rows, :, :n] = cache.k[: len(part), :, :n]
+                v[rows, :, :n] = cache.v[: len(part), :, :n]
+            begin += len(part)
+        return kept
 
     def _score_rests(
         self, rests: list[Rest], beginnings: list[tuple[Tensor, Tensor]] | None

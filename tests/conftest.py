@@ -89,6 +89,7 @@ def growth(action):
 torch.set_num_threads(1)
 with FakeTensorMode():
     torch.empty(1)  # imports what it needs
+import torch._dynamo  # which loading no longer imports, but something later may
 """
 
 GREEDY = Sampling(temperature=0)

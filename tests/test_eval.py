@@ -6,7 +6,6 @@ Worth knowing: `datasets` takes a folder of the working directory for the datase
 tasks run offline here on made-up items. Indexing the harness's thousands of tasks takes seconds: only a few are.
 """
 
-import functools
 import json
 import os
 import random
@@ -97,7 +96,11 @@ def manager(tmp_path_factory):
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         theirs = Path(lm_eval.tasks.__file__).parent
         paths = [str(theirs / name) for name in ("hellaswag", "winogrande", "wikitext", "gsm8k")]
-        only_these = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+        manager_class = lm_eval.tasks.TaskManager
+
+        def only_these(include_path=None, **_):
+            return manager_class(include_path=include_path, include_defaults=False)
+
         patch.setattr(lm_eval.tasks, "TaskManager", only_these)
         patch.setattr(harness, "TaskManager", only_these)
         patch.chdir(folder)
@@ -246,7 +249,7 @@ def test_new_tokens_that_leave_no_room_are_refused(both):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--tasks nonesuch", "--tasks: nonesuch not found"),
+        ("--tasks nonesuch", "--tasks: the harness has no nonesuch"),
         ("--tasks next_words --include_path nowhere", "--include_path nowhere is not a directory"),
         ("--tasks next_words --batch_size 0", "--batch_size 0 must be at least 1, or auto"),
         ("--tasks next_words --limit 1.5", "--limit 1.5 must be a whole number"),
@@ -263,3 +266,52 @@ def test_what_cannot_be_done_is_said_in_a_line(manager, capsys, flags, message):
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
+
+
+def test_the_demo_tasks_are_those_that_the_script_makes(tmp_path, capsys):
+    import make_demo_tasks
+
+    assert make_demo_tasks.main(["--out", str(tmp_path)]) == 0
+    made, kept = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in (tmp_path, DEMO.parent / "tasks"))
+    assert made == kept
+    assert sum(map(len, kept.values())) < 100_000
+    for line in kept["demo_continuation.jsonl"].splitlines():
+        item = json.loads(line)
+        assert len(set(item["endings"])) == 4
+        assert 0 <= item["label"] < 4
+
+
+def test_the_table_has_a_row_for_each_checkpoint(manager, capsys):
+    import eval_table
+
+    flags = [
+        "--perplexity",
+        "own/items.jsonl",
+        "--include_path",
+        "own",
+        "--tasks",
+        "next_words",
+        "--limit",
+        "2",
+        "--window",
+        "64",
+    ]
+    assert eval_table.main(["model", "model", *flags]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header == "| checkpoint | weights | perplexity | bits per byte | next_words exact_match |"
+    assert len(rows) == 2
+    assert rows[0] == rows[1]
+    assert rows[0].startswith("| model | bfloat16 | ")
+    assert eval_table.main(["nowhere", *flags]) == 2
+    assert "nowhere: no such file" in capsys.readouterr().err
+
+
+def test_the_benchmark_compares_equal_models(capsys):
+    import benchmark_eval
+
+    shape = ["--model", "stories-15m", "--items", "1", "--dtype", "float32"]
+    assert benchmark_eval.main(shape) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["items"] == 1
+    assert figures["ratio"] == pytest.approx(figures["ours_items_per_s"] / figures["hflm_items_per_s"])
+    assert figures["largest_difference"] < 1e-2

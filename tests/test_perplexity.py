@@ -19,6 +19,7 @@ from perplexity import perplexity
 from tokenizer import load_tokenizer
 
 HELDOUT = DEMO.parent / "heldout.txt"
+WIKITEXT = DEMO.parent.parent.parent / "shared" / "data" / "wikitext-2" / "test.txt"  # not in this repository
 
 
 def perplexity_of_transformers(model, ids: list[int], window: int, stride: int) -> float:
@@ -54,6 +55,17 @@ def test_the_demo_has_the_perplexity_that_transformers_finds(excerpt, window, st
     assert found.perplexity == pytest.approx(expected, abs=1e-3)
     unscored = -(-len(ids) // window) if stride == window else 1
     assert found.n_tokens == len(ids) - unscored
+
+
+@pytest.mark.skipif(not WIKITEXT.exists(), reason="WikiText-2 is not at hand")
+def test_wikitext_has_the_perplexity_that_transformers_finds():
+    ids = load_tokenizer(DEMO).encode(WIKITEXT.read_text(encoding="utf-8")[:6000])
+    theirs = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    with torch.no_grad():
+        expected = perplexity_of_transformers(theirs, ids, 512, 512)
+    assert perplexity(load_model(DEMO, dtype=torch.float32), ids, 512, 512).perplexity == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window"])

@@ -250,7 +250,8 @@ def test_anonymous_memory_is_bounded(tmp_path, mode):
     program = f"{GROWTH}\nimport quantize\nprint('grew', growth(lambda: quantize.main({flags})))"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout.split("grew ")[1]) < 160  # a Linear as stored and quantised twice, and slack
+    grew = int(run.stdout.split("grew ")[1])
+    assert grew < 300  # a Linear as stored and quantised, and slack; far from the model
 
 
 def test_an_interrupted_run_leaves_no_file(tmp_path, text):

@@ -1,0 +1,181 @@
+"""What speculation costs and brings at a real model's shape: random weights, so acceptance is forced, not found.
+
+    python scripts/benchmark_speculative.py --model tinyllama-1.1b --draft stories-15m --speculate_k 5 --accept 0 2 5
+
+Worth knowing: the speed-up follows from three costs, that of a decoded token, of k drafts and of the pass that verifies
+them: tokens per step * decode / (draft + verify). The table prints this beside what was measured end to end. Plain and
+speculative decoding take turns, since a rented machine's bandwidth drifts; figures are medians over the turns.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import _root  # noqa: F401 - finds the modules of the repository's root
+import torch
+from benchmark import build_model, hardware
+from torch import Tensor
+
+from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
+from generate import resolve_device
+from metrics import write_json
+from model import ModelArgs, Transformer
+from sampling import Sampling
+from speculative import (
+    SPARE,
+    DraftModel,
+    PromptLookup,
+    SpeculativeSteps,
+    build_speculative_steps,
+    decide,
+    speculate,
+    warm_up_speculation,
+)
+
+SCHEMES = {"none": None, "int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
+
+
+def forcing(n: int):
+    """`speculative.decide`, with all its work, whose verdict is that the first `n` drafts were accepted."""
+
+    def forced(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        new, accepted = decide(sampling, logits, drafts, q)
+        return new, torch.full_like(accepted, n)
+
+    return forced
+
+
+def model_of(name: str, scheme: dict[str, Any] | None, args: argparse.Namespace, capacity: int) -> Transformer:
+    device, dtype = resolve_device(args)
+    shape = ModelArgs.from_name(name)
+    shape = dataclasses.replace(shape, context_length=max(shape.context_length, capacity))
+    model = build_model(shape, device, dtype, scheme)
+    model.setup_caches(args.batch_size, capacity, spare=SPARE)
+    return model
+
+
+def timed(items: Iterable[Any]) -> tuple[list[Any], float]:
+    """All items after the first, and the seconds they took."""
+    iterator = iter(items)
+    next(iterator)
+    start = time.perf_counter()
+    rest = list(iterator)
+    return rest, time.perf_counter() - start
+
+
+def measure(plain: Steps, by_n: dict[int, SpeculativeSteps], prompts: list[list[int]], args) -> list[dict[str, Any]]:
+    """The costs in seconds, and the speed-up they predict beside the measured one, for each forced acceptance."""
+    turns: dict[int, list[tuple[float, ...]]] = {n: [] for n in by_n}
+    for _ in range(args.repeats):
+        for n, steps in by_n.items():
+            rest, seconds = timed(stream(plain, prompts, args.new_tokens))
+            decode = seconds / len(rest)
+            brought, seconds = timed(speculate(steps, prompts, args.new_tokens))
+            costs = median(step.draft_s for step in brought), median(step.verify_s for step in brought)
+            tokens = len(brought) * (n + 1)
+            turns[n].append((decode, *costs, decode * tokens / seconds, (n + 1) * decode / sum(costs)))
+    figures = []
+    for n, values in turns.items():
+        decode, draft, verify, measured, predicted = (median(column) for column in zip(*values, strict=True))
+        ratio = median(turn[2] / turn[0] for turn in values)
+        figures.append(
+            {"accepted": n, "decode_s": decode, "draft_s": draft, "verify_s": verify, "verify_per_decode": ratio,
+             "speed_up": measured, "predicted_speed_up": predicted}
+        )  # fmt: skip
+    return figures
+
+
+def print_table(result: dict[str, Any]) -> None:
+    by = "prompt lookup" if result["prompt_lookup"] else result["draft"]
+    print(f"{result['model']} drafted by {by}, {result['dtype']}, {result['hardware']}, torch {result['torch']}")
+    print("The weights are random: that so many drafts were accepted is FORCED. Only the costs are measured.\n")
+    k = result["speculate_k"]
+    line = "| {:>11} | {:>12} | {:>14} | {:>14} | {:>15} | {:>18} | {:>17} |".format
+    costs = "decode", f"draft of {k}", f"verify {k + 1} rows"
+    print(line("accepted", *costs, "verify / decode", "predicted speed-up", "measured speed-up"))
+    print("|" + "|".join("-" * (width + 2) for width in (11, 12, 14, 14, 15, 18, 17)) + "|")
+    for row in result["steps"]:
+        decode, draft, verify = (f"{row[f'{name}_s'] * 1e3:.2f} ms" for name in ("decode", "draft", "verify"))
+        ratios = (f"{row[name]:.2f}" for name in ("verify_per_decode", "predicted_speed_up", "speed_up"))
+        print(line(f"{row['accepted']} of {k}", decode, draft, verify, *ratios))
+    print()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", required=True, help="a preset of model.py, such as tinyllama-1.1b")
+    add("--draft", default="stories-15m", help="the preset that drafts")
+    add("--prompt_lookup", action="store_true", help="draft by prompt lookup instead")
+    add("--mode", choices=list(SCHEMES), default="none", help="how the target is quantised")
+    add("--accept", type=int, nargs="+", default=[2], help="force so many drafts to be accepted per step")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
+    sizes = {"speculate_k": 5, "prompt_length": 64, "new_tokens": 33, "batch_size": 1, "repeats": 5}
+    for name, default in sizes.items():
+        add(f"--{name}", type=int, default=default)
+    add("--json_path", type=Path, help="write the figures to this file too")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    k = args.speculate_k
+    if min(args.prompt_length, args.new_tokens - 1, args.batch_size, args.repeats) < 1:
+        raise ValueError("--prompt_length, --batch_size and --repeats must be at least 1, --new_tokens at least 2")
+    if unfit := [n for n in args.accept if not 0 <= n <= k]:
+        raise ValueError(f"--accept {unfit[0]} must be 0 to --speculate_k, which is {k}")
+    shapes = [ModelArgs.from_name(name).vocab_size for name in (args.model, args.draft)]
+    if shapes[0] != shapes[1] and not args.prompt_lookup:
+        raise ValueError(f"--draft {args.draft} has a vocabulary of {shapes[1]} tokens, --model {shapes[0]}")
+    device, dtype = resolve_device(args)
+    if args.compile and (lacking := missing_compiler()):
+        print(f"{lacking}: going on without --compile", file=sys.stderr)
+        args.compile = False
+    set_compile_flags(device)
+    print("building and compiling ...", file=sys.stderr)
+    capacity, sampling = args.prompt_length + args.new_tokens - 1, Sampling()
+    target = model_of(args.model, SCHEMES[args.mode], args, capacity)
+    drafter = (
+        PromptLookup(target, sampling, k)
+        if args.prompt_lookup
+        else DraftModel(model_of(args.draft, None, args, capacity), sampling, k)
+    )
+    plain = build_steps(target, sampling, args.compile)
+    by_n = {n: build_speculative_steps(plain, drafter, sampling, args.compile, forcing(n)) for n in args.accept}
+    prompts = torch.randint(shapes[0], (args.batch_size, args.prompt_length)).tolist()
+    warm_up(plain, prompts, args.new_tokens)
+    for steps in by_n.values():
+        warm_up_speculation(steps, prompts, args.new_tokens)
+    print("measuring ...", file=sys.stderr)
+    asked = {key: value for key, value in vars(args).items() if key != "json_path"}
+    made = {"torch": torch.__version__, "hardware": hardware(device), "acceptance": "forced"}
+    steps = measure(plain, by_n, prompts, args)
+    result = {**asked, "dtype": str(dtype).removeprefix("torch."), **made, "steps": steps}
+    print_table(result)
+    if args.json_path:
+        write_json(args.json_path, result)
+    print(json.dumps(result))
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        with torch.no_grad():
+            run(build_parser().parse_args(argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

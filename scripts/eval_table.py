@@ -1,0 +1,70 @@
+"""Perplexity and task accuracies of several checkpoints, as one table.
+
+    python scripts/eval_table.py demo/target demo/target/model_int8.pth --perplexity demo/heldout.txt \\
+        --include_path demo/tasks --tasks demo_continuation demo_last_word
+
+Takes `eval.py`'s flags and any number of checkpoints. The table is Markdown; what each run prints goes to stderr.
+"""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import _root  # noqa: F401 - finds the modules of the repository's root
+import torch
+
+import eval as eval_cli
+from checkpoint import open_checkpoint
+
+
+def row_of(path: Path, argv: list[str]) -> dict[str, str]:
+    """Evaluate one checkpoint; its cells by column."""
+    args = eval_cli.build_parser().parse_args(["--checkpoint_path", str(path), *argv])
+    checkpoint = open_checkpoint(path)
+    with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
+        found = eval_cli.run(args)
+    row = {"checkpoint": str(path), "weights": describe(checkpoint.quantization, args)}
+    if "perplexity" in found:
+        row["perplexity"] = f"{found['perplexity'].token_perplexity:.3f}"
+        row["bits per byte"] = f"{found['perplexity'].bits_per_byte:.4f}"
+    for task, metrics in found.get("tasks", {}).get("results", {}).items():
+        for metric, value in metrics.items():
+            name, _, filtered = metric.partition(",")
+            if isinstance(value, float) and not name.endswith("_stderr"):
+                stderr = metrics.get(f"{name}_stderr,{filtered}")
+                column = f"{task} {name}" + (f" ({filtered})" if filtered != "none" else "")
+                row[column] = f"{value:.4f}" + (f" ± {stderr:.4f}" if isinstance(stderr, float) else "")
+    return row
+
+
+def describe(quantization: dict[str, Any] | None, args: argparse.Namespace) -> str:
+    """The mode that the checkpoint records, else the dtype it is run in."""
+    if quantization is None:
+        return str(eval_cli.resolve_device(args)[1]).removeprefix("torch.")
+    groupsize = quantization.get("groupsize")
+    return quantization["mode"] + (f", groups of {groupsize}" if groupsize else "")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("checkpoints", type=Path, nargs="+", help="as eval.py's --checkpoint_path; its flags follow")
+    args, flags = parser.parse_known_args(argv)
+    try:
+        rows = [row_of(path, flags) for path in args.checkpoints]
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(row.get(column, '') for column in columns)} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

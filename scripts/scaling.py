@@ -1,0 +1,159 @@
+"""How fast tensor parallelism makes decoding: a model of it, held against gpt-fast's published figures.
+
+    python scripts/scaling.py
+
+A token at batch size 1 takes the sum of three terms:
+
+    weights of a rank / bandwidth  +  layers * overhead  +  collectives * (base + hop * log2(ranks) + bytes / link)
+
+Worth knowing: four numbers describe a machine in bf16, and Llama-2-7B on 1, 2, 4 and 8 GPUs determines them. The 70B
+rows are then predictions. int8 and int4 have a bandwidth and an overhead of their own, from their two one-GPU rows; the
+eight-GPU rows are predictions again. What is said of H100s rests on the assumptions in `H100`, and is unmeasured.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import _root  # noqa: F401 - makes the project importable
+import torch
+
+from model import ModelArgs, Transformer
+
+# Tokens per second at batch size 1 on 8 A100-80GB (330 W, hybrid cube mesh), by GPUs: the README of gpt-fast at
+# https://github.com/pytorch-labs/gpt-fast, commit 0f925b5.
+PUBLISHED: dict[tuple[str, str], dict[int, float]] = {
+    ("llama-2-7b", "bf16"): {1: 104.9, 2: 168.84, 4: 254.02, 8: 328.43},
+    ("llama-2-70b", "bf16"): {2: 21.32, 4: 38.01, 8: 62.50},
+    ("llama-2-7b", "int8"): {1: 155.58},
+    ("llama-2-70b", "int8"): {1: 19.13, 8: 80.44},
+    ("llama-2-7b", "int4"): {1: 196.80},
+    ("llama-2-70b", "int4"): {1: 25.25, 8: 90.77},
+}
+WEIGHT_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.625}  # int4: a scale and a zero in bf16 per group of 32
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the model knows of one. `bandwidth` (bytes/s) and `overhead` (seconds per layer) are by weight format."""
+
+    bandwidth: dict[str, float]
+    overhead: dict[str, float]
+    base: float  # seconds of a collective between two ranks, less one hop
+    hop: float  # seconds for each doubling of the ranks
+    link: float  # bytes/s that a GPU sends to the others of its node
+    node: int = 8  # GPUs
+    internode: float = 0.0  # seconds that a collective takes longer between nodes
+    memory: float = 80e9  # bytes of a GPU
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a token: what the weights, the overhead and the collectives take (seconds), and the weights of a rank."""
+
+    weights: float
+    overhead: float
+    collectives: float
+    nbytes: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return 1 / (self.weights + self.overhead + self.collectives)
+
+
+def weight_bytes(args: ModelArgs, n_ranks: int, kind: str, shard_vocabulary: bool) -> float:
+    """Bytes that a rank reads per token. gpt-fast holds the output projection whole on every rank."""
+    with torch.device("meta"):
+        share = Transformer(replace(args.divided(n_ranks), n_layers=1))
+    layer = sum(p.numel() for p in share.layers.parameters())
+    output = args.dim * (share.output.out_features if shard_vocabulary else args.vocab_size)
+    return WEIGHT_BYTES[kind] * (args.n_layers * layer + output)
+
+
+def collective_bytes(args: ModelArgs, n_ranks: int) -> float:
+    """What a rank sends in one all-reduce of a token's activations, in bf16, done as a ring."""
+    return 2 * (n_ranks - 1) / n_ranks * 2 * args.dim
+
+
+def predict(machine: Machine, model: str, n_ranks: int, kind: str = "bf16", shard_vocabulary: bool = True) -> Cost:
+    """The cost of a token of `model`, a preset, in weights of `kind` on `n_ranks` GPUs."""
+    args = ModelArgs.from_name(model)
+    nbytes = weight_bytes(args, n_ranks, kind, shard_vocabulary)
+    collectives = 0.0
+    if n_ranks > 1:
+        count = 2 * args.n_layers + (2 if shard_vocabulary else 0)  # the embedding's sum, the logits' gather
+        latency = machine.base + machine.hop * math.log2(n_ranks) + machine.internode * (n_ranks > machine.node)
+        collectives = count * (latency + collective_bytes(args, n_ranks) / machine.link)
+    return Cost(nbytes / machine.bandwidth[kind], args.n_layers * machine.overhead[kind], collectives, nbytes)
+
+
+def fit(models: list[str], link: float = 300e9) -> Machine:
+    """The machine that explains the published bf16 rows of `models` best: least squares of the relative errors."""
+    rows, seconds = [], []
+    for model in models:
+        args = ModelArgs.from_name(model)
+        for n, tokens_per_s in PUBLISHED[model, "bf16"].items():
+            count = 2 * args.n_layers * (n > 1)
+            rows.append([weight_bytes(args, n, "bf16", False), args.n_layers, count, count * math.log2(n)])
+            seconds.append(1 / tokens_per_s - count * collective_bytes(args, n) / link)
+    seconds = torch.tensor(seconds, dtype=torch.float64)
+    scale = torch.tensor([1e-12, 1e-5, 1e-6, 1e-6], dtype=torch.float64)
+    system = torch.tensor(rows, dtype=torch.float64) * scale / seconds[:, None]
+    per_byte, overhead, base, hop = (torch.linalg.lstsq(system, torch.ones_like(seconds)).solution * scale).tolist()
+    bandwidths, overheads = {"bf16": 1 / per_byte}, {"bf16": overhead}
+    for kind in ("int8", "int4"):  # two models on one GPU, two unknowns
+        sizes = [ModelArgs.from_name(model) for model in ("llama-2-7b", "llama-2-70b")]
+        system = torch.tensor([[weight_bytes(a, 1, kind, False) * 1e-12, a.n_layers * 1e-5] for a in sizes])
+        times = torch.tensor([1 / PUBLISHED[model, kind][1] for model in ("llama-2-7b", "llama-2-70b")])
+        per_byte, per_layer = torch.linalg.solve(system.double(), times.double()).tolist()
+        bandwidths[kind], overheads[kind] = 1 / (per_byte * 1e-12), per_layer * 1e-5
+    return Machine(bandwidths, overheads, base, hop, link)
+
+
+def h100(a100: Machine) -> Machine:
+    """An H100 as an A100 with faster memory (3350 instead of 2039 GB/s) and links (450 GB/s). All of it is assumed.
+
+    The same share of the memory's rate, the same overhead of a layer and latency of a collective; between nodes, over
+    InfiniBand, 20 us more.
+    """
+    bandwidth = {kind: value * 3350 / 2039 for kind, value in a100.bandwidth.items()}
+    return replace(a100, bandwidth=bandwidth, link=450e9, internode=20e-6)
+
+
+def check_table(machine: Machine) -> list[tuple[str, str, int, float, float]]:
+    """Model, weights, GPUs, published and predicted tokens per second, for every published figure."""
+    return [
+        (model, kind, n, published, predict(machine, model, n, kind, shard_vocabulary=False).tokens_per_s)
+        for (model, kind), by_gpus in PUBLISHED.items()
+        for n, published in by_gpus.items()
+    ]
+
+
+def describe(machine: Machine) -> str:
+    numbers = (f"{k} {b / 1e9:.0f} GB/s and {machine.overhead[k] * 1e6:.0f} us" for k, b in machine.bandwidth.items())
+    return f"{', '.join(numbers)} per layer; {machine.base * 1e6:.1f} + {machine.hop * 1e6:.1f} log2(ranks) us"
+
+
+def main() -> None:
+    held_out, every = fit(["llama-2-7b"]), fit(["llama-2-7b", "llama-2-70b"])
+    print(f"A100s, bf16 fitted to the 7B rows: {describe(held_out)} per collective\n")
+    print("| model | weights | A100s | published | model | difference |\n|---|---|---|---|---|---|")
+    for model, kind, n, published, predicted in check_table(held_out):
+        difference = f"{predicted / published - 1:+.1%}"
+        fitted = model == "llama-2-7b" or kind != "bf16" and n == 1
+        remark = "fitted" if fitted else difference
+        print(f"| {model} | {kind} | {n} | {published:.1f} | {predicted:.1f} | {remark} |")
+    print(f"\nH100s, from a fit to all bf16 rows: {describe(h100(every))} per collective\n")
+    print("| model | weights | H100s | GB per GPU | tokens/s | in collectives |\n|---|---|---|---|---|---|")
+    for model in ("llama-3.1-70b", "llama-3.1-405b"):
+        for kind in WEIGHT_BYTES:
+            for n in (8, 16):
+                cost = predict(machine := h100(every), model, n, kind)
+                gpus = "8" if n == 8 else "2 x 8"
+                rate, share = f"{cost.tokens_per_s:.0f}", f"{cost.collectives * cost.tokens_per_s:.0%}"
+                if cost.nbytes > 0.9 * machine.memory:
+                    rate, share = "does not fit", "-"
+                print(f"| {model} | {kind} | {gpus} | {cost.nbytes / 1e9:.1f} | {rate} | {share} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,375 @@
+"""Speculative decoding: a draft proposes k tokens, the target checks them in one pass, the output stays the target's.
+
+    steps = build_speculative_steps(build_steps(target, sampling), DraftModel(draft, sampling, k=5), sampling)
+    for step in speculate(steps, [tokenizer.encode("Hello")], max_new_tokens=50): print(step.ids)
+
+The target's pass over k + 1 tokens reads its weights once, as a decoded token does, so every accepted draft saves a
+step. The rule of Leviathan et al. 2023 and Chen et al. 2023 makes it exact: a draft x drawn from q is accepted with
+probability min(1, p(x) / q(x)), p being the target's distribution; at the first rejection a token is drawn from
+norm(max(p - q, 0)), and after k acceptances one from p. Rows of a batch accept on their own.
+
+Worth knowing: nothing here waits for the device. Each step has fixed shapes, writes k + 1 slots of the cache and
+advances a row by 1 to k + 1 positions; what a rejected draft left behind lies beyond the row's position, where no query
+looks before it is overwritten. Only the host's copy of ids and counts, one step behind on a GPU, says how far rows are.
+"""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoint import load_model
+from decoding import Steps, check_fit, compile_step, copy_to_host, kv_slots, lay_out, stream, wait
+from metrics import bytes_per_step
+from model import Transformer
+from sampling import Sampling, draw
+from tokenizer import Tokenizer, load_tokenizer
+from tp import ALONE, Ranks
+
+MAX_K = 15  # with the token before them 16 rows, as many as the kernels for few rows take
+SPARE = MAX_K + 1  # cache slots behind the last token's, for drafts that are rejected
+AUTO_K = (2, 4, 7)  # what `choose` tries: each is compiled and timed
+
+
+class DraftModel(nn.Module):
+    """Drafts k tokens by a smaller or quantised model of the same vocabulary, with a cache like the target's."""
+
+    def __init__(self, model: Transformer, sampling: Sampling, k: int):
+        super().__init__()
+        self.model, self.sampling, self.k = model, sampling, k
+
+    def prefill(self, idx: Tensor, input_pos: Tensor, kv_pos: Tensor, last: Tensor) -> None:
+        self.model(idx, input_pos, kv_pos, logits_at=last[:, :0])
+
+    def forward(self, new: Tensor, new_pos: Tensor, pair: Tensor, input_pos: Tensor, kv_pos: Tensor):
+        """The drafts, int `[B, k]`, and the distributions they were drawn from, float32 `[B, k, V]`.
+
+        new `[B, k+1]`: the last step's tokens, the first at position `new_pos [B, 1]`; pair `[B, 2]`: the last two that
+        count, the second at `input_pos [B, 1]`. At temperature 0 the distributions are left out, `[B, k, 0]`.
+        """
+        tokens, pos = pair, torch.cat((input_pos - 1, input_pos), 1)  # the first was not read if it was draft k
+        drafts, probs = [], []
+        for _ in range(self.k):
+            logits = self.model(tokens, pos, kv_pos, logits_at=torch.full_like(tokens[:, :1], tokens.shape[1] - 1))
+            q = logits[..., :0].float() if self.sampling.temperature == 0 else self.sampling.probs(logits)  # [B, 1, V]
+            tokens = self.sampling(logits) if self.sampling.temperature == 0 else draw(q)
+            pos = pos[:, -1:] + 1
+            drafts.append(tokens)
+            probs.append(q)
+        return torch.cat(drafts, 1), torch.cat(probs, 1)
+
+    def bytes_per_step(self, batch_size: int, positions: float) -> float:
+        """Bytes that k drafts read, of weights and of `positions` of cache."""
+        return self.k * bytes_per_step(self.model, batch_size, positions)
+
+
+class PromptLookup(nn.Module):
+    """Drafts what followed the last occurrence of the text's last tokens, at most three (Saxena 2023): no model."""
+
+    def __init__(self, target: Transformer, sampling: Sampling, k: int, longest: int = 3):
+        super().__init__()
+        self.vocab_size, self.sampling, self.k, self.longest = target.args.vocab_size, sampling, k, longest
+        # history[b, i] is row b's token at position i. The target's cache is as wide, and kept as long.
+        history = target.slots.new_zeros(target.max_batch_size, len(target.slots) + 1)
+        self.register_buffer("history", history, persistent=False)
+
+    def prefill(self, idx: Tensor, input_pos: Tensor, kv_pos: Tensor, last: Tensor) -> None:
+        self.history[: len(idx), input_pos] = idx
+
+    def forward(self, new: Tensor, new_pos: Tensor, pair: Tensor, input_pos: Tensor, kv_pos: Tensor):
+        """As `DraftModel.forward`; a draft's distribution is all on itself."""
+        B, ahead = new.shape[0], torch.arange(self.k + 1, device=new.device)
+        self.history[torch.arange(B, device=new.device)[:, None], new_pos + ahead] = new
+        history = self.history[:B]
+        at = torch.arange(history.shape[1], device=new.device)
+        same, length = at < input_pos, 0  # [B, C]: the tokens up to `at` and those up to `input_pos` are the same
+        for i in range(self.longest):
+            shifted = F.pad(history, (i, 0), value=-1)[:, : len(at)]
+            same = same & (shifted == history.gather(1, (input_pos - i).clamp(min=0)))
+            length = length + same.long()
+        score = (length * len(at) + at).masked_fill(at >= input_pos, -1)  # the longest, of these the last
+        found = score.argmax(1, keepdim=True)  # [B, 1]
+        # Drafts beyond the text's end repeat what lies between.
+        drafts = history.gather(1, found + 1 + ahead[:-1] % (input_pos - found).clamp(min=1))
+        if self.sampling.temperature == 0:
+            return drafts, torch.empty(B, self.k, 0, device=new.device)
+        return drafts, F.one_hot(drafts, self.vocab_size).float()
+
+    def bytes_per_step(self, batch_size: int, positions: float) -> float:
+        return self.history[:batch_size].nbytes
+
+
+def load_draft(
+    path: Path | None,
+    target: Transformer,
+    tokenizer: Tokenizer,
+    device: str,
+    dtype: torch.dtype,
+    ranks: Ranks = ALONE,
+    replicate: bool = False,
+) -> Transformer | None:
+    """The model at `path` that drafts for `target`. Raises ValueError where its tokens are not the target's.
+
+    The `ranks` share it, or each has all of it (`replicate`): no sums, but rank 0's logits for every draft.
+    """
+    if path is None:
+        return None
+    draft = load_model(path, device=device, dtype=dtype, ranks=ranks, replicate=replicate)
+    ours, theirs = target.args.vocab_size, draft.args.vocab_size
+    if ours != theirs:
+        raise ValueError(f"{path} has a vocabulary of {theirs} tokens, the target of {ours}: a draft needs the same")
+    with contextlib.suppress(FileNotFoundError):  # weights without a tokenizer are taken at their word
+        own = load_tokenizer(path if path.is_dir() else path.parent)
+        probe = "The quick brown fox: jumps_over(13) lazy dogs? \u00dcn\u00efcode, 42.\n"
+        if own.encode(probe) != tokenizer.encode(probe):
+            raise ValueError(f"{path} numbers its tokens otherwise than the target: a draft needs the same tokenizer")
+    return draft
+
+
+def decide(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of a step and how many drafts they begin with: int `[B, k+1]` and `[B, 1]` (n: 0 to k).
+
+    logits: the target's `[B, k+1, V]`; drafts `[B, k]`, drawn from q `[B, k, V]`. Of the tokens the first n + 1 count;
+    they are distributed as if the target had drawn them one by one.
+    """
+    if sampling.temperature == 0:
+        best = sampling(logits)
+        return best, (drafts == best[:, :-1]).long().cumprod(1).sum(1, keepdim=True)
+    p, chosen = sampling.probs(logits), drafts[..., None]
+    p_chosen, q_chosen = p[:, :-1].gather(2, chosen)[..., 0], q.gather(2, chosen)[..., 0]  # [B, k]
+    accepted = torch.rand_like(p_chosen) * q_chosen < p_chosen
+    n = accepted.long().cumprod(1).sum(1, keepdim=True)
+    row = n[..., None].expand(-1, -1, p.shape[-1])
+    p_n, q_n = p.gather(1, row), F.pad(q, (0, 0, 0, 1)).gather(1, row)  # [B, 1, V]; q is nothing after k acceptances
+    rest = (p_n - q_n).clamp(min=0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_n)  # p and q equal but for rounding
+    return F.pad(drafts, (0, 1)).scatter(1, n, draw(rest)), n
+
+
+@dataclass(frozen=True)
+class SpeculativeSteps:
+    """The target's plain steps, and the two functions of a speculative step.
+
+    draft(new, new_pos, pair, input_pos, kv_pos) -> (drafts, q), see `DraftModel.forward`
+    verify(pair, input_pos, drafts, q, kv_pos, last_pos [B, 1])
+        -> (new [B, k+1], n [B, 1], the next pair, its input_pos, at most last_pos)
+    """
+
+    plain: Steps
+    drafter: DraftModel | PromptLookup
+    draft: Callable[..., tuple[Tensor, Tensor]]
+    verify: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+    @property
+    def model(self) -> Transformer:
+        return self.plain.model
+
+    @property
+    def k(self) -> int:
+        return self.drafter.k
+
+
+def build_speculative_steps(
+    plain: Steps,
+    drafter: DraftModel | PromptLookup,
+    sampling: Sampling,
+    compile: bool = False,
+    decide: Callable = decide,
+) -> SpeculativeSteps:
+    """Compile the steps as asked: the k steps of the draft are one graph, the target's pass with its decision another.
+
+    The caches of the target and of a draft model must be set up, with SPARE slots to spare.
+    decide: what accepts; a benchmark without trained weights gives another. Raises ValueError for k out of range.
+    """
+    if not 1 <= drafter.k <= MAX_K:
+        raise ValueError(f"speculate_k {drafter.k} must be 1 to {MAX_K}")
+    model = plain.model
+    ahead = torch.arange(drafter.k + 1, device=model.tok_embeddings.weight.device)
+
+    def verify(pair: Tensor, input_pos: Tensor, drafts: Tensor, q: Tensor, kv_pos: Tensor, last_pos: Tensor):
+        idx = torch.cat((pair[:, 1:], drafts), 1)  # [B, k+1]
+        new, n = decide(sampling, model(idx, input_pos + ahead, kv_pos), drafts, q)
+        pair = torch.cat((idx.gather(1, n), new.gather(1, n)), 1)
+        return new, n, pair, torch.minimum(input_pos + n + 1, last_pos)
+
+    draft = drafter.forward
+    if compile:
+        draft = compile_step(draft, (None, None, None, None, 0), mode="reduce-overhead")
+        verify = compile_step(verify, (None, None, None, None, 0, None), mode="reduce-overhead")
+    return SpeculativeSteps(plain, drafter, draft, verify)
+
+
+def candidates(
+    k: int | str, plain: Steps, draft: Transformer | None, sampling: Sampling, compile: bool
+) -> list[SpeculativeSteps]:
+    """The steps for `k` drafts, by a model or by prompt lookup; several where `k` is "auto"."""
+    drafters = [
+        PromptLookup(plain.model, sampling, n) if draft is None else DraftModel(draft, sampling, n)
+        for n in (AUTO_K if k == "auto" else (k,))
+    ]
+    return [build_speculative_steps(plain, drafter, sampling, compile) for drafter in drafters]
+
+
+@dataclass
+class Step:
+    """What a step brought: each row's new ids, none once it has all it was asked for; the time on the device.
+
+    The first step is the prefill, one id a row. A row's last ids may go beyond the number asked for: cut them.
+    """
+
+    ids: list[list[int]]
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+
+
+def speculate(
+    steps: SpeculativeSteps, prompts: list[list[int]], max_new_tokens: int, cached: int = 0
+) -> Iterator[Step]:
+    """Yield steps until every row has `max_new_tokens` ids; stop by leaving the loop. Else as `decoding.stream`."""
+    model, k, on_gpu = steps.model, steps.k, steps.model.slots.is_cuda
+    check_fit(model, prompts, max_new_tokens, cached)
+    layout = lay_out(model, prompts, cached)
+    token, input_pos = steps.plain.prefill(*layout), cached + layout[-1] + 1
+    steps.drafter.prefill(*layout)
+    last_pos = input_pos + max_new_tokens - 1  # of a row's last token, where it waits for the other rows
+    new, n, new_pos = F.pad(token, (0, k)), torch.zeros_like(token), input_pos
+    pair = torch.cat((layout[0].gather(1, layout[-1]), token), 1)
+    under_way = deque([(copy_to_host(torch.cat((new, n), 1)), [])])  # what the host has not seen yet
+    lengths, produced = [cached + len(prompt) for prompt in prompts], [0] * len(prompts)
+    while True:
+        # On a CPU the host reads a step before the next one begins; a GPU runs a step ahead.
+        while len(under_way) < 1 + on_gpu and min(produced) + len(under_way) < max_new_tokens:
+            known = max(length + min(has, max_new_tokens) for length, has in zip(lengths, produced, strict=True))
+            kv_pos = model.slots[: kv_slots(known + len(under_way) * (k + 1) + k, len(model.slots))]
+            marks = [_mark(on_gpu)]
+            drafts, q = steps.draft(new, new_pos, pair, input_pos, kv_pos)
+            marks.append(_mark(on_gpu))
+            new_pos = input_pos + 1
+            new, n, pair, input_pos = steps.verify(pair, input_pos, drafts, q, kv_pos, last_pos)
+            marks.append(_mark(on_gpu))
+            under_way.append((copy_to_host(torch.cat((new, n), 1)), marks))
+        if not under_way:
+            return
+        copy, marks = under_way.popleft()
+        rows = wait(*copy).tolist()
+        ids = [row[: row[-1] + 1] if has < max_new_tokens else [] for row, has in zip(rows, produced, strict=True)]
+        produced = [has + len(row) for has, row in zip(produced, ids, strict=True)]
+        yield Step(ids, *(_seconds(*pair) for pair in pairwise(marks)))
+
+
+def _mark(on_gpu: bool) -> Any:
+    """This moment: on the device's clock where it runs ahead of the host."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(start: Any, end: Any) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+
+
+def warm_up_speculation(steps: SpeculativeSteps, prompts: list[list[int]], max_new_tokens: int) -> float:
+    """Compile the speculative step, and on a GPU record it for every cache size; the seconds it took."""
+    start, model, k = time.perf_counter(), steps.model, steps.k
+    if not steps.plain.prefill_is_compiled and not model.slots.is_cuda:
+        prompts = [prompt[:2] for prompt in prompts]  # nothing to gain from a whole one
+    deque(speculate(steps, prompts, min(2 * k + 3, max_new_tokens)), maxlen=0)  # two steps at least
+    if model.slots.is_cuda and max_new_tokens > 1:
+        zeros = torch.zeros(len(prompts), 1, dtype=torch.long, device=model.slots.device)
+        new, longest = zeros.expand(-1, k + 1).clone(), max(map(len, prompts)) + k + 1
+        for slots in sorted({kv_slots(longest + n, len(model.slots)) for n in range(max_new_tokens + k + 2)}):
+            for _ in range(3):  # warm-up, recording, replay
+                drafts, q = steps.draft(new, zeros, new[:, :2].clone(), zeros + 1, model.slots[:slots])
+                steps.verify(new[:, :2].clone(), zeros + 1, drafts, q, model.slots[:slots], zeros)
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# ---- What it brings.
+
+
+@dataclass
+class Acceptance:
+    """How often a step accepted n drafts, n = 0 to k, and what the steps cost."""
+
+    k: int
+    counts: list[int] = field(init=False)
+    draft_s: list[float] = field(default_factory=list)
+    verify_s: list[float] = field(default_factory=list)
+    compared: list[tuple[float, float]] = field(default_factory=list)  # tokens/s, speculative and plain
+
+    def __post_init__(self):
+        self.counts = [0] * (self.k + 1)
+
+    @property
+    def n_steps(self) -> int:
+        return len(self.verify_s)
+
+    def compare(self, rate: float | None, plain_rate: float | None) -> None:
+        """Take the tokens/s of one sample, and of plain decoding right after it."""
+        if rate and plain_rate:
+            self.compared.append((rate, plain_rate))
+
+    def add(self, step: Step, live: list[bool]) -> None:
+        """Count a step that is not the prefill, for the rows that had not ended before it."""
+        for ids, is_live in zip(step.ids, live, strict=True):
+            if is_live and ids:
+                self.counts[len(ids) - 1] += 1
+        self.draft_s.append(step.draft_s)
+        self.verify_s.append(step.verify_s)
+
+    def mean(self, k: int | None = None) -> float:
+        """Drafts accepted per step and row; with `k`, had there been only so many."""
+        accepted = sum(min(n, k or n) * count for n, count in enumerate(self.counts))
+        return accepted / max(1, sum(self.counts))
+
+    def figures(self) -> dict[str, Any]:
+        """The entry in `--metrics_path`; times are medians per step."""
+        figures: dict[str, Any] = {"counts": self.counts, "mean": self.mean(), "k": self.k}
+        for name, seconds in (("draft_s", self.draft_s), ("verify_s", self.verify_s)):
+            figures[name] = median(seconds) if seconds else None
+        if self.compared:
+            figures["plain_decode_tokens_per_s"] = median(plain for _, plain in self.compared)
+            figures["speed_up"] = median(rate / plain for rate, plain in self.compared)
+        return figures
+
+
+def choose(
+    all_steps: list[SpeculativeSteps], prompts: list[list[int]], max_new_tokens: int
+) -> tuple[SpeculativeSteps | Steps, str]:
+    """The steps that are fastest on these prompts by a short measurement, those of plain decoding among them; a report.
+
+    Acceptance is taken from the largest k: what a smaller one would have accepted follows from it.
+    """
+    n = min(64, max_new_tokens)
+    seconds, accepted = [], None
+    for steps in sorted(all_steps, key=lambda steps: steps.k, reverse=True):
+        measured = Acceptance(steps.k)
+        for step in islice(speculate(steps, prompts, n), 1, None if accepted is None else 9):
+            measured.add(step, [True] * len(prompts))
+        accepted = accepted or measured
+        figures = measured.figures()
+        seconds.append((steps, (figures["draft_s"] or 0) + (figures["verify_s"] or 0)))
+    times = []
+    for _ in stream(all_steps[0].plain, prompts, min(18, n)):
+        times.append(time.perf_counter())
+    plain_s = median(b - a for a, b in pairwise(times)) if len(times) > 1 else 0.0
+    report, best, best_s = [f"plain {plain_s * 1e3:.2f} ms/token"], all_steps[0].plain, plain_s
+    for steps, step_s in reversed(seconds):
+        token_s = step_s / (1 + accepted.mean(steps.k))
+        report.append(f"k={steps.k} {token_s * 1e3:.2f}")
+        if token_s < best_s:
+            best, best_s = steps, token_s
+    chosen = f"k={best.k}" if isinstance(best, SpeculativeSteps) else "plain decoding"
+    return best, f"--speculate_k auto: {', '.join(report)}: {chosen}"

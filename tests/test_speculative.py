@@ -1,0 +1,438 @@
+"""speculative.py: the output is the target's, whatever drafts; greedy token for token, sampled by a chi-square test.
+
+    python -m pytest tests/test_speculative.py
+
+Worth knowing: greedy tokens are compared in float32, where one row and several round alike enough never to tie.
+"""
+
+import dataclasses
+import json
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GREEDY, make_tiny, prompt_of, tokens_of
+
+import generate
+from checkpoint import load_model
+from decoding import build_steps, compile_step
+from generate import DEMO
+from model import Transformer
+from sampling import Sampling
+from speculative import (
+    AUTO_K,
+    SPARE,
+    Acceptance,
+    DraftModel,
+    PromptLookup,
+    SpeculativeSteps,
+    build_speculative_steps,
+    candidates,
+    choose,
+    speculate,
+    warm_up_speculation,
+)
+from tokenizer import load_tokenizer
+
+ROOT = Path(generate.__file__).parent
+PROMPTS = [prompt_of(length) for length in (1, 2, 9, 30)]
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def with_cache(model: Transformer, rows: int = 1, capacity: int = 64) -> Transformer:
+    model.setup_caches(rows, capacity, spare=SPARE)
+    return model
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory) -> Path:
+    """A random model that knows nothing of the target."""
+    path = tmp_path_factory.mktemp("stranger")
+    hf = make_tiny("llama", num_hidden_layers=1, max_position_embeddings=512)
+    hf.lm_head.weight.set_(hf.lm_head.weight.flip(0))
+    hf.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def drafted(ours, stranger):
+    """`drafted(by, k)`: speculative steps for the tiny model, drafted by itself, a stranger or prompt lookup."""
+
+    def make(by: str, k: int, sampling=GREEDY, rows=1, capacity=64, family="llama", **options) -> SpeculativeSteps:
+        target = with_cache(ours(family, capacity=capacity), rows, capacity)
+        if by == "lookup":
+            drafter = PromptLookup(target, sampling, k)
+        else:
+            draft = ours(family, capacity=capacity) if by == "itself" else load_model(stranger, dtype=torch.float32)
+            drafter = DraftModel(with_cache(draft, rows, capacity), sampling, k)
+        plain = build_steps(target, sampling, options.get("compile", False))
+        return build_speculative_steps(plain, drafter, sampling, **options)
+
+    return make
+
+
+def rows_of(steps: SpeculativeSteps, prompts: list[list[int]], n: int, cached: int = 0) -> list[list[int]]:
+    """`n` tokens for every row."""
+    rows = [[] for _ in prompts]
+    for step in speculate(steps, prompts, n, cached):
+        for row, ids in zip(rows, step.ids, strict=True):
+            row += ids
+    assert all(len(row) >= n for row in rows)
+    return [row[:n] for row in rows]
+
+
+# --- greedy: token for token -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["itself", "stranger", "lookup"])
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
+def test_greedy_tokens_are_plain_decoding_s(ours, drafted, by, k):
+    plain, steps = build_steps(ours(), GREEDY), drafted(by, k)
+    for prompt in PROMPTS:
+        for n in (1, 24):
+            assert rows_of(steps, [prompt], n) == tokens_of(plain, [prompt], n)
+
+
+@pytest.mark.parametrize("family", ["mistral-window", "qwen3"])
+def test_greedy_tokens_of_other_families(ours, drafted, family):
+    expected = tokens_of(build_steps(ours(family), GREEDY), [PROMPTS[2]], 24)
+    for by in ("itself", "lookup"):
+        assert rows_of(drafted(by, 4, family=family), [PROMPTS[2]], 24) == expected
+
+
+@pytest.mark.parametrize("by", ["itself", "stranger", "lookup"])
+def test_rows_of_a_batch_accept_on_their_own(ours, drafted, by):
+    expected = [tokens_of(build_steps(ours(), GREEDY), [prompt], 20)[0] for prompt in PROMPTS]
+    steps = drafted(by, 3, rows=5)
+    assert rows_of(steps, PROMPTS, 20) == expected
+    assert rows_of(steps, PROMPTS[:2], 20) == expected[:2]
+
+
+def test_the_cache_may_be_filled_to_its_last_slot(ours, drafted):
+    prompt = PROMPTS[2]
+    expected = tokens_of(build_steps(ours(), GREEDY), [prompt], 20)
+    for capacity in (28, 12):
+        assert (
+            rows_of(drafted("itself", 8, capacity=capacity), [prompt], capacity - 8)[0] == expected[0][: capacity - 8]
+        )
+    with pytest.raises(ValueError, match="1 rows of 29 tokens .* do not fit the cache of 1 x 28"):
+        rows_of(drafted("itself", 8, capacity=28), [prompt], 21)
+
+
+def test_demo_pair_is_plain_decoding_and_worth_it():
+    tokenizer = load_tokenizer(DEMO)
+    target = with_cache(load_model(DEMO, dtype=torch.float32), capacity=100)
+    draft = with_cache(load_model(DEMO.parent / "draft", dtype=torch.float32), capacity=100)
+    plain, acceptance = build_steps(target, GREEDY), Acceptance(5)
+    steps = build_speculative_steps(plain, DraftModel(draft, GREEDY, 5), GREEDY)
+    for text in ("Return the", "If the file", "A list of"):
+        prompt = tokenizer.encode(text)
+        assert rows_of(steps, [prompt], 60) == tokens_of(plain, [prompt], 60)
+        for step in list(speculate(steps, [prompt], 60))[1:]:
+            acceptance.add(step, [True])
+    assert acceptance.mean() > 2
+
+
+# --- what is accepted, and what stays --------------------------------------------------------------------------------
+
+
+def test_a_draft_that_is_the_target_is_always_accepted(drafted):
+    for sampling in (GREEDY, Sampling(temperature=1.0, top_k=20)):
+        steps = list(speculate(drafted("itself", 4, sampling), [PROMPTS[2]], 41))[1:]
+        assert [len(step.ids[0]) for step in steps] == [5] * 8
+
+
+def test_caches_after_rejections_are_plain_decoding_s(ours, drafted):
+    prompt, n = PROMPTS[2], 25
+    plain = build_steps(ours(), GREEDY)
+    tokens = tokens_of(plain, [prompt], n)[0]
+    for by in ("stranger", "itself"):
+        steps = drafted(by, 4)
+        lengths = [len(step.ids[0]) for step in speculate(steps, [prompt], n)][1:]
+        assert (min(lengths) < 5) == (by == "stranger")
+        valid = len(prompt) + n - 1  # the last token is read by nobody
+        for ours_, theirs in zip(steps.model.layers, plain.model.layers, strict=True):
+            for name in ("k", "v"):
+                mine, other = (getattr(layer.attention.kv_cache, name)[:, :, :valid] for layer in (ours_, theirs))
+                torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+        assert rows_of(steps, [tokens[10:14]], 6, cached=len(prompt) + 10)[0] == tokens[14:20]  # the caches go on
+    # The draft's own cache holds what it would hold after reading the text: here it is the target itself.
+    for mine, other in zip(steps.drafter.model.layers, plain.model.layers, strict=True):
+        torch.testing.assert_close(
+            mine.attention.kv_cache.k[:, :, : len(prompt) + 14],
+            other.attention.kv_cache.k[:, :, : len(prompt) + 14], rtol=1e-4, atol=1e-4,
+        )  # fmt: skip
+
+
+def test_prompt_lookup_drafts_what_followed_the_longest_last_match(ours):
+    target = with_cache(ours(rows=2), 2)
+    lookup = PromptLookup(target, GREEDY, 4)
+
+    def drafts(text: list[int]) -> list[int]:
+        lookup.history.zero_()
+        idx = torch.tensor([[99] * len(text), text])  # the first row is another
+        lookup.prefill(idx, torch.arange(len(text)), target.slots, None)
+        end = torch.full((2, 1), len(text) - 1)
+        new = torch.cat((idx[:, -1:], torch.full((2, 4), 77)), 1)
+        return lookup(new, end, idx[:, -2:], end, target.slots)[0][1].tolist()
+
+    assert drafts([1, 2, 3, 4, 5, 6, 7, 9, 3, 8, 1, 2, 3]) == [4, 5, 6, 7]  # three tokens, not the later single one
+    assert drafts([3, 5, 6, 7, 8, 3, 9, 10, 11, 12, 3]) == [9, 10, 11, 12]  # the later of two
+    assert drafts([8, 5, 6, 5, 6]) == [5, 6, 5, 6]  # it repeats with its own period
+    assert drafts([1, 2, 3]) == [3, 3, 3, 3]  # nothing found: any will do
+
+
+# --- sampled: the same distribution ----------------------------------------------------------------------------------
+
+
+def log_likelihood_table(model: Transformer, prompt: list[int], sampling: Sampling, n: int) -> torch.Tensor:
+    """The probability of every continuation of `n` tokens, `[V, ..., V]`, from whole passes without a cache."""
+    V = model.args.vocab_size
+    texts, table = torch.tensor([prompt]), torch.ones(1)
+    for _ in range(n):
+        probs = sampling.probs(model(texts)[:, -1])  # [rows, V]
+        table = (table[:, None] * probs).flatten()
+        texts = torch.cat((texts.repeat_interleave(V, 0), torch.arange(V).repeat(len(texts))[:, None]), 1)
+    return table
+
+
+@pytest.mark.parametrize("by", ["model", "lookup"])
+@pytest.mark.parametrize("sampling", [Sampling(1.0, top_k=None), Sampling(0.8, top_k=5, top_p=0.9)])
+def test_the_first_three_tokens_are_distributed_as_the_target_s(tmp_path, by, sampling):
+    V, n_samples, prompt = 7, 6000, [1, 2, 3, 1, 2]
+    make_tiny("llama", vocab_size=V).save_pretrained(tmp_path / "target")
+    hf = make_tiny("llama", vocab_size=V, num_hidden_layers=1)
+    hf.lm_head.weight.mul_(0.5)
+    hf.save_pretrained(tmp_path / "draft")
+    rows = 1000
+    target, draft = (
+        with_cache(load_model(tmp_path / name, dtype=torch.float32), rows, 16) for name in ("target", "draft")
+    )
+    expected = log_likelihood_table(target, prompt, sampling, 3) * n_samples
+    drafter = DraftModel(draft, sampling, 2) if by == "model" else PromptLookup(target, sampling, 2)
+    steps = build_speculative_steps(build_steps(target, sampling), drafter, sampling)
+    torch.manual_seed(1)
+    counts, acceptance = torch.zeros(V**3), Acceptance(2)
+    for _ in range(n_samples // rows):
+        texts = [[] for _ in range(rows)]
+        for number, step in enumerate(speculate(steps, [prompt] * rows, 3)):
+            if number:
+                acceptance.add(step, [True] * rows)
+            for text, ids in zip(texts, step.ids, strict=True):
+                text += ids
+        codes = torch.tensor([text[0] * V * V + text[1] * V + text[2] for text in texts])
+        counts += codes.bincount(minlength=V**3)
+    assert all(count > n_samples / 50 for count in acceptance.counts)  # rejections and acceptances of all are tested
+    assert counts[expected == 0].sum() == 0
+    order = expected.argsort(descending=True)
+    common = order[expected[order] >= 5]
+    observed = torch.cat((counts[common], (n_samples - counts[common].sum())[None]))
+    awaited = torch.cat((expected[common], (n_samples - expected[common].sum())[None].clamp(min=1e-3)))
+    if awaited[-1] < 5:  # too few are rare to be a class
+        observed, awaited = observed[:-1], awaited[:-1]
+    chi_square, freedom = ((observed - awaited) ** 2 / awaited).sum(), len(awaited) - 1
+    assert freedom > 5
+    # Wilson and Hilferty's approximation of the 99.9 % point
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert chi_square < limit
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+
+def test_compiled_is_eager_for_any_length_without_recompilation(drafted):
+    torch._dynamo.reset()
+    eager, compiled = (drafted("stranger", 2, rows=2, capacity=300, compile=on) for on in (False, True))
+    warm_up_speculation(compiled, [prompt_of(3), prompt_of(9)], 30)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for lengths in ((5, 9), (1, 120), (280, 270)):
+            prompts = [prompt_of(length) for length in lengths]
+            assert rows_of(compiled, prompts, 20) == rows_of(eager, prompts, 20)
+    for one, other in ((compiled.model, eager.model), (compiled.drafter.model, eager.drafter.model)):
+        for layers in zip(one.layers, other.layers, strict=True):
+            caches = (layer.attention.kv_cache.k[:, :, :288] for layer in layers)
+            torch.testing.assert_close(*caches, rtol=1e-4, atol=1e-4)
+
+
+def test_prompt_lookup_compiled(drafted):
+    torch._dynamo.reset()
+    eager, steps = drafted("lookup", 3, rows=2), drafted("lookup", 3, rows=2)
+    compiled = dataclasses.replace(steps, draft=compile_step(steps.drafter.forward, (None, None, None, None, 0)))
+    assert rows_of(compiled, PROMPTS[1:3], 24) == rows_of(eager, PROMPTS[1:3], 24)
+    assert torch.equal(steps.drafter.history, eager.drafter.history)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("by", ["model", "lookup"])
+def test_on_a_gpu_a_step_never_waits_and_equals_plain(ours, by):
+    torch._dynamo.reset()
+    target, draft = (ours(rows=2, capacity=300, device="cuda") for _ in range(2))
+    for model in (target, draft):
+        with_cache(model, 2, 300)
+    plain, prompts = build_steps(target, GREEDY), [prompt_of(100), prompt_of(3)]
+    expected = tokens_of(plain, prompts, 60)
+    drafter = DraftModel(draft, GREEDY, 4) if by == "model" else PromptLookup(target, GREEDY, 4)
+    steps = build_speculative_steps(plain, drafter, GREEDY, compile=True)
+    warm_up_speculation(steps, prompts, 60)
+    brought, rows = speculate(steps, prompts, 60), [[], []]
+    first = next(brought)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in [first, *brought]:
+            rows = [row + ids for row, ids in zip(rows, step.ids, strict=True)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [row[:60] for row in rows] == expected
+
+
+# --- choosing k ------------------------------------------------------------------------------------------------------
+
+
+def test_a_smaller_k_would_have_accepted_what_the_counts_say():
+    acceptance = Acceptance(4)
+    acceptance.counts = [1, 2, 0, 0, 3]
+    assert acceptance.mean() == 14 / 6
+    assert acceptance.mean(2) == 8 / 6
+    assert acceptance.mean(1) == 5 / 6
+
+
+@pytest.mark.parametrize(("draft_s", "chosen"), [(0.0, 7), (1.0, None)])
+def test_auto_takes_the_fastest_or_plain_decoding(ours, monkeypatch, draft_s, chosen):
+    target = with_cache(ours())
+    draft = with_cache(ours())
+    plain = build_steps(target, GREEDY)
+    all_steps = candidates("auto", plain, draft, GREEDY, compile=False)
+    assert [steps.k for steps in all_steps] == list(AUTO_K)
+    real = Acceptance.figures
+    monkeypatch.setattr(Acceptance, "figures", lambda self: real(self) | {"draft_s": draft_s, "verify_s": 1e-9})
+    steps, words = choose(all_steps, [PROMPTS[2]], 40)
+    assert steps is plain if chosen is None else steps.k == chosen
+    assert words.endswith("k=7" if chosen else "plain decoding")
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def main(capsys):
+    """`main("--flag", value)`: exit code, stdout and stderr of generate.py with the demo, greedy in float32."""
+    settings = torch._inductor.config.save_config()
+
+    def call(*flags) -> tuple[int, str, str]:
+        fixed = ["--device", "cpu", "--dtype", "float32", "--temperature", 0, "--max_new_tokens", 40]
+        capsys.readouterr()
+        code = generate.main([str(flag) for flag in [*fixed, *flags]])
+        return code, *capsys.readouterr()
+
+    yield call
+    torch._inductor.config.load_config(settings)
+
+
+def tokens_in(path: Path) -> list[list[int]]:
+    return [sample["tokens"] for sample in json.loads(path.read_text())["samples"]]
+
+
+@pytest.mark.parametrize(
+    "flags", [("--speculate_k", 4), ("--prompt_lookup",), ("--speculate_k", "auto"), ("--prompt_lookup", "--compare")]
+)
+def test_the_command_line_gives_the_plain_text(main, tmp_path, flags):
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("Return the\nThe list of names\nA\n")
+    for name, more in (("plain", ()), ("speculative", flags)):
+        code, out, err = main("--prompt_file", lines, "--stop", "names", "--metrics_path", tmp_path / name, *more)
+        assert (code, err) == (0, "")
+    assert tokens_in(tmp_path / "speculative") == tokens_in(tmp_path / "plain")
+    acceptance = json.loads((tmp_path / "speculative").read_text())["acceptance"]
+    if "auto" in flags:
+        assert "--speculate_k auto: plain " in out
+    else:
+        counts = acceptance["counts"]
+        assert len(counts) == (4 if "--speculate_k" in flags else 5) + 1
+        assert acceptance["mean"] == sum(n * count for n, count in enumerate(counts)) / sum(counts)
+        assert min(acceptance["draft_s"], acceptance["verify_s"]) > 0
+        assert f"{acceptance['mean']:.2f} of {len(counts) - 1} drafts accepted per step" in out
+        assert ("times plain decoding's" in out) == ("--compare" in flags) == ("speed_up" in acceptance)
+
+
+def test_a_stop_id_inside_an_accepted_run_ends_the_sample(main, monkeypatch, tmp_path):
+    """With the target as its own draft every run is whole, so the stop id lies within one."""
+    flags = ["--prompt", "Return the", "--metrics_path", tmp_path / "m", "--draft_checkpoint_path", DEMO]
+    assert main(*flags, "--speculate_k", 8)[0] == 0
+    tokens = tokens_in(tmp_path / "m")[0]
+    at = next(
+        i for i in range(3, 30) if i % 9 in (3, 4, 5) and tokens[i] not in tokens[:i]
+    )  # of 9 tokens, in the middle
+    load = generate.load_tokenizer
+
+    def stopping(directory):
+        tokenizer = load(directory)
+        tokenizer.stop_ids = frozenset([tokens[at]])
+        return tokenizer
+
+    monkeypatch.setattr(generate, "load_tokenizer", stopping)
+    code, out, _ = main(*flags, "--speculate_k", 8)
+    sample = json.loads((tmp_path / "m").read_text())["samples"][0]
+    assert (code, sample["tokens"], sample["finish_reason"]) == (0, tokens[: at + 1], "stop")
+
+
+def test_a_conversation_may_speculate(main, monkeypatch):
+    answers = []
+    for flags in ((), ("--speculate_k", 3), ("--prompt_lookup",)):
+        lines = iter(["The list of", " names", " and the"])
+        monkeypatch.setattr(generate, "_ask", lambda lines=lines: next(lines, None))
+        code, out, err = main("--interactive", *flags)
+        assert (code, err) == (0, "")
+        answers.append(out.partition("what you write\n")[2])
+    assert answers[0]
+    assert all(a == b for a, b in pairwise(answers))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--speculate_k", 0], "--speculate_k 0 must be 1 to 15, or auto"),
+        (["--prompt_lookup", "--speculate_k", 16], "--speculate_k 16 must be 1 to 15"),
+        (["--prompt_lookup", "--draft_checkpoint_path", DEMO], "choose one of them to draft"),
+        (["--checkpoint_path", DEMO.parent / "draft", "--speculate_k", 3], "needs --draft_checkpoint_path DRAFT or"),
+        (["--compare"], "--compare needs speculative decoding"),
+        (["--speculate_k", "auto", "--interactive"], "--interactive has none yet: give a number"),
+        (["--draft_checkpoint_path", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_flags_are_one_line(main, flags, message):
+    code, out, err = main(*flags)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_draft_with_another_vocabulary_is_an_error(main, tiny):
+    code, _, err = main("--draft_checkpoint_path", tiny("llama")[1])
+    assert code == 2
+    assert "has a vocabulary of 128 tokens, the target of 4096: a draft needs the same" in err
+
+
+# --- the recipes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("scripts/recipe_*.sh")), ids=lambda path: path.name)
+def test_a_recipe_uses_flags_that_exist(recipe):
+    assert subprocess.run(["bash", "-n", recipe]).returncode == 0
+    text = recipe.read_text().replace("\\\n", " ")
+    for line in text.splitlines():
+        program = next((word for word in line.split() if word.endswith(".py")), None)
+        if program is None or line.startswith("#"):
+            continue
+        source = (ROOT / program).read_text()
+        flags = [word for word in line.split() if word.startswith("--") and word != "--standalone"]
+        for flag in flags[flags.index("--nproc_per_node") + 1 :] if "--nproc_per_node" in flags else flags:
+            assert f'"{flag}"' in source, (program, flag)

@@ -1,0 +1,302 @@
+"""Tensor parallelism: shares of the weights without processes, then torchrun on the CPU, as a user starts it.
+
+The oracle is the same model in one process; only float32 is compared, for a sum in parts rounds differently.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import scaling
+import torch
+from conftest import GREEDY, make_tiny, prompt_of, tokens_of
+
+import tp
+from checkpoint import load_model, open_checkpoint
+from decoding import build_steps
+from metrics import parameter_bytes
+from model import ModelArgs, Sharding
+from quantize import quantize
+from sampling import Sampling
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = [str(Path(sys.executable).parent / "torchrun")]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+SCHEMES = {"int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny, tmp_path_factory) -> dict[str, Path]:
+    """What the tests divide; the quantised models and the one of 127 tokens have two key heads of 32 elements."""
+    folder = tmp_path_factory.mktemp("tp")
+    paths = {name: tiny(name)[1] for name in ("llama", "llama-mha", "llama-tied", "llama-bias", "qwen2", "qwen3")}
+    for name, changes in (("wide", {}), ("odd-vocab", {"vocab_size": 127})):
+        paths[name] = folder / name
+        make_tiny("llama-head-dim", intermediate_size=128, **changes).save_pretrained(paths[name])
+    for mode, scheme in SCHEMES.items():
+        paths[mode] = folder / f"{mode}.pth"
+        quantize(open_checkpoint(paths["wide"]), scheme, paths[mode], "cpu")
+    return paths
+
+
+# ---- Without processes: ranks are threads here, or do not run at all.
+
+
+def in_threads(n_ranks: int, monkeypatch, work) -> list:
+    """The results of `work(ranks)` on as many threads, whose collectives meet at a barrier."""
+    slots, barrier, here = [None] * n_ranks, threading.Barrier(n_ranks), threading.local()
+
+    def exchange(x: torch.Tensor) -> list[torch.Tensor]:
+        slots[here.rank] = x
+        barrier.wait(timeout=60)
+        everyone = list(slots)
+        barrier.wait(timeout=60)
+        return everyone
+
+    collectives = {
+        ("sum", True): lambda x, n: torch.stack(exchange(x)).sum(0),
+        ("gather", True): lambda x, n: torch.cat(exchange(x), -1),
+        ("gather", False): lambda x, n: exchange(x)[0],
+    }
+    monkeypatch.setattr(tp, "COLLECTIVES", collectives)
+    results = [None] * n_ranks
+
+    def run(rank: int) -> None:
+        here.rank = rank
+        with torch.no_grad():
+            results[rank] = work(tp.Ranks(rank, n_ranks))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(n_ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize(
+    ("name", "n_ranks"),
+    [
+        ("llama", 2), ("llama", 4), ("llama-mha", 4), ("llama-tied", 2), ("llama-bias", 4), ("qwen2", 2), ("qwen3", 4),
+        ("odd-vocab", 2), ("int8", 4), ("int4", 2), ("int4", 4),
+    ],
+)  # fmt: skip
+def test_ranks_together_compute_the_logits_of_one(checkpoints, monkeypatch, name, n_ranks):
+    idx = torch.tensor([prompt_of(7, seed) for seed in range(3)]) % 127
+
+    def logits(ranks: tp.Ranks) -> torch.Tensor:
+        return load_model(checkpoints[name], dtype=torch.float32, ranks=ranks)(idx)
+
+    with torch.no_grad():
+        whole = logits(tp.ALONE)
+    for result in in_threads(n_ranks, monkeypatch, logits):
+        torch.testing.assert_close(result, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_key_heads_are_shared_by_neighbours_when_there_are_more_ranks():
+    sizes = (8, 4, 4), (2, 2, 2)  # query heads, key heads and value heads of one element; two ranks to each key head
+    shares = [tp.share_of(*sizes, rank, 4) for rank in range(4)]
+    assert [share[0] for share in shares] == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    assert [share[1] for share in shares] == [(8, 10), (8, 10), (10, 12), (10, 12)]
+    assert [share[2] for share in shares] == [(12, 14), (12, 14), (14, 16), (14, 16)]
+
+
+@pytest.mark.parametrize("name", ["llama", "int8", "int4"])
+def test_a_rank_holds_its_share_and_what_is_replicated(checkpoints, name):
+    whole = load_model(checkpoints[name], dtype=torch.float32)
+    share = load_model(checkpoints[name], dtype=torch.float32, ranks=tp.Ranks(1, 2))
+    both = sum(t.nbytes for n, t in whole.state_dict().items() if "norm" in n)
+    if name == "int8":  # a row that is divided along its inputs keeps its scale on every rank
+        both += sum(t.nbytes for n, t in whole.state_dict().items() if n.endswith(("wo.scales", "w2.scales")))
+    assert parameter_bytes(share) == (parameter_bytes(whole) - both) / 2 + both
+
+
+def test_only_the_share_is_read_from_the_file(checkpoints):
+    stored = open_checkpoint(checkpoints["llama"]).tensors["layers.0.feed_forward.w2.weight"]
+    share = stored.share(tp.Share(dim=1, ranges=((48, 96),)))
+    (part,) = share.parts
+    assert part.read().untyped_storage().data_ptr() == stored.parts[0].read().untyped_storage().data_ptr()  # no copy
+    assert torch.equal(share.load("cpu", torch.float32), stored.load("cpu", torch.float32)[:, 48:])
+
+
+@pytest.mark.parametrize(
+    ("name", "n_ranks", "message"),
+    [
+        ("llama", 3, "3 processes cannot share this model: n_heads 4 is not a multiple of 3; .* fit: 1, 2, 4$"),
+        ("int4", 8, "n_heads 4 is not a multiple of 8; .* fit: 1, 2, 4$"),
+    ],
+)
+def test_a_world_size_that_does_not_fit_names_those_that_do(checkpoints, name, n_ranks, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(checkpoints[name], ranks=tp.Ranks(0, n_ranks))
+
+
+def test_groups_that_do_not_divide_name_the_world_sizes_that_fit(tmp_path):
+    make_tiny("llama").save_pretrained(tmp_path)  # feed-forward of 96: three groups of 32; 64 inputs of wo: two
+    quantize(open_checkpoint(tmp_path), SCHEMES["int4"], tmp_path / "int4.pth", "cpu")
+    with pytest.raises(ValueError, match=r"2 processes .*w2 has 48 inputs, not a multiple of 32.* fit: 1$"):
+        load_model(tmp_path / "int4.pth", ranks=tp.Ranks(0, 2))
+
+
+def test_key_heads_that_do_not_go_with_the_ranks():
+    args = dataclasses.replace(ModelArgs.from_name("llama-3.2-3b"), hidden_dim=1200)  # 24 heads, 8 key heads
+    with pytest.raises(ValueError, match="n_kv_heads 8 and 12: neither is a multiple of the other"):
+        args.divided(12)
+
+
+def test_any_module_that_declares_its_sharding_is_divided():
+    def make(rows: int) -> torch.nn.Module:
+        module = torch.nn.Conv1d(3, rows, kernel_size=1)  # no model has one
+        module.sharding = Sharding(parts=(rows // 2, rows // 2))
+        return torch.nn.ModuleDict({"any": module})
+
+    shares = tp.connect(make(8), make(4), tp.Ranks(1, 2))
+    assert shares == {f"any.{kind}": tp.Share(0, ((2, 4), (6, 8))) for kind in ("weight", "bias")}
+
+
+# ---- Under torchrun.
+
+
+def torchrun(*arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [*TORCHRUN, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_tokens_are_those_of_one_process(checkpoints, tmp_path, n_ranks):
+    one, ragged = [prompt_of(6)], [prompt_of(5), prompt_of(9), prompt_of(2)]
+    names = ["llama", "llama-mha", "int8", "int4"] + ["odd-vocab", "llama-tied"] * (n_ranks == 2)
+    cases = [(name, prompts, 0, False) for name in names for prompts in (one, ragged)]
+    cases += [("llama", ragged, 1.0, False)] + [("llama", one, 0, True)] * (n_ranks == 2)
+    cases = [
+        {"path": str(checkpoints[name]), "prompts": prompts, "n": 8, "temperature": temperature, "compile": compile}
+        for name, prompts, temperature, compile in cases
+    ]
+    for replicate in (False, True):  # the draft: the target, rounded to int8
+        draft = {"draft": str(checkpoints["int8"]), "replicate": replicate}
+        cases.append({**cases[0], "path": str(checkpoints["wide"]), "prompts": ragged, **draft})
+    cases.append({**cases[-1], "temperature": 1.0})
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    flags = "--standalone", f"--nproc_per_node={n_ranks}"
+    run = torchrun(*flags, "tests/tp_driver.py", str(tmp_path / "cases.json"), str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert "Warning" not in run.stderr
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(n_ranks)]
+    assert all(result == results[0] for result in results)
+    assert all(result["steps"] < 8 for result in results[0] if "steps" in result)  # drafts were accepted
+    for case, result in zip(cases[:-1], results[0], strict=False):  # of the last, ranks agree: it draws otherwise
+        model = load_model(case["path"], dtype=torch.float32)
+        model.setup_caches(3, 64)
+        torch.manual_seed(0)
+        sampling = Sampling(case["temperature"], top_k=None) if case["temperature"] else GREEDY
+        with torch.no_grad():
+            assert result["tokens"] == tokens_of(build_steps(model, sampling), case["prompts"], 8), case["path"]
+
+
+GENERATE = ("generate.py", "--dtype", "float32", "--temperature", "0", "--max_new_tokens", "20")
+
+
+def test_two_nodes_print_once_what_one_process_prints(tmp_path):
+    metrics = tmp_path / "metrics.json"
+    flags = "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{_free_port()}"
+    command = [*TORCHRUN, *flags, *GENERATE, "--metrics_path", str(metrics)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    nodes = [subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes) for _ in range(2)]
+    outputs = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    (printed,) = [stdout for stdout, _ in outputs if stdout]
+    assert printed.count("first token") == 2  # of the sample and of the medians
+    assert not any("Warning" in stderr for _, stderr in outputs)
+    figures = json.loads(metrics.read_text())
+    alone, (sample,) = load_model(ROOT / "demo" / "target", dtype=torch.float32), figures["samples"]
+    alone.setup_caches(1, 64)
+    with torch.no_grad():
+        assert [sample["tokens"]] == tokens_of(build_steps(alone, GREEDY), [sample["prompt_tokens"]], 20)
+    parallel = figures["parallel"]
+    assert parallel["world_size"] == 2
+    assert parallel["parameter_bytes"] < 0.51 * parameter_bytes(alone)
+    assert 0 < parallel["collectives_share"] < 1
+    assert parallel["collectives_s_per_token"] > 0
+
+
+def test_what_fails_everywhere_is_said_once():
+    run = torchrun("--standalone", "--nproc_per_node=3", *GENERATE)
+    assert run.returncode != 0
+    assert run.stdout == ""
+    assert run.stderr.count("error: 3 processes cannot share this model") == 1
+    assert "fit: 1, 2, 4, 8" in run.stderr
+
+
+def test_what_fails_on_one_rank_ends_all(tmp_path):
+    script = tmp_path / "only_rank_1.py"
+    script.write_text(
+        "import os, sys, generate\n"
+        "bad = ['--checkpoint_path', 'nowhere'] if os.environ['RANK'] == '1' else []\n"
+        "sys.exit(generate.main(sys.argv[1:] + bad))\n"
+    )
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", str(script), *GENERATE[1:]]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode != 0
+    assert "error: nowhere: no such file or directory (rank 1 of 2)" in run.stderr
+    assert run.stderr.count("error: ") == 1
+
+
+def started(*flags: str, until: str) -> tuple[subprocess.Popen, list[Path]]:
+    """generate.py on two ranks, once it has printed a line with `until`; torchrun and its ranks in /proc."""
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", *GENERATE, *flags]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    agent = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes)
+    agent.stdin.write("The list\n")
+    agent.stdin.flush()
+    while until not in agent.stdout.readline():
+        assert agent.poll() is None, agent.stderr.read()
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    return agent, [Path("/proc", child) for child in children]
+
+
+in_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+
+
+@in_proc
+def test_a_rank_killed_in_the_middle_ends_all():
+    agent, ranks = started("--num_samples", "100000", until="decode")
+    os.kill(int(ranks[1].name), signal.SIGKILL)
+    _, stderr = agent.communicate(timeout=20)
+    assert agent.returncode != 0
+    assert "Signal 9" in stderr
+    assert [rank.exists() for rank in ranks] == [False, False]
+
+
+@in_proc
+def test_a_conversation_reaches_every_rank_and_ctrl_c_leaves_none():
+    agent, ranks = started("--interactive", until="> ")  # the first answer: no rank waited for another
+    agent.send_signal(signal.SIGINT)
+    agent.communicate(timeout=20)
+    assert agent.returncode != 0
+    assert [rank.exists() for rank in ranks] == [False, False]
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+# ---- The model of scaling.
+
+
+@pytest.mark.parametrize("models", [["llama-2-7b"], ["llama-2-7b", "llama-2-70b"]], ids=["7B fitted", "both fitted"])
+def test_the_scaling_model_is_within_15_percent_of_the_published_figures(models):
+    rows = scaling.check_table(scaling.fit(models))
+    assert len(rows) == 13
+    for model, kind, n, published, predicted in rows:
+        assert abs(predicted / published - 1) < 0.15, (model, kind, n)

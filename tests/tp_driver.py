@@ -1,0 +1,55 @@
+"""What `test_tp.py` runs under torchrun: several models in one launch, for starting processes takes longer than these.
+
+    torchrun --standalone --nproc_per_node=2 tests/tp_driver.py CASES.json DIRECTORY
+
+Every rank writes DIRECTORY/RANK.json: for each case its tokens and the bytes of its weights.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoint import load_model
+from decoding import build_steps, set_compile_flags, stream
+from metrics import parameter_bytes
+from sampling import Sampling
+from speculative import SPARE, DraftModel, build_speculative_steps, speculate
+from tp import Ranks
+
+
+def generate(case: dict, ranks: Ranks) -> dict:
+    """The case's tokens row by row, its draft's replicated or shared as it says, and the bytes of the target."""
+    sampling, rows = Sampling(case["temperature"], top_k=None), len(case["prompts"])
+    model = load_model(case["path"], dtype=torch.float32, ranks=ranks)
+    model.setup_caches(rows, 64, spare=SPARE)
+    steps = build_steps(model, sampling, case["compile"])
+    torch.manual_seed(0)
+    if "draft" not in case:
+        tokens = list(zip(*stream(steps, case["prompts"], case["n"]), strict=True))
+        return {"tokens": tokens, "bytes": parameter_bytes(model)}
+    draft = load_model(case["draft"], dtype=torch.float32, ranks=ranks, replicate=case["replicate"])
+    draft.setup_caches(rows, 64, spare=SPARE)
+    steps = build_speculative_steps(steps, DraftModel(draft, sampling, 3), sampling)
+    found = list(speculate(steps, case["prompts"], case["n"]))
+    tokens = [[i for step in found for i in step.ids[row]][: case["n"]] for row in range(rows)]
+    return {"tokens": tokens, "bytes": parameter_bytes(model), "steps": len(found)}
+
+
+def main() -> None:
+    ranks = Ranks.from_torchrun()
+    cases, results = json.loads(Path(sys.argv[1]).read_text()), []
+    with torch.no_grad(), ranks.joined("cpu"):
+        for case in cases:
+            if case["compile"]:
+                set_compile_flags("cpu")
+            results.append(generate(case, ranks))
+    (Path(sys.argv[2]) / f"{os.environ['RANK']}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

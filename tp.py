@@ -1,0 +1,258 @@
+"""Tensor parallelism: torchrun's processes as ranks that share a model (Megatron-LM, Shoeybi et al. 2019).
+
+    torchrun --standalone --nproc_per_node=2 generate.py --compile --checkpoint_path checkpoints/$MODEL_REPO/model.pth
+
+    ranks = Ranks.from_torchrun()
+    with ranks.joined("cuda"):
+        model = load_model(path, ranks.device("cuda"), ranks=ranks)
+
+Nothing here knows a model: a module that declares a `sharding` is divided by it. A model made for a rank's share is
+set beside the whole one; where a tensor's shapes differ, this rank holds a share of it, and that tensor's scales and
+groups with it.
+
+Worth knowing: the logits are gathered whole, and gathering gives every rank the same bits. So ranks with one seed draw
+the same tokens and stop at the same step without telling each other.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+GROUP = "0"  # the name of the first process group
+
+
+# ---- The weights.
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's share of a tensor: the `ranges` (first, end) along `dim`; or zeros, for what only rank 0 adds."""
+
+    dim: int = 0
+    ranges: tuple[tuple[int, int], ...] = ()
+    is_zero: bool = False
+
+
+def share_of(whole: Sequence[int], local: Sequence[int], rank: int, world_size: int) -> tuple[tuple[int, int], ...]:
+    """Where a rank's share of each part lies, for parts of `whole` sizes of which every rank holds `local`.
+
+    A part that cannot be divided among all (8 key heads, 16 ranks) is divided as far as it goes: neighbours hold the
+    same piece, as they do the query heads that go with it.
+    """
+    ranges, offset = [], 0
+    for n, n_local in zip(whole, local, strict=True):
+        first = offset + rank * n // world_size // n_local * n_local
+        ranges.append((first, first + n_local))
+        offset += n
+    return tuple(ranges)
+
+
+def connect(whole: nn.Module, local: nn.Module, ranks: "Ranks") -> dict[str, Share]:
+    """Give the modules of `local`, a rank's share of `whole`, their collectives; the shares of its tensors, by name.
+
+    What is not named is held whole by every rank. Neither model needs weights.
+    """
+    shares = {}
+    for name, module in local.named_modules():
+        sharding, origin = getattr(module, "sharding", None), whole.get_submodule(name)
+        if sharding is None:
+            continue
+        is_divided = module.weight.shape != origin.weight.shape
+        for kind, tensor in module.state_dict().items():
+            before = origin.state_dict()[kind].shape
+            dims = [dim for dim, n in enumerate(tensor.shape) if n != before[dim]]
+            if dims:
+                (dim,) = dims
+                stacked = dim == 0 and sharding.parts is not None
+                sizes = (origin.sharding.parts, sharding.parts) if stacked else ((before[dim],), (tensor.shape[dim],))
+                shares[f"{name}.{kind}"] = Share(dim, share_of(*sizes, ranks.rank, ranks.world_size))
+            elif kind == "bias" and is_divided and sharding.collective == "sum" and ranks.rank > 0:
+                shares[f"{name}.{kind}"] = Share(is_zero=True)
+        if hasattr(module, "first_id") and is_divided:
+            module.first_id = shares[f"{name}.weight"].ranges[0][0]
+        if collective := COLLECTIVES.get((sharding.collective, is_divided)):
+            module.register_forward_hook(lambda _, __, y, do=collective: do(y, ranks.world_size))
+    return shares
+
+
+# ---- The collectives: torch's functional ones, which a compiler takes into its graph.
+
+
+def all_reduce(x: Tensor, world_size: int) -> Tensor:
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", GROUP))
+
+
+def all_gather(x: Tensor, world_size: int) -> Tensor:
+    """`x [..., n]` of all ranks side by side, `[..., world_size * n]`."""
+    ops = torch.ops._c10d_functional
+    stacked = ops.wait_tensor(ops.all_gather_into_tensor(x.contiguous(), world_size, GROUP))
+    return stacked.view(world_size, *x.shape).movedim(0, -2).flatten(-2)
+
+
+def broadcast(x: Tensor, world_size: int) -> Tensor:
+    """`x` of rank 0."""
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.broadcast(x.contiguous(), 0, GROUP))
+
+
+# (declared, whether the module is divided) -> what follows it. Rank 0's logits count where all compute them.
+COLLECTIVES = {("sum", True): all_reduce, ("gather", True): all_gather, ("gather", False): broadcast}
+
+
+def measure_collectives(run: Callable[[], int], device: str) -> dict[str, float]:
+    """The seconds per step that `run`, which returns its number of steps, spends in collectives, and their share.
+
+    A rank that waits for a slower one is in a collective, too.
+    """
+    cuda = device.startswith("cuda")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells stderr when it starts and stops
+    with torch.autograd.profiler.profile(use_device="cuda" if cuda else None) as profile:
+        start = time.perf_counter()
+        steps = run()
+        seconds = time.perf_counter() - start
+    microseconds = 0.0
+    for event in profile.key_averages():
+        if cuda and event.device_type == torch.autograd.DeviceType.CUDA:
+            microseconds += event.self_device_time_total * ("nccl" in event.key or "one_shot" in event.key)
+        elif not cuda and event.key.startswith("_c10d_functional::"):
+            microseconds += event.cpu_time_total
+    return {"collectives_s_per_token": microseconds / 1e6 / steps, "collectives_share": microseconds / 1e6 / seconds}
+
+
+# ---- The processes.
+
+
+@dataclass
+class Ranks:
+    """The processes that share a model, as one of them sees it. Alone, everything here does nothing.
+
+    Rank 0 alone prints. What fails on one rank ends all: it says why and exits, and torchrun ends the others.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # on this machine
+    local_world_size: int = 1
+    _store: Any = field(default=None, repr=False)
+    _n_shared: int = field(default=0, repr=False)
+
+    @classmethod
+    def from_torchrun(cls) -> "Ranks":
+        """As torchrun's environment says. For a command line's `main` alone: on other ranks than 0 it mutes output."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if not all(name in os.environ for name in (*names, "MASTER_ADDR")):
+            return cls()
+        ranks = cls(*(int(os.environ[name]) for name in names))
+        if ranks.rank > 0:
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+        return ranks
+
+    def device(self, device: str) -> str:
+        """The GPU of this rank, for "cuda". Raises ValueError where the machine has too few."""
+        if self.world_size == 1 or device != "cuda":
+            return device
+        if self.local_rank >= torch.cuda.device_count():
+            found = f"{torch.cuda.device_count()} GPUs for {self.local_world_size} processes on this machine"
+            raise ValueError(f"--device cuda cannot be used here: {found}")
+        return f"cuda:{self.local_rank}"
+
+    @contextlib.contextmanager
+    def joined(self, device: str) -> Iterator[None]:
+        """The process group, NCCL on GPUs and Gloo on CPUs, for as long as this lasts.
+
+        Another rank's end is a ConnectionError. An unforeseen exception is printed with its traceback and ends the
+        process: what the other ranks are waiting for will not come.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        try:
+            self._store, _, _ = next(dist.rendezvous("env://"))
+            options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(days=1)}
+            if device.startswith("cuda"):
+                torch.cuda.set_device(device := self.device(device))
+                options = {"backend": "nccl", "device_id": torch.device(device)}
+            dist.init_process_group(store=self._store, rank=self.rank, world_size=self.world_size, **options)
+            self._enable_one_shot(device)
+            yield
+            if device.startswith("cuda"):
+                torch.compiler.reset()  # a communicator's end waits for that of the CUDA graphs that recorded it
+            dist.destroy_process_group()
+        except (ValueError, OSError, ImportError):  # a command line has words for these
+            raise
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            if isinstance(error, dist.DistError) or "gloo" in reason:
+                reason = re.sub(r"^\[\S+\] |\. This is .*", "", reason)  # the place in Gloo's source, its advice
+                raise ConnectionError(f"another process is gone: {reason}") from error
+            self.complain(traceback.format_exc())
+            self.leave(1)
+
+    def _enable_one_shot(self, device: str) -> None:
+        """Let Inductor take the one-shot all-reduce over symmetric memory for messages up to 128 KB, where asked for.
+
+        The switch is gpt-fast's. It needs GPUs of one machine that reach each other's memory.
+        """
+        if os.environ.get("ENABLE_INTRA_NODE_COMM") != "1" or not device.startswith("cuda"):
+            return
+        if self.local_world_size != self.world_size:
+            raise ValueError("ENABLE_INTRA_NODE_COMM=1 is for processes of one machine: leave it out")
+        from torch.distributed import _symmetric_memory
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated, yet what Inductor looks for
+            _symmetric_memory.enable_symm_mem_for_group(GROUP)
+        torch._inductor.config._collective.auto_select = True
+
+    def complain(self, message: str) -> None:
+        """Print `message` on stderr, if no rank has complained yet: the first knows why, the others that it is gone.
+
+        An empty message keeps the others silent.
+        """
+        if self.world_size == 1:
+            print(message, end="\n" if message else "", file=sys.stderr)
+            return
+        try:
+            is_first = self.rank == 0 if self._store is None else self._store.add("complaints", 1) == 1
+        except RuntimeError:  # the store went with the process that kept it
+            is_first = True
+        if message and is_first:  # past the muted sys.stderr
+            print(f"{message} (rank {self.rank} of {self.world_size})", file=sys.__stderr__, flush=True)
+
+    def leave(self, code: int) -> int:
+        """Exit at once with `code`, not waiting for ranks that wait for this one; alone, return it."""
+        if self.world_size == 1:
+            return code
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+        os._exit(code)
+
+    def share(self, make: Callable[[], str | None]) -> str | None:
+        """What rank 0 makes, on every rank, however long that takes: a person may be typing."""
+        if self.world_size == 1:
+            return make()
+        self._n_shared += 1
+        key = f"shared/{self._n_shared}"
+        if self.rank == 0:
+            text = make()
+            self._store.set(key, "" if text is None else "=" + text)
+            return text
+        self._store.wait([key], timedelta(days=365))
+        text = self._store.get(key).decode()
+        return text[1:] if text else None
+
+
+ALONE = Ranks()
