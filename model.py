@@ -352,7 +352,13 @@ class KVCache(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) over the fresh keys, or over the valid part of the cache."""
+    """Grouped-query attention (Ainslie et al. 2023) over the fresh keys, or over the valid part of the cache.
+
+    Up to 16 positions over the cache take `kernel(q, k, v, mask)`, with `grouped_attention`'s arguments, where whoever
+    loads the model has one.
+    """
+
+    kernel: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -382,7 +388,8 @@ class Attention(nn.Module):
         else:
             if input_pos is not None:
                 k, v = self.kv_cache.k[:B, :, :n_slots], self.kv_cache.v[:B, :, :n_slots]
-            y = grouped_attention(q, k, v, mask)
+            attend = grouped_attention if self.kernel is None or S > 16 else self.kernel
+            y = attend(q, k, v, mask)
         return self.wo(y.transpose(1, 2).reshape(B, S, -1))
 
 

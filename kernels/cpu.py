@@ -6,6 +6,7 @@
 
 `int8_linear`, `int4_linear` and `bf16_linear` take x bfloat16 `[M, K]` and give `[M, N]`: one row at the speed of
 memory, up to 16 without reading a weight twice, more as a product of matrices. `cpu.cpp` says how panels lie.
+`decode_attention` is attention of a few positions over a long cache, for processors where `is_fast()`.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ def load() -> str | None:
     source and on the version of torch.
     """
     source = Path(__file__).with_suffix(".cpp")
-    content = source.read_bytes() + source.with_name("cpu_avx512.h").read_bytes()
+    content = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("cpu_*.h"))))
     key = hashlib.sha256(content + f"{torch.__version__} {FLAGS}".encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     library = folder / f"fast-{key}.so"
@@ -84,6 +85,7 @@ def _register_fakes() -> None:
 
     torch.library.register_fake("fast::int8_linear", quantized)
     torch.library.register_fake("fast::int4_linear", quantized)
+    torch.library.register_fake("fast::decode_attention", lambda q, k, v, mask: q.new_empty(q.shape))
     torch.library.register_fake("fast::bf16_linear", lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
 
 
