@@ -22,7 +22,7 @@ from model import Transformer
 from perplexity import perplexity
 from scoring import parse_batch_size
 from tokenizer import Tokenizer
-from tp import Ranks
+from tp import ALONE, Ranks
 
 HARNESS = "lm_eval>=0.4.9,<0.5"
 
@@ -148,7 +148,7 @@ def import_harness() -> ModuleType:
     return harness
 
 
-def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Evaluate as the flags say and print it; the harness's results and the `TextScore`, where asked for."""
     check_args(args)
     args.device = ranks.device(args.device)

@@ -50,12 +50,11 @@ class Tokenizer:
         eos_id: id of the end-of-text token, None where the model has none.
         stop_ids: ids that end a generation.
         vocab_size: all ids are below it. A model may have more embedding rows; those decode to no text.
-        chat_template: the source of the model's template, "" where it has none.
     """
 
     def __init__(self, backend: "_HuggingFace | _SentencePiece", stop_ids: Iterable[int], template: str):
         self._backend = backend
-        self.chat_template = template
+        self._template = template
         ids = {name: backend.id_of(token) for name, token in backend.special.items()}
         self.vocab_size: int = backend.vocab_size
         self.bos_id: int | None = ids.get("bos_token")
@@ -77,8 +76,13 @@ class Tokenizer:
         return "".join(map(stream.put, ids)) + stream.finish()
 
     @property
+    def chat_template(self) -> str:
+        """The source of the model's template, "" where it has none."""
+        return self._template
+
+    @property
     def has_chat_template(self) -> bool:
-        return bool(self.chat_template)
+        return bool(self._template)
 
     def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
         """The prompt made of `messages`, like [{"role": "user", "content": "Hi"}], special tokens included.
@@ -86,7 +90,7 @@ class Tokenizer:
         Raises ValueError if the model has no template, or the template is broken or rejects the messages.
         Equal to `apply_chat_template(tokenize=False)` of transformers.
         """
-        if not self.chat_template:
+        if not self._template:
             raise ValueError("the model has no chat template: pass a plain prompt, or add chat_template.jinja")
         if not messages:
             raise ValueError("no messages to apply the chat template to: pass at least one")
@@ -94,7 +98,7 @@ class Tokenizer:
         messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
         inputs = {"messages": messages, "tools": None, "documents": None, **self._backend.special}
         try:
-            return _compile_template(self.chat_template).render(inputs, add_generation_prompt=add_generation_prompt)
+            return _compile_template(self._template).render(inputs, add_generation_prompt=add_generation_prompt)
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"chat template: {error}") from error
 

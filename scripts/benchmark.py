@@ -234,14 +234,16 @@ def warm_up_alone(args: argparse.Namespace) -> dict[str, float]:
 def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Every figure of every mode."""
     prompts, capacities, alone = made_up_prompts(args), capacities_of(args), {}
+    compiled = args.compile or args.compile_prefill
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         for mode in args.mode:
-            print(f"{mode} in a fresh process, the caches of compilers empty and filled ...", file=sys.stderr)
-            cold, warm = (fresh_process(argv, mode, f"{cache}/{mode}") for _ in ("cold", "warm"))
-            alone[mode] = {"compile_cold_s": cold["seconds"], "compile_warm_s": warm["seconds"]}
-            if not (args.compile or args.compile_prefill):
-                alone[mode] = {}
-            alone[mode]["peak_memory_bytes"] = warm["peak_memory_bytes"]
+            print(f"{mode} in a fresh process{', caches empty and filled' if compiled else ''} ...", file=sys.stderr)
+            runs = [fresh_process(argv, mode, f"{cache}/{mode}") for _ in range(2 if compiled else 1)]
+            if compiled:
+                alone[mode] = {
+                    f"compile_{name}_s": r["seconds"] for name, r in zip(("cold", "warm"), runs, strict=True)
+                }
+            alone.setdefault(mode, {})["peak_memory_bytes"] = runs[-1]["peak_memory_bytes"]
         # A model alone is compiled for its own capacity; the second of several would be compiled for any.
         torch._dynamo.config.automatic_dynamic_shapes = len(args.mode) * len(capacities) == 1
         print(f"building {args.model} and warming up ...", file=sys.stderr)

@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--accept {unfit[0]} must be 0 to --speculate_k, which is {k}")
     shapes = [ModelArgs.from_name(name).vocab_size for name in (args.model, args.draft)]
     if shapes[0] != shapes[1] and not args.prompt_lookup:
-        raise ValueError(f"--draft {args.draft} has a vocabulary of {shapes[1]} tokens, --model of {shapes[0]}")
+        raise ValueError(f"--draft {args.draft} has a vocabulary of {shapes[1]} tokens, --model {shapes[0]}")
     device, dtype = resolve_device(args)
     if args.compile and (lacking := missing_compiler()):
         print(f"{lacking}: going on without --compile", file=sys.stderr)

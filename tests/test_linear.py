@@ -20,6 +20,7 @@ from linear import (
     swap_linears,
     unpack_nibbles,
 )
+from model import Linear, Sharding
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -112,7 +113,8 @@ def test_packed_for_this_device_it_gives_the_same_product(bias, scheme, rows):
 
 def small() -> nn.Module:
     with torch.device("meta"):
-        return nn.ModuleDict({"wo": nn.Linear(96, 8, bias=False), "inner": nn.ModuleDict({"w2": nn.Linear(160, 8)})})
+        w2 = Linear(160, 8, True, Sharding())
+        return nn.ModuleDict({"wo": Linear(96, 8, False, Sharding()), "inner": nn.ModuleDict({"w2": w2})})
 
 
 def test_swapping_keeps_biases_and_what_is_skipped():
