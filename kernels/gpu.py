@@ -255,7 +255,7 @@ def _linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bits: int)
     y = x.new_empty(rows, n_out)
     if rows <= FEW_ROWS:
         n_chunks = n_in * bits // 128
-        warps, block = few_rows_tiles(n_out, n_chunks, _multiprocessors(x.device))
+        warps, block = few_rows_tiles(n_out, n_chunks, multiprocessors(x.device))
         _multiply_few[-(-n_out // block),](
             x, weight.view(torch.int32), scales, zeros, y, rows, n_out, (127 + bits) << 23, n_chunks, **shape,
             ROWS=1 << (rows - 1).bit_length(), BLOCK_N=block, CHUNKS=32 * warps, num_warps=warps,
@@ -281,5 +281,5 @@ def few_rows_tiles(n_out: int, n_chunks: int, multiprocessors: int) -> tuple[int
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else SMS
