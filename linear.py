@@ -36,16 +36,26 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.packed: Tensor | None = None
+        self.has_kernel = False
+        self.packed: Tensor | None = None  # for a CPU's kernel; a GPU's take the stored form
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None:
+        if not self.has_kernel:
             return F.linear(x, self.dequantize(x.dtype), self.bias)
         y = self.multiply(x.flatten(0, -2)).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
-    def _replace_with(self, packed: Tensor, *names: str) -> None:
-        """Keep the weights in `packed` alone."""
+    def pack(self, dtype: torch.dtype) -> None:
+        """Take the layout of this device's kernel, if there is one for activations in `dtype`."""
+        device, names = self.weight.device, list(self._buffers)
+        if kernels_missing(device, dtype) is not None or (device.type == "cuda" and self.in_features % 32):
+            return
+        self.has_kernel = True
+        if device.type == "cuda":
+            for name in names:
+                setattr(self, name, getattr(self, name).contiguous())
+            return
+        packed = self.pack_for_cpu()
         for name in names:
             delattr(self, name)
         del self.packed
@@ -72,12 +82,12 @@ class Int8Linear(QuantizedLinear):
         """The weights as numbers, `[N, K]`."""
         return (self.weight * self.scales[:, None]).to(dtype)
 
-    def pack(self, dtype: torch.dtype) -> None:
-        """Take the layout of this device's kernel, if there is one for activations in `dtype`."""
-        if kernels_missing(self.weight.device, dtype) is None:
-            self._replace_with(cpu.pack_int8(self.weight, self.scales), "weight", "scales")
+    def pack_for_cpu(self) -> Tensor:
+        return cpu.pack_int8(self.weight, self.scales)
 
     def multiply(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return torch.ops.fast_gpu.int8_linear(x, self.weight, self.scales)
         return torch.ops.fast.int8_linear(x, self.packed, self.out_features)
 
 
@@ -118,13 +128,12 @@ class Int4Linear(QuantizedLinear):
         """The weights as numbers, `[N, K]`."""
         return int4_values(unpack_nibbles(self.weight), self.scales, self.zeros).to(dtype)
 
-    def pack(self, dtype: torch.dtype) -> None:
-        """Take the layout of this device's kernel, if there is one for activations in `dtype`."""
-        if kernels_missing(self.weight.device, dtype) is None:
-            packed = cpu.pack_int4(self.weight, self.scales, self.zeros)
-            self._replace_with(packed, "weight", "scales", "zeros")
+    def pack_for_cpu(self) -> Tensor:
+        return cpu.pack_int4(self.weight, self.scales, self.zeros)
 
     def multiply(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return torch.ops.fast_gpu.int4_linear(x, self.weight, self.scales, self.zeros)
         return torch.ops.fast.int4_linear(x, self.packed, self.out_features, self.groupsize)
 
 
@@ -173,7 +182,7 @@ def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
     but gets the CPU's kernel where that is faster than what the compiler makes, and so does attention.
     """
     device = next(model.parameters()).device
-    is_fast = kernels_missing(device, dtype) is None and cpu.is_fast()
+    is_fast = device.type == "cpu" and kernels_missing(device, dtype) is None and cpu.is_fast()
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.pack(dtype)
@@ -185,6 +194,12 @@ def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
 
 def kernels_missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
     """Why quantised Linears multiply by plain PyTorch here, in one line; None where they have a kernel."""
+    if torch.device(device).type == "cuda":
+        try:
+            from kernels import gpu
+        except ModuleNotFoundError as error:
+            return f"the kernels for quantised weights need the package {error.name}: pip install {error.name}"
+        return gpu.missing(device, dtype)
     if torch.device(device).type != "cpu":
         return f"there is no kernel for quantised weights on {device}"
     if dtype != torch.bfloat16:

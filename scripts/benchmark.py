@@ -334,7 +334,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     set_compile_flags(device)
     if args.only_warm_up:
         return print(json.dumps(warm_up_alone(args)))
-    if set(args.mode) != {"bf16"} and device == "cpu" and (reason := kernels_missing(device, dtype)):
+    if set(args.mode) != {"bf16"} and (reason := kernels_missing(device, dtype)):
         print(reason, file=sys.stderr)
     asked = {key: value for key, value in vars(args).items() if key not in ("json_path", "only_warm_up")}
     measured = measure(args, argv)

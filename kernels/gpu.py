@@ -1,0 +1,285 @@
+"""The GPU's kernels, in Triton: products of up to 16 rows with int8 and int4 weights, in the form that files have.
+
+    if gpu.missing("cuda", torch.bfloat16) is None:
+        y = torch.ops.fast_gpu.int4_linear(x, weight, scales, zeros)
+
+`int8_linear` and `int4_linear` take x bfloat16 or float16 `[M, K]` and give `[M, N]`, with one kernel that reads each
+weight once: up to 4 rows by multiply-adds in float32, up to 16 on the tensor cores. More rows are a prefill: there the
+weights are written out as numbers for `F.linear`. K is a multiple of 32. No sum depends on which program comes first:
+equal inputs give equal bits.
+
+Worth knowing: nothing here has been measured on a GPU. Triton's interpreter proves the numbers on a CPU; tile sizes
+follow from what the compiler makes of the kernels for an H100 (16-byte loads, no spills, four instructions a weight).
+"""
+
+import functools
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_ROWS = 16  # of x; above it is a prefill
+FEW_ROWS = 4  # of x, up to which a multiply-add per weight and row costs less than what the tensor cores ask for
+SMS = 132  # multiprocessors of an H100, where there is none to ask
+
+
+@triton.jit
+def _four(t):
+    """The columns of `t [A, B, 4]`, each `[A, B]`."""
+    even, odd = tl.split(tl.reshape(t, (t.shape[0], t.shape[1], 2, 2)))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def _eight(t):
+    """The columns of `t [A, B, 8]`, each `[A, B]`."""
+    even, odd = tl.split(tl.reshape(t, (t.shape[0], t.shape[1], 4, 2)))
+    a, c, e, g = _four(even)
+    b, d, f, h = _four(odd)
+    return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def _multiply_few(
+    x_ptr,  # [rows, K]
+    words_ptr,  # [N, K * BITS / 32], the stored weights as 32-bit words
+    scales_ptr,  # int8: [N]; int4: [N, K / GROUP]
+    zeros_ptr,  # int4: [N, K / GROUP]
+    y_ptr,  # [rows, N]
+    rows,
+    n_out,
+    exponent,  # the bits of the float 2^BITS
+    n_chunks: tl.constexpr,  # of 16 bytes in a row of weights
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,  # rows, rounded up to a power of two
+    BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of a row that are read at once: one per thread
+):
+    """`y = x W^T`: a program makes BLOCK_N outputs for all rows of x, a thread reads 16 bytes of weights at a time.
+
+    A stored weight u of b bits becomes a float without a conversion: put at the top of the mantissa under the exponent
+    of 2^b it is 2^b + u. What that adds, and the zero, the sum of the inputs takes off. The exponent is an argument
+    because the compiler spends two instructions on masking with one constant and merging with another.
+    """
+    PER_WORD: tl.constexpr = 32 // BITS
+    OFFSET: tl.constexpr = 24 if BITS == 4 else 384  # 2^b, and what u lies above the signed value
+    exponent = exponent.to(tl.uint32, bitcast=True)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.arange(0, ROWS)
+    n_ok, row_ok = n < n_out, row < rows
+    total = tl.zeros((ROWS, BLOCK_N, CHUNKS), tl.float32)
+    for first in range(0, n_chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        ok = chunk < n_chunks
+        # Chunks are the first dimension of what is loaded, and so spread over the threads before rows are.
+        at = (chunk * 4)[:, None, None] + n[None, :, None] * (n_chunks * 4) + tl.arange(0, 4)[None, None, :]
+        words = tl.load(words_ptr + at, mask=ok[:, None, None] & n_ok[None, :, None], other=0)
+        words = tl.permute(words.to(tl.uint32, bitcast=True), (1, 0, 2))
+        words = _four(words if BITS == 4 else words ^ 0x80808080)  # 4 times [BLOCK_N, CHUNKS]
+        dot = tl.zeros((ROWS, BLOCK_N, CHUNKS), tl.float32)
+        x_sum = tl.zeros((ROWS, CHUNKS), tl.float32)
+        for i in tl.static_range(4):
+            k = (chunk * 4 + i)[:, None, None] * PER_WORD + tl.arange(0, PER_WORD)[None, None, :]
+            x_at = k + row[None, :, None] * (n_chunks * 4 * PER_WORD)
+            x = tl.load(x_ptr + x_at, mask=ok[:, None, None] & row_ok[None, :, None], other=0.0)
+            x = tl.permute(x, (1, 0, 2))
+            x = _eight(x) if BITS == 4 else _four(x)  # PER_WORD times [ROWS, CHUNKS]
+            for j in tl.static_range(PER_WORD):
+                w = ((words[i] >> (j * BITS)) & ((1 << BITS) - 1)) << (23 - BITS) | exponent
+                dot += x[j].to(tl.float32)[:, None, :] * w.to(tl.float32, bitcast=True)[None]
+                x_sum += x[j].to(tl.float32)
+        if BITS == 4:
+            group = n[:, None] * (n_chunks * 32 // GROUP) + (chunk * 32 // GROUP)[None, :]
+            scales = tl.load(scales_ptr + group, mask=n_ok[:, None] & ok[None, :], other=0.0).to(tl.float32)
+            zeros = tl.load(zeros_ptr + group, mask=n_ok[:, None] & ok[None, :], other=0.0).to(tl.float32)
+            total += dot * scales[None] + x_sum[:, None, :] * (zeros - OFFSET * scales)[None]
+        else:
+            total += dot - OFFSET * x_sum[:, None, :]
+    y = tl.sum(total, 2)  # [ROWS, BLOCK_N]
+    if BITS == 8:
+        y *= tl.load(scales_ptr + n, mask=n_ok, other=0.0)[None, :]
+    y_at = row[:, None] * n_out + n[None, :]
+    tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=row_ok[:, None] & n_ok[None, :])
+
+
+@triton.jit
+def _weights(
+    weight_ptr,
+    scales_ptr,
+    zeros_ptr,
+    n,
+    first,
+    n_out,
+    n_in: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """The float32 weights of the outputs `n [B]` for SIZE inputs from each of `first [S]` on, `[S, B, SIZE]`.
+
+    SIZE divides GROUP or is a multiple of it. int8 weights come without their scale.
+    """
+    n = n[None, :, None]
+    n_bytes = n_in * BITS // 8
+    at = (first * BITS // 8)[:, None, None] + tl.arange(0, SIZE * BITS // 8)[None, None, :]
+    stored = tl.load(weight_ptr + n.to(tl.int64) * n_bytes + at, mask=(n < n_out) & (at < n_bytes), other=0)
+    if BITS == 4:
+        q = tl.interleave(stored & 0xF, stored >> 4).to(tl.float32) - 8
+        PART: tl.constexpr = GROUP if GROUP < SIZE else SIZE  # of a group
+        n_groups = n_in // GROUP
+        group = (first[:, None, None] + (tl.arange(0, SIZE // PART) * PART)[None, None, :]) // GROUP
+        ok = (n < n_out) & (group < n_groups)
+        scales = tl.load(scales_ptr + n * n_groups + group, mask=ok, other=0.0).to(tl.float32)
+        zeros = tl.load(zeros_ptr + n * n_groups + group, mask=ok, other=0.0).to(tl.float32)
+        w = tl.reshape(q, (q.shape[0], q.shape[1], SIZE // PART, PART)) * scales[:, :, :, None] + zeros[:, :, :, None]
+        w = tl.reshape(w, q.shape)
+    else:
+        w = stored.to(tl.float32)
+    return w
+
+
+@triton.jit
+def _multiply_more(
+    x_ptr,  # [rows, K]
+    weight_ptr,  # [N, K * BITS / 8], as stored
+    scales_ptr,
+    zeros_ptr,
+    y_ptr,  # [rows, N]
+    rows,
+    n_out,
+    n_in: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """`y = x W^T` for up to 16 rows on the tensor cores. Each of a program's SPLITS warps sums over a share of K."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.arange(0, 16)[None, :, None]
+    steps: tl.constexpr = (n_in + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    total = tl.zeros((SPLITS, BLOCK_N, 16), tl.float32)
+    for step in range(steps):
+        first = (tl.arange(0, SPLITS) * steps + step) * BLOCK_K
+        w = _weights(weight_ptr, scales_ptr, zeros_ptr, n, first, n_out, n_in, BITS, GROUP, BLOCK_K).to(dtype)
+        k = first[:, None, None] + tl.arange(0, BLOCK_K)[None, None, :]
+        x = tl.load(x_ptr + row * n_in + k, mask=(row < rows) & (k < n_in), other=0.0)  # [SPLITS, 16, BLOCK_K]
+        total = tl.dot(w, tl.permute(x, (0, 2, 1)), total)
+    y = tl.sum(total, 0)  # [BLOCK_N, 16]
+    if BITS == 8:
+        y *= tl.load(scales_ptr + n, mask=n < n_out, other=0.0)[:, None]
+    row = tl.arange(0, 16)
+    ok = (n < n_out)[:, None] & (row < rows)[None, :]
+    tl.store(y_ptr + row[None, :] * n_out + n[:, None], y.to(dtype), mask=ok)
+
+
+@triton.jit
+def _dequantize(
+    weight_ptr,
+    scales_ptr,
+    zeros_ptr,
+    w_ptr,  # [N, K]
+    n_out,
+    n_in: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Write the weights out as numbers."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * BLOCK_K + tl.arange(0, 1)
+    w = _weights(weight_ptr, scales_ptr, zeros_ptr, n, first, n_out, n_in, BITS, GROUP, BLOCK_K)
+    n = n[None, :, None]
+    k = (first[:, None] + tl.arange(0, BLOCK_K)[None, :])[:, None, :]
+    if BITS == 8:
+        w *= tl.load(scales_ptr + n, mask=n < n_out, other=0.0)
+    tl.store(w_ptr + n.to(tl.int64) * n_in + k, w.to(w_ptr.dtype.element_ty), mask=(n < n_out) & (k < n_in))
+
+
+@functools.cache
+def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why there are no kernels for activations in `dtype` on this GPU, in one line, or None."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        return f"a GPU's kernels for quantised weights take bfloat16 and float16, not {name}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"the kernels for quantised weights need a GPU of compute capability 8.0, {device} has less"
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["clang", "gcc"]  # Triton's choice, for its launchers
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not any(map(shutil.which, compilers)) or not headers.exists():
+        return f"the kernels for quantised weights need a C compiler ({' or '.join(compilers)}) and Python's headers"
+    return None
+
+
+@torch.library.custom_op("fast_gpu::int8_linear", mutates_args=())
+def int8_linear(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """`x W^T`, `[M, N]`, for x `[M, K]` and int8 weights `[N, K]` with scales `[N]`."""
+    return _linear(x, weight, scales, scales, bits=8)
+
+
+@torch.library.custom_op("fast_gpu::int4_linear", mutates_args=())
+def int4_linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """`x W^T`, `[M, N]`, for x `[M, K]` and 4-bit weights `[N, K / 2]` with scales and zeros `[N, K / G]`."""
+    return _linear(x, weight, scales, zeros, bits=4)
+
+
+@int8_linear.register_fake
+@int4_linear.register_fake
+def _fake(x: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    (rows, n_in), n_out = x.shape, weight.shape[0]
+    if weight.shape[1] * 8 != n_in * bits or n_in % 32:
+        raise ValueError(f"x has {n_in} columns, the weight {weight.shape[1] * 8 // bits}, and 32 must divide them")
+    x = x.contiguous()
+    shape = {"BITS": bits, "GROUP": n_in // scales.shape[1] if bits == 4 else 32}
+    if rows > MAX_ROWS:
+        w = x.new_empty(n_out, n_in)
+        _dequantize[-(-n_out // 16), -(-n_in // 256)](
+            weight, scales, zeros, w, n_out, n_in, **shape, BLOCK_N=16, BLOCK_K=256
+        )
+        return F.linear(x, w)
+    y = x.new_empty(rows, n_out)
+    if rows <= FEW_ROWS:
+        n_chunks = n_in * bits // 128
+        warps, block = few_rows_tiles(n_out, n_chunks, multiprocessors(x.device))
+        _multiply_few[-(-n_out // block),](
+            x, weight.view(torch.int32), scales, zeros, y, rows, n_out, (127 + bits) << 23, n_chunks, **shape,
+            ROWS=1 << (rows - 1).bit_length(), BLOCK_N=block, CHUNKS=32 * warps, num_warps=warps,
+        )  # fmt: skip
+    else:
+        warps = 8 if n_in >= 2048 else 2
+        _multiply_more[-(-n_out // 16),](
+            x, weight, scales, zeros, y, rows, n_out, n_in, **shape,
+            BLOCK_N=16, BLOCK_K=128, SPLITS=warps, num_warps=warps,
+        )  # fmt: skip
+    return y
+
+
+def few_rows_tiles(n_out: int, n_chunks: int, multiprocessors: int) -> tuple[int, int]:
+    """Warps of a program and outputs that it makes, for rows of so many 16-byte chunks. Reasoned, not measured.
+
+    As many warps as leave the fewest threads without a chunk in the last turn; as many outputs, which share the inputs'
+    way through the caches, as leave every multiprocessor four programs.
+    """
+    warps = min((4, 2, 1), key=lambda w: -(-n_chunks // (32 * w)) * w)
+    outputs = next((b for b in (4, 2) if n_out >= 4 * multiprocessors * b), 1)
+    return warps, outputs
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else SMS

@@ -1,0 +1,150 @@
+"""What the GPU's kernels must do, on a GPU, or on a CPU in Triton's interpreter; `test_kernels_gpu.py` runs it so.
+
+    TRITON_INTERPRET=1 python -m pytest --noconftest tests/gpu_checks.py
+
+Worth knowing: the interpreter has to be chosen before triton is imported, hence a process of its own. It cannot give
+bfloat16 to `tl.dot`, so that 5 to 16 rows are proven in float16 alone, and it turns float32 into bfloat16 by cutting
+off, at twice the error of rounding.
+"""
+
+import os
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from kernels import gpu, gpu_attention  # noqa: F401
+from linear import GROUP_SIZES, Int4Linear, Int8Linear
+from model import grouped_attention
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+DTYPES = [torch.bfloat16, torch.float16]
+BOUND = 1.0 if DEVICE == "cpu" else 0.6
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _small_gpu(monkeypatch):
+    """So small that 8 outputs are enough for two at a time, 16 for four."""
+    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 1)
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
+
+
+def product(module: Int8Linear | Int4Linear, x: torch.Tensor) -> torch.Tensor:
+    module.has_kernel = True
+    return module.to(DEVICE)(x)
+
+
+def is_right(module: Int8Linear | Int4Linear, x: torch.Tensor) -> bool:
+    """The product errs by no more than rounding does, beside float32 arithmetic on the dequantised weights."""
+    y, exact = product(module, x), x.float() @ module.dequantize(torch.float32).T
+    error = float((y.float() - exact).norm() / exact.norm()) / torch.finfo(x.dtype).eps
+    return (y.dtype, y.shape) == (x.dtype, exact.shape) and error < BOUND
+
+
+def all_are_right(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    groupsizes = [size for size in GROUP_SIZES if weight.shape[1] % size == 0]
+    modules = [Int8Linear.from_float(weight)] + [Int4Linear.from_float(weight, groupsize=size) for size in groupsizes]
+    return all(is_right(module, x) for module in modules)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 18, 64), (1, 3, 1056), (2, 9, 192), (3, 17, 96), (4, 3, 256)])
+def test_few_rows(dtype, rows, n, k):
+    assert all_are_right(normal(rows, k).to(dtype), normal(n, k))
+
+
+@pytest.mark.parametrize("dtype", DTYPES if DEVICE == "cuda" else [torch.float16])
+@pytest.mark.parametrize(("rows", "n", "k"), [(5, 40, 64), (8, 131, 192), (13, 3, 256), (16, 17, 1056), (7, 16, 2304)])
+def test_more_rows(dtype, rows, n, k):
+    assert all_are_right(normal(rows, k).to(dtype), normal(n, k))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(40, 192), (17, 1056), (3, 256)])
+def test_a_prefill(dtype, n, k):
+    assert all_are_right(normal(20, k).to(dtype), normal(n, k))
+
+
+def test_large_offsets_do_not_cancel():
+    """Weights around 100 with a spread of 1: what the exponent adds is taken off without a loss."""
+    for rows in (2, 6):
+        x = normal(rows, 512).half()
+        assert is_right(Int4Linear.from_float(100 + normal(16, 512), groupsize=32), x)
+
+
+def test_a_bias_a_batch_and_a_view():
+    x, weight, bias = normal(2, 3, 128).half(), normal(8, 128), normal(8).half()
+    expected = torch.nn.functional.linear(x, Int8Linear.from_float(weight).dequantize(torch.float16), bias)
+    for view in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert torch.allclose(product(Int8Linear.from_float(weight, bias), view), expected, rtol=1e-3, atol=0.02)
+
+
+def test_operators_keep_pytorchs_rules():
+    x, int8 = normal(3, 64).half(), Int8Linear.from_float(normal(8, 64))
+    torch.library.opcheck(torch.ops.fast_gpu.int8_linear.default, (x, int8.weight, int8.scales))
+    int4 = Int4Linear.from_float(normal(8, 64), groupsize=32)
+    torch.library.opcheck(torch.ops.fast_gpu.int4_linear.default, (x, int4.weight, int4.scales, int4.zeros))
+
+
+def test_one_compiled_graph_serves_every_number_of_rows():
+    counter = CompileCounterWithBackend("aot_eager")
+    module = Int8Linear.from_float(normal(8, 64))
+    module.has_kernel = True
+    compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
+    for rows in (2, 7, 30):
+        x = normal(rows, 64).half()
+        assert compiled(x).equal(module(x))
+    assert counter.frame_count == 1
+
+
+def test_a_weight_of_another_size_is_refused():
+    module = Int8Linear.from_float(normal(8, 64))
+    with pytest.raises(ValueError, match="x has 128 columns, the weight 64"):
+        torch.ops.fast_gpu.int8_linear(normal(1, 128).half(), module.weight, module.scales)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
+def test_loaded_for_a_gpu_it_has_the_kernel():
+    module = Int4Linear.from_float(normal(4096, 4096), groupsize=32).to(DEVICE)
+    x = normal(1, 4096).bfloat16()
+    plain = module(x)
+    module.pack(torch.bfloat16)
+    assert module.has_kernel
+    assert torch.allclose(module(x), plain, rtol=0.02, atol=0.5)
+    assert module(x).equal(module(x))
+
+
+@pytest.fixture
+def loops(monkeypatch):
+    """Triton 3.6's interpreter counts to a number that a kernel has computed only with numpy before 2.4."""
+    if DEVICE == "cpu":
+        from triton.runtime import interpreter
+
+        def patch(tensor, scope, original=interpreter._patch_lang_tensor):
+            original(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize(("heads", "kv_heads", "S", "D"), [(4, 4, 1, 64), (6, 2, 1, 80), (2, 1, 5, 32)])
+def test_attention_over_a_cache(monkeypatch, loops, heads, kv_heads, S, D, window):
+    """Rows of unlike length, the first within one block, the last up to the cache's end; 4 to 16 programs a head."""
+    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 12)
+    q = normal(3, S, heads, D).half().transpose(1, 2)
+    k, v = (normal(3, kv_heads, 301, D + i).half()[..., :D].clone()[:, :, :300] for i in (0, 1))
+    positions = torch.tensor([[0], [130], [300 - S]], device=DEVICE) + torch.arange(S, device=DEVICE)
+    slots = torch.arange(300, device=DEVICE)
+    mask = slots <= positions[:, None, :, None]
+    if window:
+        mask &= slots > positions[:, None, :, None] - window
+    exact = grouped_attention(q.float(), k.float(), v.float(), mask)
+    k[0, :, S:], v[1, :, 130 + S :] = torch.nan, torch.nan  # beyond the text nothing is read
+    y = torch.ops.fast_gpu.decode_attention(q, k, v, positions, window)
+    assert torch.allclose(y.float(), exact, rtol=0.002, atol=0.001)
+    assert y.transpose(1, 2).is_contiguous()

@@ -1,0 +1,109 @@
+"""The GPU's kernels: `gpu_checks.py` in Triton's interpreter and on a GPU, and what the compiler makes of them.
+
+    python -m pytest tests/test_kernels_gpu.py
+
+Worth knowing: Triton brings NVIDIA's assembler along, so that kernels are compiled for a GPU where there is none.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="needs the package triton")
+CHECKS = Path(__file__).with_name("gpu_checks.py")
+QUANTIZED = {4: ("*u8", "*bf16"), 8: ("*i8", "*fp32")}  # bits -> types of weights and scales
+STRIDES = ("q_batch", "q_head", "q_row", "cache_batch", "cache_head", "cache_slot")
+
+
+def run_checks(**environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-x", "-p", "no:cacheprovider", str(CHECKS)]
+    environment = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=CHECKS.parent.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
+
+
+def test_in_the_interpreter():
+    run_checks(TRITON_INTERPRET="1")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu():
+    run_checks()
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """`compiled(kernel, capability, warps, types, **constants)`: its PTX; a spilled register is an error.
+
+    Pointers are to multiples of 16 bytes, strides multiples of 16; what has no type and is no constant is an integer.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def make(kernel, capability: int, warps: int, types: dict[str, str], **constants: int) -> str:
+        names = kernel.arg_names
+        signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+        aligned = {
+            (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n in STRIDES
+        }
+        source = ASTSource(kernel, signature, constants, aligned)
+        built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        binary = tmp_path / "kernel.cubin"
+        binary.write_bytes(built.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
+        ).stdout
+        assert re.search(r"STACK:0 .* LOCAL:0 ", usage), usage
+        return built.asm["ptx"]
+
+    return make
+
+
+@pytest.mark.parametrize(("capability", "bits", "rows"), [(80, 4, 1), (90, 4, 4), (90, 8, 2)])
+def test_few_rows_load_16_bytes_and_exchange_no_weights(compiled, capability, bits, rows):
+    from kernels import gpu
+
+    weights, scales = "*i32", QUANTIZED[bits][1]
+    types = {"x_ptr": "*bf16", "words_ptr": weights, "scales_ptr": scales, "zeros_ptr": scales, "y_ptr": "*bf16"}
+    shape = {"n_chunks": 4096 * bits // 128, "BITS": bits, "GROUP": 32, "ROWS": rows, "BLOCK_N": 4, "CHUNKS": 128}
+    ptx = compiled(gpu._multiply_few, capability, 4, types, **shape)
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 4  # one for each of a program's outputs
+    assert len(re.findall("bar.sync", ptx)) < 16  # a layout that does not fit takes two for every column
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_more_rows_run_on_the_tensor_cores(compiled, capability, bits):
+    from kernels import gpu
+
+    weights, scales = QUANTIZED[bits]
+    types = {"x_ptr": "*bf16", "weight_ptr": weights, "scales_ptr": scales, "zeros_ptr": scales, "y_ptr": "*bf16"}
+    shape = {"n_in": 4096, "BITS": bits, "GROUP": 32}
+    ptx = compiled(gpu._multiply_more, capability, 8, types, **shape, BLOCK_N=16, BLOCK_K=128, SPLITS=8)
+    assert "mma.sync" in ptx
+    assert re.search(r"cp\.async\.cg\.shared\.global .* 0x10,", ptx)
+    types = {"weight_ptr": weights, "scales_ptr": scales, "zeros_ptr": scales, "w_ptr": "*bf16"}
+    assert "st.global.v4" in compiled(gpu._dequantize, capability, 4, types, **shape, BLOCK_N=16, BLOCK_K=256)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_attention_runs_on_the_tensor_cores(compiled, capability):
+    from kernels import gpu_attention
+
+    found = {"sums_ptr": "*fp32", "peaks_ptr": "*fp32", "totals_ptr": "*fp32"}
+    types = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "positions_ptr": "*i64", "scale": "fp32", **found}
+    shape = {"KV": 8, "HEADS": 4, "S": 1, "D": 128, "BLOCK_D": 128, "SPLITS": 64}
+    ptx = compiled(gpu_attention._attend_share, capability, 4, types, **shape, WINDOW=0, ROWS=16, BLOCK=64)
+    assert "mma.sync" in ptx
+    assert "cp.async" in ptx
+    compiled(gpu_attention._join_shares, capability, 4, {**found, "y_ptr": "*bf16"}, **shape)
