@@ -12,8 +12,8 @@ What a file holds is the same for every device, N being the outputs and K the in
            zeros   bfloat16 [N, K / G]
 
 Worth knowing: `zeros` is the value in the middle of a group's range, small beside the range itself, so that rounding it
-to bfloat16 costs nothing; and a weight is rounded with the scale and zero as stored, not as computed. `pack` turns the
-tensors into the layout of the device's kernel after loading; that layout never reaches a file.
+to bfloat16 costs nothing; and a weight is rounded with the scale and zero as stored, not as computed. After loading,
+`pack` brings them into the layout of a CPU's kernel, which never reaches a file; a GPU's kernels take them as stored.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ class QuantizedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def pack(self, dtype: torch.dtype) -> None:
-        """Take the layout of this device's kernel, if there is one for activations in `dtype`."""
+        """Use this device's kernel, if there is one for activations in `dtype`, and take the layout it asks for."""
         device, names = self.weight.device, list(self._buffers)
         if kernels_missing(device, dtype) is not None or (device.type == "cuda" and self.in_features % 32):
             return
