@@ -179,15 +179,17 @@ def swap_linears(model: nn.Module, scheme: dict[str, Any]) -> None:
 
 def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
     """Pack every quantised Linear for the device it is on and for activations in `dtype`; a float one stays as it is,
-    but gets the CPU's kernel where that is faster than what the compiler makes.
+    but gets the CPU's kernel where that is faster than what the compiler makes, and so does attention.
     """
+    device = next(model.parameters()).device
+    is_fast = device.type == "cpu" and kernels_missing(device, dtype) is None and cpu.is_fast()
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.pack(dtype)
-        elif not isinstance(module, nn.Linear) or not module.weight.is_cpu:
-            continue
-        elif kernels_missing("cpu", dtype) is None and cpu.is_fast():
+        elif isinstance(module, nn.Linear) and is_fast:
             module.kernel = torch.ops.fast.bf16_linear
+        elif hasattr(module, "kv_cache") and is_fast and module.head_dim % 32 == 0:
+            module.kernel = torch.ops.fast.decode_attention
 
 
 def kernels_missing(device: torch.device | str, dtype: torch.dtype) -> str | None:

@@ -303,9 +303,9 @@ class Embedding(nn.Embedding):
 class Linear(nn.Linear):
     """`nn.Linear`, but on a CPU its products of a few rows stream the weight at the memory's speed.
 
-    There `F.linear` reaches about 60 % of the read bandwidth. Where whoever loads the model has a `kernel(x [M, K],
-    weight) -> [M, N]` that does better, it is used; else a compiled product of one row is a multiply-and-sum that
-    Inductor fuses, for about 90 %.
+    There `F.linear` reaches about 60 % of the read bandwidth. A compiled product of one row is a multiply-and-sum that
+    Inductor fuses, for about 85 %; all others take the `kernel(x [M, K], weight) -> [M, N]` that whoever loads the
+    model may have: for one row it is a tenth slower than that, but 6 cost little more than one.
     """
 
     kernel: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -315,9 +315,6 @@ class Linear(nn.Linear):
         self.sharding = sharding
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel is not None:
-            y = self.kernel(x.flatten(0, -2), self.weight).view(*x.shape[:-1], self.out_features)
-            return y if self.bias is None else y + self.bias
         if x.device.type == "cpu" and torch.compiler.is_compiling() and x.numel() == self.in_features:
             # Inductor stores what as_strided sees: x is made once, not again for every output.
             row = x.reshape(-1).as_strided((self.in_features,), (1,))
@@ -326,6 +323,9 @@ class Linear(nn.Linear):
             products = self.weight.float().unflatten(1, pieces) * row.float().view(pieces)
             y = products.sum(-1).sum(-1).view(*x.shape[:-1], -1)
             return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+        if self.kernel is not None:
+            y = self.kernel(x.flatten(0, -2), self.weight).view(*x.shape[:-1], self.out_features)
+            return y if self.bias is None else y + self.bias
         return F.linear(x, self.weight, self.bias)
 
 
@@ -352,7 +352,13 @@ class KVCache(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) over the fresh keys, or over the valid part of the cache."""
+    """Grouped-query attention (Ainslie et al. 2023) over the fresh keys, or over the valid part of the cache.
+
+    Up to 16 positions over the cache take `kernel(q, k, v, mask)`, with `grouped_attention`'s arguments, where whoever
+    loads the model has one.
+    """
+
+    kernel: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -382,7 +388,8 @@ class Attention(nn.Module):
         else:
             if input_pos is not None:
                 k, v = self.kv_cache.k[:B, :, :n_slots], self.kv_cache.v[:B, :, :n_slots]
-            y = grouped_attention(q, k, v, mask)
+            attend = grouped_attention if self.kernel is None or S > 16 else self.kernel
+            y = attend(q, k, v, mask)
         return self.wo(y.transpose(1, 2).reshape(B, S, -1))
 
 

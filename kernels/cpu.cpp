@@ -21,6 +21,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -53,6 +54,14 @@ struct Call {
   bf16* y;              // [M, N]
   const float* sums;    // int4: of each group of x, [M, K / G]
   int64_t M, N, K, G;
+};
+
+struct Attention {
+  const bf16* q;        // [B, KV, M, D], the M rows being query heads times positions
+  const bf16 *k, *v;    // [B, KV, L, D], by their strides
+  const uint8_t* mask;  // [B, S, L]
+  int64_t KV, M, S, L, D, k_strides[3], v_strides[3];
+  float scale;          // of a score, for powers of 2
 };
 
 inline int64_t int8_panel(int64_t K) { return LANES * K + LANES * 4; }
@@ -154,6 +163,7 @@ __attribute__((always_inline)) inline void plain_bf16(const Call& c, int64_t beg
 
 #if defined(__x86_64__)
 #include "cpu_avx512.h"
+#include "cpu_attention.h"
 
 #define AVX2 __attribute__((target("avx2,fma")))
 AVX2 void int8_avx2(const Call& c, const uint8_t* panel, float* out) { plain_int8(c, panel, out); }
@@ -180,6 +190,7 @@ struct Functions {
   void (*int4_many)(const Call&, int64_t, int64_t);
   void (*int8_values)(const uint8_t*, int64_t, int64_t, bf16*);
   void (*int4_values)(const uint8_t*, int64_t, int64_t, bf16*);
+  void (*attend)(const Attention&, int64_t, int64_t, int64_t, float*, float*, float*) = nullptr;  // one span
 };
 
 const std::vector<Functions>& available() {  // the best comes first
@@ -188,7 +199,8 @@ const std::vector<Functions>& available() {  // the best comes first
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-      list.push_back({"avx512", int8_avx512, int4_avx512, bf16_avx512, many_avx512<false>, many_avx512<true>, nullptr, nullptr});
+      list.push_back({"avx512", int8_avx512, int4_avx512, bf16_avx512, many_avx512<false>, many_avx512<true>, nullptr, nullptr,
+                      attend_avx512});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       list.push_back({"avx2", int8_avx2, int4_avx2, bf16_avx2, nullptr, nullptr, int8_values_avx2, int4_values_avx2});
 #endif
@@ -256,8 +268,9 @@ void multiply(const Call& c, const at::Tensor& x, at::Tensor& y, bool is_int4) {
     by_matrices(c, x, y, is_int4);
 }
 
-void check(const at::Tensor& x, const at::Tensor& w, int64_t expected_bytes) {
+void check(const at::Tensor& x, const at::Tensor& w, at::ScalarType dtype, int64_t expected_bytes) {
   TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kBFloat16, "x must be bfloat16 [M, K]");
+  TORCH_CHECK(w.scalar_type() == dtype, "the weight is ", w.scalar_type(), ", not ", dtype);
   TORCH_CHECK(w.is_contiguous() && int64_t(w.nbytes()) == expected_bytes, "the weight has ", w.nbytes(), " bytes, not ",
               expected_bytes);
 }
@@ -265,7 +278,7 @@ void check(const at::Tensor& x, const at::Tensor& w, int64_t expected_bytes) {
 at::Tensor int8_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_t N) {
   const at::Tensor x = x_any.contiguous();
   const int64_t K = x.size(-1);
-  check(x, packed, panels(N) * int8_panel(K));
+  check(x, packed, at::kByte, panels(N) * int8_panel(K));
   at::Tensor y = at::empty({x.size(0), N}, x.options());
   multiply(make_call(x, packed, y, N, K, nullptr), x, y, false);
   return y;
@@ -273,13 +286,18 @@ at::Tensor int8_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_
 
 at::Tensor int4_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_t N, int64_t G) {
   const at::Tensor x = x_any.contiguous();
-  const int64_t K = x.size(-1), n_groups = K / G;
-  check(x, packed, panels(N) * int4_panel(K, G));
+  const int64_t K = x.size(-1);
+  TORCH_CHECK(G > 0 && G % 32 == 0 && K % G == 0, K, " inputs do not fall into groups of ", G);
+  check(x, packed, at::kByte, panels(N) * int4_panel(K, G));
   at::Tensor y = at::empty({x.size(0), N}, x.options());
-  std::vector<float> sums(x.size(0) > MAX_ROWS ? 0 : x.size(0) * n_groups);
+  std::vector<float> sums(x.size(0) > MAX_ROWS ? 0 : x.size(0) * (K / G));
   const bf16* data = static_cast<const bf16*>(x.const_data_ptr());
-  for (size_t g = 0; g < sums.size(); ++g)
-    for (int64_t i = 0; i < G; ++i) sums[g] += to_float(data[g * G + i]);
+  for (size_t g = 0; g < sums.size(); ++g) {
+    float lanes[LANES] = {0};  // 16 sums side by side, or each addition waits for the one before
+    for (int64_t i = 0; i < G; i += LANES)
+      for (int64_t r = 0; r < LANES; ++r) lanes[r] += to_float(data[g * G + i + r]);
+    for (float lane : lanes) sums[g] += lane;
+  }
   multiply(make_call(x, packed, y, N, G, sums.data()), x, y, true);
   return y;
 }
@@ -287,11 +305,60 @@ at::Tensor int4_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_
 at::Tensor bf16_linear(const at::Tensor& x_any, const at::Tensor& weight) {
   const at::Tensor x = x_any.contiguous();
   const int64_t N = weight.size(0);
-  check(x, weight, 2 * N * x.size(-1));
+  check(x, weight, at::kBFloat16, 2 * N * x.size(-1));
   if (x.size(0) > MAX_ROWS) return at::mm(x, weight.t());
   at::Tensor y = at::empty({x.size(0), N}, x.options());
   const Call c = make_call(x, weight, y, N, 1, nullptr);
   at::parallel_for(0, N, LANES, [&](int64_t begin, int64_t end) { chosen.bf16_dots(c, begin, end); });
+  return y;
+}
+
+// What a row's spans found, each best, total and out [D], becomes its result.
+void put_together(const float* best, const float* total, const float* out, int64_t n_spans, int64_t M, int64_t D, bf16* y) {
+  float greatest = best[0], sum = 0;
+  for (int64_t i = 1; i < n_spans; ++i) greatest = std::max(greatest, best[i * M]);
+  std::vector<float> values(D);
+  for (int64_t i = 0; i < n_spans; ++i) {
+    if (best[i * M] == -INFINITY) continue;
+    const float factor = std::exp2(best[i * M] - greatest);
+    sum += factor * total[i * M];
+    for (int64_t d = 0; d < D; ++d) values[d] += factor * out[i * M * D + d];
+  }
+  for (int64_t d = 0; d < D; ++d) y[d] = to_bf16(sum ? values[d] / sum : 0.f);
+}
+
+// q [B, H, S, D] over k, v [B, KV, L, D], which may be views of a cache; mask bool [B, 1, S, L]. Like q, contiguous.
+at::Tensor decode_attention(const at::Tensor& q_any, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask_any) {
+  TORCH_CHECK(chosen.attend, "attention needs AVX-512 with bf16");
+  for (const at::Tensor& x : {q_any, k, v})
+    TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kBFloat16, "q, k and v must be bfloat16 [B, H, S, D]");
+  const int64_t B = q_any.size(0), H = q_any.size(1), S = q_any.size(2), D = q_any.size(3), KV = k.size(1), L = k.size(2);
+  TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == B && k.size(3) == D && KV > 0 && L > 0 && H % KV == 0,
+              "k and v of shape ", k.sizes(), " and ", v.sizes(), " do not fit q of shape ", q_any.sizes());
+  TORCH_CHECK(mask_any.scalar_type() == at::kBool && mask_any.sizes() == at::IntArrayRef({B, 1, S, L}),
+              "mask must be bool [B, 1, S, L]");
+  TORCH_CHECK(D % 32 == 0 && k.stride(3) == 1 && v.stride(3) == 1,
+              "a head must be contiguous and a multiple of 32 elements, not ", D);
+  const at::Tensor q = q_any.contiguous(), mask = mask_any.contiguous();
+  at::Tensor y = at::empty({B, H, S, D}, q.options());
+  const int64_t M = H / KV * S, n_spans = (L + SPAN - 1) / SPAN, n_rows = B * KV * n_spans * M;
+  const Attention c{static_cast<const bf16*>(q.const_data_ptr()), static_cast<const bf16*>(k.const_data_ptr()),
+                    static_cast<const bf16*>(v.const_data_ptr()), static_cast<const uint8_t*>(mask.const_data_ptr()), KV, M, S, L, D,
+                    {k.stride(0), k.stride(1), k.stride(2)}, {v.stride(0), v.stride(1), v.stride(2)},
+                    1.44269504f / std::sqrt(float(D))};
+  at::Tensor found = at::empty({n_rows * (D + 2)}, q.options().dtype(at::kFloat));
+  float *best = static_cast<float*>(found.data_ptr()), *total = best + n_rows, *out = total + n_rows;
+  at::parallel_for(0, B * KV * n_spans, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      chosen.attend(c, i / n_spans / KV, i / n_spans % KV, i % n_spans * SPAN, best + i * M, total + i * M, out + i * M * D);
+  });
+  bf16* results = static_cast<bf16*>(y.data_ptr());
+  at::parallel_for(0, B * H * S, 32, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / M * n_spans * M + i % M;
+      put_together(best + row, total + row, out + row * D, n_spans, M, D, results + i * D);
+    }
+  });
   return y;
 }
 
@@ -310,6 +377,7 @@ TORCH_LIBRARY(fast, m) {
   m.def("int8_linear(Tensor x, Tensor packed, int n_out) -> Tensor");
   m.def("int4_linear(Tensor x, Tensor packed, int n_out, int groupsize) -> Tensor");
   m.def("bf16_linear(Tensor x, Tensor weight) -> Tensor");
+  m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor");
   m.def("variant(str name) -> str", variant);
 }
 
@@ -317,4 +385,5 @@ TORCH_LIBRARY_IMPL(fast, CPU, m) {
   m.impl("int8_linear", int8_linear);
   m.impl("int4_linear", int4_linear);
   m.impl("bf16_linear", bf16_linear);
+  m.impl("decode_attention", decode_attention);
 }

@@ -6,10 +6,14 @@
 
 `int8_linear`, `int4_linear` and `bf16_linear` take x bfloat16 `[M, K]` and give `[M, N]`: one row at the speed of
 memory, up to 16 without reading a weight twice, more as a product of matrices. `cpu.cpp` says how panels lie.
+`decode_attention` is attention of a few positions over a long cache, for processors where `is_fast()`.
 """
 
+import contextlib
 import functools
 import hashlib
+import math
+import mmap
 import os
 import shutil
 import subprocess
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor
 
 LANES = 16  # rows of a panel
+HUGE_PAGE = 1 << 21  # bytes
 PANELS_AT_ONCE = 64  # packed together: what that takes beside the result is small
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-w")
 
@@ -32,7 +37,7 @@ def load() -> str | None:
     source and on the version of torch.
     """
     source = Path(__file__).with_suffix(".cpp")
-    content = source.read_bytes() + source.with_name("cpu_avx512.h").read_bytes()
+    content = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("cpu_*.h"))))
     key = hashlib.sha256(content + f"{torch.__version__} {FLAGS}".encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     library = folder / f"fast-{key}.so"
@@ -80,6 +85,7 @@ def _register_fakes() -> None:
 
     torch.library.register_fake("fast::int8_linear", quantized)
     torch.library.register_fake("fast::int4_linear", quantized)
+    torch.library.register_fake("fast::decode_attention", lambda q, k, v, mask: q.new_empty(q.shape))
     torch.library.register_fake("fast::bf16_linear", lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
 
 
@@ -140,6 +146,17 @@ def _by_panels(pack, *tensors: Tensor) -> Tensor:
             rows = [torch.cat((piece, piece.new_zeros(lacking, *piece.shape[1:]))) for piece in rows]
         panels = pack(*rows)
         if out is None:
-            out = panels.new_empty(-(-n_out // LANES), panels.shape[1])
+            out = _in_huge_pages(-(-n_out // LANES), panels.shape[1])
         out[start // LANES : start // LANES + len(panels)] = panels
     return out
+
+
+def _in_huge_pages(*shape: int) -> Tensor:
+    """An empty uint8 tensor whose memory the system may map in pages of 2 MiB, which a stream of it reads faster."""
+    size = math.prod(shape)
+    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(shape)

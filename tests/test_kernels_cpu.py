@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from checkpoint import load_model
 from kernels import cpu
 from linear import Int4Linear, Int8Linear
 
@@ -117,6 +119,77 @@ def test_a_weight_of_another_size_is_refused():
     packed = pack(Int8Linear.from_float(normal(40, 64)))
     with pytest.raises(RuntimeError, match="the weight has 3264 bytes, not 6336"):
         torch.ops.fast.int8_linear(normal(1, 128).bfloat16(), packed, 40)
+
+
+def test_a_weight_of_another_type_is_refused():
+    with pytest.raises(RuntimeError, match="the weight is Half, not BFloat16"):
+        torch.ops.fast.bf16_linear(normal(1, 64).bfloat16(), normal(40, 64).half())
+
+
+@pytest.mark.parametrize("groupsize", [0, 64])
+def test_groups_that_do_not_fit_are_refused(groupsize):
+    packed = pack(Int4Linear.from_float(normal(40, 96), groupsize=32))
+    with pytest.raises(RuntimeError, match=f"96 inputs do not fall into groups of {groupsize}"):
+        torch.ops.fast.int4_linear(normal(1, 96).bfloat16(), packed, 40, groupsize)
+
+
+needs_avx512 = pytest.mark.skipif(cpu.load() is not None or not cpu.is_fast(), reason="needs AVX-512 with bf16")
+
+
+@needs_avx512
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("n_rows", "heads", "kv_heads", "positions", "slots", "head_dim", "window"),
+    [
+        (1, 8, 2, 1, 5, 64, None),
+        (2, 4, 4, 1, 300, 128, None),
+        (3, 8, 2, 6, 1500, 64, None),
+        (1, 14, 2, 3, 2500, 96, 700),
+    ],
+)
+def test_attention(n_rows, heads, kv_heads, positions, slots, head_dim, window, threads):
+    """Rows of different lengths over views of a larger cache, the unused part of which holds no numbers."""
+    caches = [normal(n_rows + 1, kv_heads, slots + 3, head_dim).bfloat16() for _ in "kv"]
+    k, v = (cache[:n_rows, :, :slots] for cache in caches)
+    q = 3 * normal(n_rows, positions, heads, head_dim).bfloat16().transpose(1, 2)
+    ends = torch.tensor([slots, slots // 2, positions][:n_rows])
+    at = ends[:, None] - positions + torch.arange(positions)
+    mask = torch.arange(slots) <= at[:, None, :, None]
+    if window:
+        mask &= torch.arange(slots) > at[:, None, :, None] - window
+    for cache in caches:
+        cache[:, :, slots:] = torch.nan
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, enable_gqa=True)
+    torch.set_num_threads(threads)
+    try:
+        assert close(torch.ops.fast.decode_attention(q, k, v, mask), expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+@needs_avx512
+def test_attention_keeps_pytorchs_rules():
+    q, cache, mask = normal(1, 4, 1, 32).bfloat16(), normal(1, 2, 40, 32).bfloat16(), torch.ones(1, 1, 1, 33).bool()
+    torch.library.opcheck(torch.ops.fast.decode_attention.default, (q, cache[:, :, :33], cache[:, :, :33], mask))
+    with pytest.raises(RuntimeError, match="mask must be bool"):
+        torch.ops.fast.decode_attention(q, cache, cache, mask)
+
+
+@needs_avx512
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_model_attends_with_the_kernel(tiny, compiled):
+    """A step over a cache that the same step writes; the reference is the model without the kernel."""
+    model = load_model(tiny("llama-head-dim")[1], device="cpu", dtype=torch.bfloat16)
+    model.setup_caches(2, 64)
+    model(torch.arange(80).view(2, 40), torch.arange(40))
+    step = torch.compile(model, fullgraph=True) if compiled else model
+    tokens, positions = torch.tensor([[3], [5]]), torch.tensor([[40], [17]])
+    y = step(tokens, positions, model.slots[:48])
+    for layer in model.layers:
+        assert layer.attention.kernel is torch.ops.fast.decode_attention
+        layer.attention.kernel = None
+    expected = model(tokens, positions, model.slots[:48])
+    assert float((y - expected).float().norm() / expected.float().norm()) < 0.02
 
 
 def load_in_a_process(folder: Path, **environment: str) -> str:
