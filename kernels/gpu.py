@@ -225,13 +225,15 @@ def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
 @torch.library.custom_op("fast_gpu::int8_linear", mutates_args=())
 def int8_linear(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """`x W^T`, `[M, N]`, for x `[M, K]` and int8 weights `[N, K]` with scales `[N]`."""
-    return _linear(x, weight, scales, scales, bits=8)
+    with torch.cuda.device_of(x):
+        return _linear(x, weight, scales, scales, bits=8)
 
 
 @torch.library.custom_op("fast_gpu::int4_linear", mutates_args=())
 def int4_linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """`x W^T`, `[M, N]`, for x `[M, K]` and 4-bit weights `[N, K / 2]` with scales and zeros `[N, K / G]`."""
-    return _linear(x, weight, scales, zeros, bits=4)
+    with torch.cuda.device_of(x):
+        return _linear(x, weight, scales, zeros, bits=4)
 
 
 @int8_linear.register_fake

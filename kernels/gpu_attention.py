@@ -128,11 +128,12 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window:
     peaks, totals, sums = found.view(-1).split((found.shape[0], found.shape[0], found.shape[0] * D))
     y = _fake(q, k, v, positions)
     shape = {"KV": KV, "HEADS": H // KV, "S": S, "D": D, "BLOCK_D": triton.next_power_of_2(D), "SPLITS": splits}
-    _attend_share[B * KV, splits](
-        q, k, v, positions.contiguous(), sums, peaks, totals, D**-0.5, *q.stride()[:3], *k.stride()[:3],
-        **shape, WINDOW=window, ROWS=max(16, triton.next_power_of_2(rows)), BLOCK=BLOCK,
-    )  # fmt: skip
-    _join_shares[B * KV, rows](sums, peaks, totals, y.transpose(1, 2), **shape)
+    with torch.cuda.device_of(q):
+        _attend_share[B * KV, splits](
+            q, k, v, positions.contiguous(), sums, peaks, totals, D**-0.5, *q.stride()[:3], *k.stride()[:3],
+            **shape, WINDOW=window, ROWS=max(16, triton.next_power_of_2(rows)), BLOCK=BLOCK,
+        )  # fmt: skip
+        _join_shares[B * KV, rows](sums, peaks, totals, y.transpose(1, 2), **shape)
     return y
 
 
