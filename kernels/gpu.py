@@ -31,8 +31,8 @@ SMS = 132  # multiprocessors of an H100, where there is none to ask
 
 @triton.jit
 def _four(t):
-    """The columns of `t [A, B, 4]`, each `[A, B]`."""
-    even, odd = tl.split(tl.reshape(t, (t.shape[0], t.shape[1], 2, 2)))
+    """The columns of `t [A, 4]`, each `[A]`."""
+    even, odd = tl.split(tl.reshape(t, (t.shape[0], 2, 2)))
     a, c = tl.split(even)
     b, d = tl.split(odd)
     return a, b, c, d
@@ -40,11 +40,20 @@ def _four(t):
 
 @triton.jit
 def _eight(t):
-    """The columns of `t [A, B, 8]`, each `[A, B]`."""
-    even, odd = tl.split(tl.reshape(t, (t.shape[0], t.shape[1], 4, 2)))
+    """The columns of `t [A, 8]`, each `[A]`."""
+    even, odd = tl.split(tl.reshape(t, (t.shape[0], 4, 2)))
     a, c, e, g = _four(even)
     b, d, f, h = _four(odd)
     return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def _plus(tensors, i: tl.constexpr, more):
+    """The tuple `tensors` with `more` added to the one at i."""
+    changed = ()
+    for at in tl.static_range(len(tensors)):
+        changed = changed + (tensors[at] + more if at == i else tensors[at],)
+    return changed
 
 
 @triton.jit
@@ -73,42 +82,50 @@ def _multiply_few(
     PER_WORD: tl.constexpr = 32 // BITS
     OFFSET: tl.constexpr = 24 if BITS == 4 else 384  # 2^b, and what u lies above the signed value
     exponent = exponent.to(tl.uint32, bitcast=True)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.arange(0, ROWS)
-    n_ok, row_ok = n < n_out, row < rows
-    total = tl.zeros((ROWS, BLOCK_N, CHUNKS), tl.float32)
+    first_n = tl.program_id(0) * BLOCK_N
+    # One tensor for each output and row, so that a thread keeps its chunk: nothing changes hands before the last sum.
+    totals = (tl.zeros((CHUNKS,), tl.float32),) * (BLOCK_N * ROWS)
     for first in range(0, n_chunks, CHUNKS):
         chunk = first + tl.arange(0, CHUNKS)
-        ok = chunk < n_chunks
-        # Chunks are the first dimension of what is loaded, and so spread over the threads before rows are.
-        at = (chunk * 4)[:, None, None] + n[None, :, None] * (n_chunks * 4) + tl.arange(0, 4)[None, None, :]
-        words = tl.load(words_ptr + at, mask=ok[:, None, None] & n_ok[None, :, None], other=0)
-        words = tl.permute(words.to(tl.uint32, bitcast=True), (1, 0, 2))
-        words = _four(words if BITS == 4 else words ^ 0x80808080)  # 4 times [BLOCK_N, CHUNKS]
-        dot = tl.zeros((ROWS, BLOCK_N, CHUNKS), tl.float32)
-        x_sum = tl.zeros((ROWS, CHUNKS), tl.float32)
+        words = ()
+        for b in tl.static_range(BLOCK_N):
+            at = ((first_n + b) * n_chunks + chunk)[:, None] * 4 + tl.arange(0, 4)[None, :]
+            ok = chunk < tl.where(first_n + b < n_out, n_chunks, 0)
+            stored = tl.load(words_ptr + at, mask=ok[:, None], other=0)
+            stored = stored.to(tl.uint32, bitcast=True)
+            words = words + _four(stored if BITS == 4 else stored ^ 0x80808080)  # 4 times [CHUNKS]
+        dots = (tl.zeros((CHUNKS,), tl.float32),) * (BLOCK_N * ROWS)
+        x_sums = (tl.zeros((CHUNKS,), tl.float32),) * ROWS
         for i in tl.static_range(4):
-            k = (chunk * 4 + i)[:, None, None] * PER_WORD + tl.arange(0, PER_WORD)[None, None, :]
-            x_at = k + row[None, :, None] * (n_chunks * 4 * PER_WORD)
-            x = tl.load(x_ptr + x_at, mask=ok[:, None, None] & row_ok[None, :, None], other=0.0)
-            x = tl.permute(x, (1, 0, 2))
-            x = _eight(x) if BITS == 4 else _four(x)  # PER_WORD times [ROWS, CHUNKS]
-            for j in tl.static_range(PER_WORD):
-                w = ((words[i] >> (j * BITS)) & ((1 << BITS) - 1)) << (23 - BITS) | exponent
-                dot += x[j].to(tl.float32)[:, None, :] * w.to(tl.float32, bitcast=True)[None]
-                x_sum += x[j].to(tl.float32)
-        if BITS == 4:
-            group = n[:, None] * (n_chunks * 32 // GROUP) + (chunk * 32 // GROUP)[None, :]
-            scales = tl.load(scales_ptr + group, mask=n_ok[:, None] & ok[None, :], other=0.0).to(tl.float32)
-            zeros = tl.load(zeros_ptr + group, mask=n_ok[:, None] & ok[None, :], other=0.0).to(tl.float32)
-            total += dot * scales[None] + x_sum[:, None, :] * (zeros - OFFSET * scales)[None]
-        else:
-            total += dot - OFFSET * x_sum[:, None, :]
-    y = tl.sum(total, 2)  # [ROWS, BLOCK_N]
-    if BITS == 8:
-        y *= tl.load(scales_ptr + n, mask=n_ok, other=0.0)[None, :]
-    y_at = row[:, None] * n_out + n[None, :]
-    tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=row_ok[:, None] & n_ok[None, :])
+            for r in tl.static_range(ROWS):
+                x_at = ((r * n_chunks + chunk) * 4 + i)[:, None] * PER_WORD + tl.arange(0, PER_WORD)[None, :]
+                ok = chunk < tl.where(r < rows, n_chunks, 0)
+                x = tl.load(x_ptr + x_at, mask=ok[:, None], other=0.0).to(tl.float32)
+                x = _eight(x) if BITS == 4 else _four(x)  # PER_WORD times [CHUNKS]
+                for j in tl.static_range(PER_WORD):
+                    x_sums = _plus(x_sums, r, x[j])
+                    for b in tl.static_range(BLOCK_N):
+                        w = ((words[4 * b + i] >> (j * BITS)) & ((1 << BITS) - 1)) << (23 - BITS) | exponent
+                        dots = _plus(dots, b * ROWS + r, w.to(tl.float32, bitcast=True) * x[j])
+        for b in tl.static_range(BLOCK_N):
+            if BITS == 4:
+                group = (first_n + b) * (n_chunks * 32 // GROUP) + chunk * 32 // GROUP
+                ok = chunk < tl.where(first_n + b < n_out, n_chunks, 0)
+                scales = tl.load(scales_ptr + group, mask=ok, other=0.0).to(tl.float32)
+                zeros = tl.load(zeros_ptr + group, mask=ok, other=0.0).to(tl.float32)
+                for r in tl.static_range(ROWS):
+                    part = dots[b * ROWS + r] * scales + x_sums[r] * (zeros - OFFSET * scales)
+                    totals = _plus(totals, b * ROWS + r, part)
+            else:
+                for r in tl.static_range(ROWS):
+                    totals = _plus(totals, b * ROWS + r, dots[b * ROWS + r] - OFFSET * x_sums[r])
+    for b in tl.static_range(BLOCK_N):
+        if first_n + b < n_out:
+            for r in tl.static_range(ROWS):
+                y = tl.sum(totals[b * ROWS + r])
+                if BITS == 8:
+                    y *= tl.load(scales_ptr + first_n + b)
+                tl.store(y_ptr + r * n_out + first_n + b, y.to(y_ptr.dtype.element_ty), mask=r < rows)
 
 
 @triton.jit

@@ -78,7 +78,7 @@ def test_few_rows_load_16_bytes_and_exchange_no_weights(compiled, capability, bi
     shape = {"n_chunks": 4096 * bits // 128, "BITS": bits, "GROUP": 32, "ROWS": rows, "BLOCK_N": 4, "CHUNKS": 128}
     ptx = compiled(gpu._multiply_few, capability, 4, types, **shape)
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 4  # one for each of a program's outputs
-    assert len(re.findall("bar.sync", ptx)) < 16  # a layout that does not fit takes two for every column
+    assert len(re.findall("bar.sync", ptx)) <= 3 * 4 * rows  # of the last sums; a layout that does not fit takes more
 
 
 @pytest.mark.parametrize("capability", [80, 90])
