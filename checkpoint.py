@@ -145,7 +145,8 @@ def load_model(
 ) -> Transformer:
     """The model stored at `path`, on `device` in `dtype`, in eval mode and without gradients.
 
-    Quantised Linears keep their own dtypes, packed for the device; `model.quantization` is the scheme, or None.
+    Quantised Linears keep their own dtypes; `model.quantization` is the scheme, or None. Weights are packed for the
+    device's kernels: on a CPU a bfloat16 Linear has `packed` in place of its `weight`.
 
     path: a `.pth` that `save_checkpoint` wrote, or a directory as `open_checkpoint` takes.
     ranks: the processes that share the model; this one reads only its share. replicate: it reads all of it, as do the
@@ -167,6 +168,7 @@ def load_model(
     model.load_state_dict(state, assign=True)
     if checkpoint.args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
+    del state  # each weight goes as it is packed
     pack_linears(model, dtype)
     model.quantization = checkpoint.quantization
     return model.eval().requires_grad_(False)

@@ -178,17 +178,18 @@ def swap_linears(model: nn.Module, scheme: dict[str, Any]) -> None:
 
 
 def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
-    """Pack every quantised Linear for the device it is on and for activations in `dtype`; a float one stays as it is,
-    but gets the CPU's kernel where that is faster than what the compiler makes, and so does attention.
+    """Give every Linear the kernel there is for it on its device and for activations in `dtype`, and its weight the
+    layout which that asks for; attention over the cache gets the CPU's, where the processor runs it fast.
     """
     device = next(model.parameters()).device
-    is_fast = device.type == "cpu" and kernels_missing(device, dtype) is None and cpu.is_fast()
+    on_cpu = device.type == "cpu" and kernels_missing(device, dtype) is None
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.pack(dtype)
-        elif isinstance(module, nn.Linear) and is_fast:
-            module.kernel = torch.ops.fast.bf16_linear
-        elif hasattr(module, "kv_cache") and is_fast and module.head_dim % 32 == 0:
+        elif isinstance(module, nn.Linear) and on_cpu and module.in_features % 2 == 0:
+            module.register_buffer("packed", cpu.pack_bf16(module.weight))
+            module.weight, module.kernel = None, torch.ops.fast.bf16_linear
+        elif hasattr(module, "kv_cache") and on_cpu and cpu.is_fast() and module.head_dim % 32 == 0:
             module.kernel = torch.ops.fast.decode_attention
 
 

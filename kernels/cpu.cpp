@@ -1,14 +1,14 @@
 // Products of a few rows with bf16, int8 and int4 weights on a CPU, at the speed at which memory delivers the weights.
 //
-// Quantised weights lie in panels of 16 rows, one row per lane: a register of weights meets a broadcast input, and no sum
-// runs across lanes. Each thread reads one stream of panels from its first byte to its last, the scales inside it. Up to
+// Weights lie in panels of 16 rows, one row per lane: a register of weights meets a broadcast input, and no sum runs
+// across lanes. Each thread reads one stream of panels from its first byte to its last, the scales inside it. Up to
 // 8 rows of x share what is read of a panel, 16 take it twice, the second time from the cache; with more rows (prefill)
 // a panel is first unpacked to bf16, or without AVX-512 a cache's worth of panels to plain rows for at::mm.
 //
+// A panel of bf16:  K/2 times 64 bytes: row r's inputs 2i, 2i+1 at 4r.
 // A panel of int8:  K/2 times 32 bytes: row r's inputs 2i, 2i+1 at 2r, 2r+1.  Then 16 float32 scales.
 // A panel of int4:  K/8 times 16 words of 32 bits, row r's in word r: inputs 0, 2, 4, 6 in its low half from the lowest
 //                   four bits up, inputs 1, 3, 5, 7 in its high half.  After each group 16 pairs of bf16, (scale, zero).
-// bf16 weights are plain rows [N, K]: a dot product each.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -34,6 +34,7 @@ constexpr int64_t MAX_ROWS = 16;           // of x; above it is a prefill
 constexpr int64_t ROWS_AT_ONCE = 256;      // of x in a prefill: what the cache holds beside a panel
 constexpr int64_t SCRATCH = 1 << 20;       // elements of the weight that at::mm gets at a time
 using bf16 = uint16_t;
+#define INLINE __attribute__((always_inline)) inline
 
 inline float to_float(bf16 x) {
   uint32_t bits = uint32_t(x) << 16;
@@ -48,11 +49,14 @@ inline bf16 to_bf16(float x) {  // to nearest, ties to even
   return bf16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
+enum Kind { BF16, INT8, INT4 };
+
 struct Call {
   const bf16* x;        // [M, K]
-  const uint8_t* w;     // panels, or bf16 rows
+  const uint8_t* w;     // panels
   bf16* y;              // [M, N]
-  const float* sums;    // int4: of each group of x, [M, K / G]
+  const bf16* pairs;    // few rows: x again, for each `rows_at_once` (or the rest) [K / 2, rows] pairs of neighbours
+  const float* sums;    // int4, few rows: of each group of x, [M, K / G]
   int64_t M, N, K, G;
 };
 
@@ -64,11 +68,12 @@ struct Attention {
   float scale;          // of a score, for powers of 2
 };
 
-inline int64_t int8_panel(int64_t K) { return LANES * K + LANES * 4; }
-inline int64_t int4_panel(int64_t K, int64_t G) { return LANES * K / 2 + K / G * LANES * 4; }
+inline int64_t panel_bytes(Kind kind, int64_t K, int64_t G) {
+  return kind == BF16 ? LANES * K * 2 : kind == INT8 ? LANES * K + LANES * 4 : LANES * K / 2 + K / G * LANES * 4;
+}
 
 // What was computed for a panel, out [M, 16], goes to its columns of y.
-__attribute__((always_inline)) inline void store(const Call& c, int64_t panel, const float* out) {
+INLINE void store(const Call& c, int64_t panel, const float* out) {
   const int64_t n = std::min(LANES, c.N - panel * LANES);
   for (int64_t m = 0; m < c.M; ++m)
     for (int64_t r = 0; r < n; ++r) c.y[m * c.N + panel * LANES + r] = to_bf16(out[m * LANES + r]);
@@ -76,7 +81,12 @@ __attribute__((always_inline)) inline void store(const Call& c, int64_t panel, c
 
 // ---- The weights of one panel as numbers: for prefill, and all there is on processors without a kernel below.
 
-__attribute__((always_inline)) inline void int8_values(const uint8_t* panel, int64_t K, bf16* out) {  // out [16, K]
+INLINE void bf16_values(const uint8_t* panel, int64_t K, bf16* out) {  // out [16, K]
+  for (int64_t i = 0; i < K / 2; ++i)
+    for (int64_t r = 0; r < LANES; ++r) std::memcpy(out + r * K + 2 * i, panel + 4 * (LANES * i + r), 4);
+}
+
+INLINE void int8_values(const uint8_t* panel, int64_t K, bf16* out) {
   float scales[LANES];
   std::memcpy(scales, panel + LANES * K, sizeof scales);
   for (int64_t r = 0; r < LANES; ++r)
@@ -87,7 +97,7 @@ __attribute__((always_inline)) inline void int8_values(const uint8_t* panel, int
     }
 }
 
-__attribute__((always_inline)) inline void int4_values(const uint8_t* panel, int64_t K, int64_t G, bf16* out) {
+INLINE void int4_values(const uint8_t* panel, int64_t K, int64_t G, bf16* out) {
   for (int64_t g = 0; g < K / G; ++g, panel += LANES * G / 2 + LANES * 4) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(panel);
     const bf16* pairs = reinterpret_cast<const bf16*>(panel + LANES * G / 2);
@@ -103,79 +113,137 @@ __attribute__((always_inline)) inline void int4_values(const uint8_t* panel, int
   }
 }
 
-// ---- Portable products of rows of x with one panel (or 16 plain rows): the compiler vectorises the lanes.
+// ---- Portable products of M rows of x, `x [K / 2, M]` pairs, with one panel, whose 16 rows are the lanes of PARTS
+// vectors as wide as the processor's.
 
-__attribute__((always_inline)) inline void plain_int8(const Call& c, const uint8_t* panel, float* out) {  // [M, 16]
-  float scales[LANES];
-  std::memcpy(scales, panel + LANES * c.K, sizeof scales);
-  for (int64_t m = 0; m < c.M; ++m) {
-    float even[LANES] = {0}, odd[LANES] = {0};
-    for (int64_t i = 0; i < c.K / 2; ++i) {
-      const int8_t* q = reinterpret_cast<const int8_t*>(panel) + 2 * LANES * i;
-      const float a = to_float(c.x[m * c.K + 2 * i]), b = to_float(c.x[m * c.K + 2 * i + 1]);
-      for (int64_t r = 0; r < LANES; ++r) {
-        even[r] += a * q[2 * r];
-        odd[r] += b * q[2 * r + 1];
+template <int WIDTH>
+struct Vectors;
+#define VECTORS(width)                                                \
+  template <>                                                         \
+  struct Vectors<width> {                                             \
+    using Floats = float __attribute__((vector_size(4 * width)));     \
+    using Words = uint32_t __attribute__((vector_size(4 * width)));   \
+    using Ints = int32_t __attribute__((vector_size(4 * width)));     \
+    using Shorts = int16_t __attribute__((vector_size(2 * width)));   \
+  };
+VECTORS(4)
+VECTORS(8)
+
+template <int WIDTH>
+struct Portable {
+  using Floats = typename Vectors<WIDTH>::Floats;
+  using Words = typename Vectors<WIDTH>::Words;
+  using Ints = typename Vectors<WIDTH>::Ints;
+  using Shorts = typename Vectors<WIDTH>::Shorts;
+  static constexpr int PARTS = LANES / WIDTH;
+
+  template <typename T>
+  static INLINE T at(const uint8_t* panel, int part) {
+    T vector;
+    std::memcpy(&vector, panel + part * sizeof vector, sizeof vector);
+    return vector;
+  }
+
+  static INLINE Floats low(Words pairs) { return (Floats)(pairs << 16); }  // of two bf16 each
+  static INLINE Floats high(Words pairs) { return (Floats)(pairs & 0xFFFF0000); }
+  static INLINE Floats floats(Ints numbers) { return __builtin_convertvector(numbers, Floats); }
+
+  // even, odd: the weights of a pair of inputs.
+  template <int M>
+  static INLINE void add(const bf16* x, Floats even, Floats odd, Floats* sums) {
+    for (int m = 0; m < M; ++m) {
+      sums[m] += to_float(x[2 * m]) * even;
+      sums[m] += to_float(x[2 * m + 1]) * odd;
+    }
+  }
+
+  template <int M>
+  static INLINE void put(const Floats* sums, int part, float* out) {
+    for (int m = 0; m < M; ++m) std::memcpy(out + LANES * m + WIDTH * part, &sums[m], sizeof sums[m]);
+  }
+
+  template <int M>
+  static INLINE void bf16_rows(const Call& c, const bf16* x, const float*, const uint8_t* panel, float* out) {
+    Floats sums[PARTS][M] = {};
+    for (int64_t i = 0; i < c.K / 2; ++i, x += 2 * M, panel += 64)
+      for (int part = 0; part < PARTS; ++part) {
+        const Words pairs = at<Words>(panel, part);
+        add<M>(x, low(pairs), high(pairs), sums[part]);
+      }
+    for (int part = 0; part < PARTS; ++part) put<M>(sums[part], part, out);
+  }
+
+  template <int M>
+  static INLINE void int8_rows(const Call& c, const bf16* x, const float*, const uint8_t* panel, float* out) {
+    Floats sums[PARTS][M] = {};
+    for (int64_t i = 0; i < c.K / 2; ++i, x += 2 * M, panel += 32)
+      for (int part = 0; part < PARTS; ++part) {
+        const Ints pairs = __builtin_convertvector(at<Shorts>(panel, part), Ints);
+        add<M>(x, floats(pairs << 24 >> 24), floats(pairs >> 8), sums[part]);
+      }
+    for (int part = 0; part < PARTS; ++part) {
+      for (Floats& sum : sums[part]) sum *= at<Floats>(panel, part);
+      put<M>(sums[part], part, out);
+    }
+  }
+
+  template <int M>
+  static INLINE void int4_rows(const Call& c, const bf16* x, const float* x_sums, const uint8_t* panel, float* out) {
+    const int64_t n_groups = c.K / c.G;
+    Floats totals[PARTS][M] = {};
+    for (int64_t g = 0; g < n_groups; ++g, panel += 64) {
+      Floats sums[PARTS][M] = {};
+      for (int64_t i = 0; i < c.G; i += 8, x += 8 * M, panel += 64)
+        for (int part = 0; part < PARTS; ++part) {
+          const Words words = at<Words>(panel, part);
+          for (int j = 0; j < 4; ++j)
+            add<M>(x + 2 * M * j, floats((Ints)(words >> (4 * j) & 0xF)), floats((Ints)(words >> (4 * j + 16) & 0xF)), sums[part]);
+        }
+      for (int part = 0; part < PARTS; ++part) {
+        const Words pairs = at<Words>(panel, part);
+        const Floats scales = low(pairs), lowest = high(pairs) - 8 * scales;  // what q = 0 stands for
+        for (int m = 0; m < M; ++m) totals[part][m] += scales * sums[part][m] + lowest * x_sums[m * n_groups + g];
       }
     }
-    for (int64_t r = 0; r < LANES; ++r) out[m * LANES + r] = (even[r] + odd[r]) * scales[r];
+    for (int part = 0; part < PARTS; ++part) put<M>(totals[part], part, out);
   }
-}
+};
 
-__attribute__((always_inline)) inline void plain_int4(const Call& c, const uint8_t* panel, float* out) {
-  for (int64_t m = 0; m < c.M; ++m) {
-    const uint8_t* at = panel;
-    float total[LANES] = {0};
-    for (int64_t g = 0; g < c.K / c.G; ++g, at += LANES * c.G / 2 + LANES * 4) {
-      const uint32_t* words = reinterpret_cast<const uint32_t*>(at);
-      const bf16* pairs = reinterpret_cast<const bf16*>(at + LANES * c.G / 2);
-      float sum[LANES] = {0};
-      for (int64_t i = 0; i < c.G / 8; ++i)
-        for (int64_t j = 0; j < 8; ++j) {
-          const float x = to_float(c.x[m * c.K + g * c.G + 8 * i + j]);
-          const int shift = 4 * (j / 2) + 16 * (j % 2);
-          for (int64_t r = 0; r < LANES; ++r) sum[r] += x * float(int((words[LANES * i + r] >> shift) & 0xF) - 8);
-        }
-      for (int64_t r = 0; r < LANES; ++r)
-        total[r] += to_float(pairs[2 * r]) * sum[r] + to_float(pairs[2 * r + 1]) * c.sums[m * (c.K / c.G) + g];
+// `function<rows>(...)` for up to so many rows at a time; the first is m.
+#define UP_TO_4(function, ...)               \
+  case 1: function<1>(__VA_ARGS__); break;   \
+  case 2: function<2>(__VA_ARGS__); break;   \
+  case 3: function<3>(__VA_ARGS__); break;   \
+  case 4: function<4>(__VA_ARGS__); break;
+#define UP_TO_4_ROWS(function, ...) \
+  for (int64_t m = 0; m < c.M; m += 4) switch (std::min<int64_t>(c.M - m, 4)) { UP_TO_4(function, __VA_ARGS__) }
+#define UP_TO_8_ROWS(function, ...)                                             \
+  for (int64_t m = 0; m < c.M; m += 8) switch (std::min<int64_t>(c.M - m, 8)) { \
+      UP_TO_4(function, __VA_ARGS__)                                            \
+      case 5: function<5>(__VA_ARGS__); break;                                  \
+      case 6: function<6>(__VA_ARGS__); break;                                  \
+      case 7: function<7>(__VA_ARGS__); break;                                  \
+      case 8: function<8>(__VA_ARGS__); break;                                  \
     }
-    std::memcpy(out + m * LANES, total, sizeof total);
-  }
-}
-
-__attribute__((always_inline)) inline float dot(const bf16* x, const bf16* w, int64_t K) {
-  float lanes[LANES] = {0}, total = 0;
-  int64_t i = 0;
-  for (; i + LANES <= K; i += LANES)
-    for (int64_t r = 0; r < LANES; ++r) lanes[r] += to_float(x[i + r]) * to_float(w[i + r]);
-  for (; i < K; ++i) total += to_float(x[i]) * to_float(w[i]);
-  for (float lane : lanes) total += lane;
-  return total;
-}
-
-__attribute__((always_inline)) inline void plain_bf16(const Call& c, int64_t begin, int64_t end) {
-  const bf16* w = reinterpret_cast<const bf16*>(c.w);
-  for (int64_t n = begin; n < end; ++n)
-    for (int64_t m = 0; m < c.M; ++m) c.y[m * c.N + n] = to_bf16(dot(c.x + m * c.K, w + n * c.K, c.K));
-}
-
-// ---- The same for what the processor turns out to have.
+#define FEW_ROWS c, c.pairs + m * c.K, c.sums + m * (c.K / c.G), panel, out + m * LANES
 
 #if defined(__x86_64__)
 #include "cpu_avx512.h"
 #include "cpu_attention.h"
 
 #define AVX2 __attribute__((target("avx2,fma")))
-AVX2 void int8_avx2(const Call& c, const uint8_t* panel, float* out) { plain_int8(c, panel, out); }
-AVX2 void int4_avx2(const Call& c, const uint8_t* panel, float* out) { plain_int4(c, panel, out); }
-AVX2 void bf16_avx2(const Call& c, int64_t begin, int64_t end) { plain_bf16(c, begin, end); }
+AVX2 void bf16_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<8>::bf16_rows, FEW_ROWS) }
+AVX2 void int8_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<8>::int8_rows, FEW_ROWS) }
+AVX2 void int4_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<8>::int4_rows, FEW_ROWS) }
+AVX2 void bf16_values_avx2(const uint8_t* panel, int64_t K, int64_t, bf16* out) { bf16_values(panel, K, out); }
 AVX2 void int8_values_avx2(const uint8_t* panel, int64_t K, int64_t, bf16* out) { int8_values(panel, K, out); }
 AVX2 void int4_values_avx2(const uint8_t* panel, int64_t K, int64_t G, bf16* out) { int4_values(panel, K, G, out); }
 #endif
 
-void int8_portable(const Call& c, const uint8_t* panel, float* out) { plain_int8(c, panel, out); }
-void int4_portable(const Call& c, const uint8_t* panel, float* out) { plain_int4(c, panel, out); }
-void bf16_portable(const Call& c, int64_t begin, int64_t end) { plain_bf16(c, begin, end); }
+void bf16_portable(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<4>::bf16_rows, FEW_ROWS) }
+void int8_portable(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<4>::int8_rows, FEW_ROWS) }
+void int4_portable(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<4>::int4_rows, FEW_ROWS) }
+void bf16_values_portable(const uint8_t* panel, int64_t K, int64_t, bf16* out) { bf16_values(panel, K, out); }
 void int8_values_portable(const uint8_t* panel, int64_t K, int64_t, bf16* out) { int8_values(panel, K, out); }
 void int4_values_portable(const uint8_t* panel, int64_t K, int64_t G, bf16* out) { int4_values(panel, K, G, out); }
 
@@ -183,14 +251,11 @@ void int4_values_portable(const uint8_t* panel, int64_t K, int64_t G, bf16* out)
 
 struct Functions {
   const char* name;
-  void (*int8)(const Call&, const uint8_t*, float*);  // few rows, one panel
-  void (*int4)(const Call&, const uint8_t*, float*);
-  void (*bf16_dots)(const Call&, int64_t, int64_t);
-  void (*int8_many)(const Call&, int64_t, int64_t);  // many rows, a range of panels; null: the values for at::mm
-  void (*int4_many)(const Call&, int64_t, int64_t);
-  void (*int8_values)(const uint8_t*, int64_t, int64_t, bf16*);
-  void (*int4_values)(const uint8_t*, int64_t, int64_t, bf16*);
-  void (*attend)(const Attention&, int64_t, int64_t, int64_t, float*, float*, float*) = nullptr;  // one span
+  int64_t rows_at_once;                                 // of x, in `few`
+  void (*few[3])(const Call&, const uint8_t*, float*);  // by kind: few rows, one panel
+  void (*many[3])(const Call&, int64_t, int64_t);       // many rows, a range of panels; null: the values for at::mm
+  void (*values[3])(const uint8_t*, int64_t, int64_t, bf16*);
+  void (*attend)(const Attention&, int64_t, int64_t, int64_t, float*, float*, float*);  // one span
 };
 
 const std::vector<Functions>& available() {  // the best comes first
@@ -199,12 +264,13 @@ const std::vector<Functions>& available() {  // the best comes first
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-      list.push_back({"avx512", int8_avx512, int4_avx512, bf16_avx512, many_avx512<false>, many_avx512<true>, nullptr, nullptr,
-                      attend_avx512});
+      list.push_back({"avx512", 8, {bf16_avx512, int8_avx512, int4_avx512},
+                      {many_avx512<BF16>, many_avx512<INT8>, many_avx512<INT4>}, {}, attend_avx512});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      list.push_back({"avx2", int8_avx2, int4_avx2, bf16_avx2, nullptr, nullptr, int8_values_avx2, int4_values_avx2});
+      list.push_back({"avx2", 4, {bf16_avx2, int8_avx2, int4_avx2}, {}, {bf16_values_avx2, int8_values_avx2, int4_values_avx2}, nullptr});
 #endif
-    list.push_back({"portable", int8_portable, int4_portable, bf16_portable, nullptr, nullptr, int8_values_portable, int4_values_portable});
+    list.push_back({"portable", 4, {bf16_portable, int8_portable, int4_portable}, {},
+                    {bf16_values_portable, int8_values_portable, int4_values_portable}, nullptr});
     return list;
   }();
   return found;
@@ -216,101 +282,99 @@ Functions chosen = available().front();
 
 int64_t panels(int64_t N) { return (N + LANES - 1) / LANES; }
 
-Call make_call(const at::Tensor& x, const at::Tensor& w, at::Tensor& y, int64_t N, int64_t G, const float* sums) {
-  return {static_cast<const bf16*>(x.const_data_ptr()), static_cast<const uint8_t*>(w.const_data_ptr()),
-          static_cast<bf16*>(y.data_ptr()), sums, x.size(0), N, x.size(1), G};
-}
-
 // y = x W^T of many rows: the panels as bf16 rows, as many as the cache holds, and a product of matrices.
-void by_matrices(const Call& c, const at::Tensor& x, at::Tensor& y, bool is_int4) {
-  const int64_t bytes = is_int4 ? int4_panel(c.K, c.G) : int8_panel(c.K);
-  const int64_t at_once = std::max<int64_t>(1, SCRATCH / (LANES * c.K));
+void by_matrices(Kind kind, const Call& c, const at::Tensor& x, at::Tensor& y) {
+  const int64_t bytes = panel_bytes(kind, c.K, c.G), at_once = std::max<int64_t>(1, SCRATCH / (LANES * c.K));
   at::Tensor scratch = at::empty({std::min(at_once, panels(c.N)) * LANES, c.K}, x.options());
   bf16* rows = static_cast<bf16*>(scratch.data_ptr());
-  auto values = is_int4 ? chosen.int4_values : chosen.int8_values;
   for (int64_t p = 0; p < panels(c.N); p += at_once) {
     const int64_t n = std::min(at_once, panels(c.N) - p);
     at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) values(c.w + (p + i) * bytes, c.K, c.G, rows + i * LANES * c.K);
+      for (int64_t i = begin; i < end; ++i) chosen.values[kind](c.w + (p + i) * bytes, c.K, c.G, rows + i * LANES * c.K);
     });
     const int64_t n_rows = std::min(n * LANES, c.N - p * LANES);
     y.narrow(1, p * LANES, n_rows).copy_(at::mm(x, scratch.narrow(0, 0, n_rows).t()));
   }
 }
 
-void few_rows(const Call& c, bool is_int4) {
-  const int64_t bytes = is_int4 ? int4_panel(c.K, c.G) : int8_panel(c.K);
-  auto multiply = is_int4 ? chosen.int4 : chosen.int8;
+void few_rows(Kind kind, Call c) {
+  std::vector<bf16> pairs(c.M > 1 ? c.M * c.K : 0);
+  for (int64_t first = 0; first < c.M && c.M > 1; first += chosen.rows_at_once) {
+    const int64_t n = std::min(chosen.rows_at_once, c.M - first);
+    for (int64_t i = 0; i < c.K / 2; ++i)
+      for (int64_t m = 0; m < n; ++m)
+        std::memcpy(&pairs[first * c.K + 2 * (i * n + m)], c.x + (first + m) * c.K + 2 * i, 4);
+  }
+  c.pairs = c.M > 1 ? pairs.data() : c.x;
+  std::vector<float> sums(kind == INT4 ? c.M * (c.K / c.G) : 0);
+  for (size_t g = 0; g < sums.size(); ++g) {
+    float lanes[LANES] = {0};  // 16 sums side by side, or each addition waits for the one before
+    for (int64_t i = 0; i < c.G; i += LANES)
+      for (int64_t r = 0; r < LANES; ++r) lanes[r] += to_float(c.x[g * c.G + i + r]);
+    for (float lane : lanes) sums[g] += lane;
+  }
+  c.sums = sums.data();
   at::parallel_for(0, panels(c.N), 1, [&](int64_t begin, int64_t end) {
     float out[MAX_ROWS * LANES];
     for (int64_t p = begin; p < end; ++p) {
-      multiply(c, c.w + p * bytes, out);
+      chosen.few[kind](c, c.w + p * panel_bytes(kind, c.K, c.G), out);
       store(c, p, out);
     }
   });
 }
 
-void many_rows(Call c, bool is_int4) {
+void many_rows(Kind kind, Call c) {
   const int64_t n_rows = c.M;
-  auto multiply = is_int4 ? chosen.int4_many : chosen.int8_many;
   for (int64_t first = 0; first < n_rows; first += ROWS_AT_ONCE, c.x += c.M * c.K, c.y += c.M * c.N) {
     c.M = std::min(n_rows - first, ROWS_AT_ONCE);
-    at::parallel_for(0, panels(c.N), 2, [&](int64_t begin, int64_t end) { multiply(c, begin, end); });
+    at::parallel_for(0, panels(c.N), 2, [&](int64_t begin, int64_t end) { chosen.many[kind](c, begin, end); });
   }
 }
 
-void multiply(const Call& c, const at::Tensor& x, at::Tensor& y, bool is_int4) {
-  if (c.M <= MAX_ROWS)
-    few_rows(c, is_int4);
-  else if (chosen.int8_many)
-    many_rows(c, is_int4);
+at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed, int64_t N, int64_t G) {
+  TORCH_CHECK(x_any.dim() == 2 && x_any.scalar_type() == at::kBFloat16, "x must be bfloat16 [M, K]");
+  const at::Tensor x = x_any.contiguous();
+  const int64_t M = x.size(0), K = x.size(1), expected = panels(N) * panel_bytes(kind, K, G);
+  TORCH_CHECK(packed.scalar_type() == at::kByte, "the weight is ", packed.scalar_type(), ", not packed in bytes");
+  TORCH_CHECK(packed.is_contiguous() && int64_t(packed.nbytes()) == expected, "the weight has ", packed.nbytes(),
+              " bytes, not ", expected);
+  at::Tensor y = at::empty({M, N}, x.options());
+  const Call c{static_cast<const bf16*>(x.const_data_ptr()), static_cast<const uint8_t*>(packed.const_data_ptr()),
+               static_cast<bf16*>(y.data_ptr()), nullptr, nullptr, M, N, K, G};
+  if (M <= MAX_ROWS)
+    few_rows(kind, c);
+  else if (chosen.many[kind])
+    many_rows(kind, c);
   else
-    by_matrices(c, x, y, is_int4);
-}
-
-void check(const at::Tensor& x, const at::Tensor& w, at::ScalarType dtype, int64_t expected_bytes) {
-  TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kBFloat16, "x must be bfloat16 [M, K]");
-  TORCH_CHECK(w.scalar_type() == dtype, "the weight is ", w.scalar_type(), ", not ", dtype);
-  TORCH_CHECK(w.is_contiguous() && int64_t(w.nbytes()) == expected_bytes, "the weight has ", w.nbytes(), " bytes, not ",
-              expected_bytes);
-}
-
-at::Tensor int8_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_t N) {
-  const at::Tensor x = x_any.contiguous();
-  const int64_t K = x.size(-1);
-  check(x, packed, at::kByte, panels(N) * int8_panel(K));
-  at::Tensor y = at::empty({x.size(0), N}, x.options());
-  multiply(make_call(x, packed, y, N, K, nullptr), x, y, false);
+    by_matrices(kind, c, x, y);
   return y;
 }
 
-at::Tensor int4_linear(const at::Tensor& x_any, const at::Tensor& packed, int64_t N, int64_t G) {
-  const at::Tensor x = x_any.contiguous();
-  const int64_t K = x.size(-1);
-  TORCH_CHECK(G > 0 && G % 32 == 0 && K % G == 0, K, " inputs do not fall into groups of ", G);
-  check(x, packed, at::kByte, panels(N) * int4_panel(K, G));
-  at::Tensor y = at::empty({x.size(0), N}, x.options());
-  std::vector<float> sums(x.size(0) > MAX_ROWS ? 0 : x.size(0) * (K / G));
-  const bf16* data = static_cast<const bf16*>(x.const_data_ptr());
-  for (size_t g = 0; g < sums.size(); ++g) {
-    float lanes[LANES] = {0};  // 16 sums side by side, or each addition waits for the one before
-    for (int64_t i = 0; i < G; i += LANES)
-      for (int64_t r = 0; r < LANES; ++r) lanes[r] += to_float(data[g * G + i + r]);
-    for (float lane : lanes) sums[g] += lane;
-  }
-  multiply(make_call(x, packed, y, N, G, sums.data()), x, y, true);
-  return y;
+at::Tensor bf16_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N) { return multiply(BF16, x, packed, N, 32); }
+at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N) { return multiply(INT8, x, packed, N, 32); }
+at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, int64_t G) {
+  TORCH_CHECK(G > 0 && G % 32 == 0 && x.size(-1) % G == 0, x.size(-1), " inputs do not fall into groups of ", G);
+  return multiply(INT4, x, packed, N, G);
 }
 
-at::Tensor bf16_linear(const at::Tensor& x_any, const at::Tensor& weight) {
-  const at::Tensor x = x_any.contiguous();
-  const int64_t N = weight.size(0);
-  check(x, weight, at::kBFloat16, 2 * N * x.size(-1));
-  if (x.size(0) > MAX_ROWS) return at::mm(x, weight.t());
-  at::Tensor y = at::empty({x.size(0), N}, x.options());
-  const Call c = make_call(x, weight, y, N, 1, nullptr);
-  at::parallel_for(0, N, LANES, [&](int64_t begin, int64_t end) { chosen.bf16_dots(c, begin, end); });
-  return y;
+// Plain rows of bf16 [N, K] as panels; the rows that the last one lacks are zeros. It is done in squares of 16 pairs.
+void pack_bf16(const at::Tensor& weight, at::Tensor& out) {
+  const int64_t N = weight.size(0), K = weight.size(1), n_pairs = K / 2;
+  TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() && K % 2 == 0, "rows of bfloat16 pairs, please");
+  TORCH_CHECK(int64_t(out.nbytes()) == panels(N) * panel_bytes(BF16, K, 1), "the panels have ", out.nbytes(), " bytes");
+  const uint32_t* rows = static_cast<const uint32_t*>(weight.const_data_ptr());
+  uint32_t* packed = static_cast<uint32_t*>(out.data_ptr());
+  at::parallel_for(0, panels(N), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      for (int64_t i = 0; i < n_pairs; i += 16) {
+        const int64_t n = std::min<int64_t>(16, n_pairs - i), n_rows = std::min(LANES, N - p * LANES);
+        uint32_t square[LANES][16] = {};
+        for (int64_t r = 0; r < n_rows; ++r) std::memcpy(square[r], rows + (p * LANES + r) * n_pairs + i, 4 * n);
+        uint32_t* to = packed + (p * n_pairs + i) * LANES;
+        for (int64_t j = 0; j < n; ++j)
+          for (int64_t r = 0; r < LANES; ++r) to[j * LANES + r] = square[r][j];
+      }
+  });
 }
 
 // What a row's spans found, each best, total and out [D], becomes its result.
@@ -374,14 +438,16 @@ std::string variant(const std::string& name) {  // choose by name, "" for the be
 }  // namespace
 
 TORCH_LIBRARY(fast, m) {
+  m.def("pack_bf16(Tensor weight, Tensor(a!) out) -> ()");
   m.def("int8_linear(Tensor x, Tensor packed, int n_out) -> Tensor");
   m.def("int4_linear(Tensor x, Tensor packed, int n_out, int groupsize) -> Tensor");
-  m.def("bf16_linear(Tensor x, Tensor weight) -> Tensor");
+  m.def("bf16_linear(Tensor x, Tensor packed, int n_out) -> Tensor");
   m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor");
   m.def("variant(str name) -> str", variant);
 }
 
 TORCH_LIBRARY_IMPL(fast, CPU, m) {
+  m.impl("pack_bf16", pack_bf16);
   m.impl("int8_linear", int8_linear);
   m.impl("int4_linear", int4_linear);
   m.impl("bf16_linear", bf16_linear);

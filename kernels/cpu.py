@@ -4,7 +4,7 @@
         packed = cpu.pack_int4(weight, scales, zeros)
         y = torch.ops.fast.int4_linear(x, packed, n_out, groupsize)
 
-`int8_linear`, `int4_linear` and `bf16_linear` take x bfloat16 `[M, K]` and give `[M, N]`: one row at the speed of
+`bf16_linear`, `int8_linear` and `int4_linear` take x bfloat16 `[M, K]` and give `[M, N]`: one row at the speed of
 memory, up to 16 without reading a weight twice, more as a product of matrices. `cpu.cpp` says how panels lie.
 `decode_attention` is attention of a few positions over a long cache, for processors where `is_fast()`.
 """
@@ -80,13 +80,19 @@ def _build(source: Path, library: Path) -> None:
 def _register_fakes() -> None:
     """Tell a compiler what the operators return."""
 
-    def quantized(x: Tensor, packed: Tensor, n_out: int, groupsize: int = 0) -> Tensor:
+    def linear(x: Tensor, packed: Tensor, n_out: int, groupsize: int = 0) -> Tensor:
         return x.new_empty(x.shape[0], n_out)
 
-    torch.library.register_fake("fast::int8_linear", quantized)
-    torch.library.register_fake("fast::int4_linear", quantized)
+    for name in ("bf16_linear", "int8_linear", "int4_linear"):
+        torch.library.register_fake(f"fast::{name}", linear)
     torch.library.register_fake("fast::decode_attention", lambda q, k, v, mask: q.new_empty(q.shape))
-    torch.library.register_fake("fast::bf16_linear", lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
+
+
+def pack_bf16(weight: Tensor) -> Tensor:
+    """bfloat16 `[N, K]`, K even, as panels, uint8 `[ceil(N / 16), 32 K]`."""
+    out = _in_huge_pages(-(-weight.shape[0] // LANES), 2 * LANES * weight.shape[1])
+    torch.ops.fast.pack_bf16(weight.contiguous(), out)
+    return out
 
 
 def pack_int8(weight: Tensor, scales: Tensor) -> Tensor:

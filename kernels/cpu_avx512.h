@@ -20,43 +20,54 @@ INLINE_AVX512 __m512bh int8_pairs(const uint8_t* q) {
   return _mm512_cvtne2ps_pbh(high, low);
 }
 
-template <int M>
-AVX512 void int8_rows(const Call& c, const uint8_t* panel, int64_t first, float* out) {
+INLINE_AVX512 __m512bh bf16_pairs(const uint8_t* w) { return (__m512bh)_mm512_loadu_si512(w); }
+
+// bf16 or int8: M rows of x, `x [K / 2, M]` pairs, with one panel.
+template <int M, bool INT8>
+INLINE_AVX512 void plain_rows(const Call& c, const bf16* x, const uint8_t* panel, float* out) {
   constexpr int CHAINS = M > 2 ? 1 : 4 / M;  // enough sums at once to hide the latency of adding to one
+  constexpr int64_t BYTES = INT8 ? 32 : 64;
   __m512 sums[CHAINS][M];
   for (auto& chain : sums)
     for (auto& sum : chain) sum = _mm512_setzero_ps();
-  const bf16* x = c.x + first * c.K;
   const int64_t pairs = c.K / 2;
+  const auto add = [&](int64_t i, __m512* to) AVX512 {
+    const __m512bh w = INT8 ? int8_pairs(panel + BYTES * i) : bf16_pairs(panel + BYTES * i);
+    for (int m = 0; m < M; ++m) to[m] = _mm512_dpbf16_ps(to[m], w, pair_everywhere(x + 2 * (i * M + m)));
+  };
   int64_t i = 0;
   for (; i + CHAINS <= pairs; i += CHAINS)
     for (int a = 0; a < CHAINS; ++a) {
-      if (M > 1 && (i + a) % 2 == 0) fetch(panel + 2 * LANES * (i + a));
-      const __m512bh w = int8_pairs(panel + 2 * LANES * (i + a));
-      for (int m = 0; m < M; ++m) sums[a][m] = _mm512_dpbf16_ps(sums[a][m], w, pair_everywhere(x + m * c.K + 2 * (i + a)));
+      if (M > 1 && (!INT8 || (i + a) % 2 == 0)) fetch(panel + BYTES * (i + a));
+      add(i + a, sums[a]);
     }
-  for (; i < pairs; ++i) {
-    const __m512bh w = int8_pairs(panel + 2 * LANES * i);
-    for (int m = 0; m < M; ++m) sums[0][m] = _mm512_dpbf16_ps(sums[0][m], w, pair_everywhere(x + m * c.K + 2 * i));
-  }
-  const __m512 scales = _mm512_loadu_ps(panel + LANES * c.K);
+  for (; i < pairs; ++i) add(i, sums[0]);
+  const __m512 scales = INT8 ? _mm512_loadu_ps(panel + LANES * c.K) : _mm512_set1_ps(1.f);
   for (int m = 0; m < M; ++m) {
     for (int a = 1; a < CHAINS; ++a) sums[0][m] = _mm512_add_ps(sums[0][m], sums[a][m]);
-    _mm512_storeu_ps(out + (first + m) * LANES, _mm512_mul_ps(sums[0][m], scales));
+    _mm512_storeu_ps(out + m * LANES, _mm512_mul_ps(sums[0][m], scales));
   }
+}
+
+template <int M>
+AVX512 void bf16_rows(const Call& c, const bf16* x, const float*, const uint8_t* panel, float* out) {
+  plain_rows<M, false>(c, x, panel, out);
+}
+
+template <int M>
+AVX512 void int8_rows(const Call& c, const bf16* x, const float*, const uint8_t* panel, float* out) {
+  plain_rows<M, true>(c, x, panel, out);
 }
 
 // 0x4300 | q is 128 + q in bf16: four bits become a number by one shift and one logical operation. What is added that
 // way, 128, and the 8 of q - 8 leave again through the group's sum of x, from which its accumulator starts.
 template <int M>
-AVX512 void int4_rows(const Call& c, const uint8_t* panel, int64_t first, float* out) {
+AVX512 void int4_rows(const Call& c, const bf16* x, const float* x_sums, const uint8_t* panel, float* out) {
   constexpr int CHAINS = M > 2 ? 2 : 4 / M;
   const __m512i low = _mm512_set1_epi32(0x000F000F), magic = _mm512_set1_epi32(0x43004300);
   const int64_t n_groups = c.K / c.G;
   __m512 totals[M];
   for (auto& total : totals) total = _mm512_setzero_ps();
-  const bf16* x = c.x + first * c.K;
-  const float* x_sums = c.sums + first * n_groups;
   for (int64_t g = 0; g < n_groups; ++g) {
     __m512 sums[CHAINS][M];
     for (int m = 0; m < M; ++m) {
@@ -71,7 +82,7 @@ AVX512 void int4_rows(const Call& c, const uint8_t* panel, int64_t first, float*
     const __m512i bits = _mm512_ternarylogic_epi32(_mm512_srli_epi32(words, 4 * j), low, magic, 0xEA);             \
     for (int m = 0; m < M; ++m)                                                                                   \
       sums[j % CHAINS][m] = _mm512_dpbf16_ps(sums[j % CHAINS][m], (__m512bh)bits,                                 \
-                                             pair_everywhere(x + m * c.K + g * c.G + i + 2 * j));                 \
+                                             pair_everywhere(x + M * (g * c.G + i + 2 * j) + 2 * m));             \
   }
       FOUR_BITS(0) FOUR_BITS(1) FOUR_BITS(2) FOUR_BITS(3)
 #undef FOUR_BITS
@@ -86,7 +97,7 @@ AVX512 void int4_rows(const Call& c, const uint8_t* panel, int64_t first, float*
       totals[m] = _mm512_fmadd_ps(zeros, _mm512_set1_ps(x_sums[m * n_groups + g]), totals[m]);
     }
   }
-  for (int m = 0; m < M; ++m) _mm512_storeu_ps(out + (first + m) * LANES, totals[m]);
+  for (int m = 0; m < M; ++m) _mm512_storeu_ps(out + m * LANES, totals[m]);
 }
 
 // For many rows of x two panels at a time, K_AT_ONCE inputs of each unpacked to bf16 pairs, which then stay in the
@@ -119,14 +130,14 @@ INLINE_AVX512 void int4_unpack(const uint8_t* panel, int64_t n, int64_t G, bf16*
   }
 }
 
+// `x [M, c.K]` times two panels' pairs for n inputs, added to out `[M, 16]` and `[c.M, 16]` further on.
 template <int M>
-AVX512 void pairs_rows(const Call& c, const bf16* pairs, int64_t k, int64_t n, int64_t first, float* out) {
+AVX512 void pairs_rows(const Call& c, const bf16* x, const bf16* const* pairs, int64_t n, float* out) {
   __m512 sums[2][M];
   for (int h = 0; h < 2; ++h)
-    for (int m = 0; m < M; ++m) sums[h][m] = _mm512_loadu_ps(out + (h * c.M + first + m) * LANES);
-  const bf16* x = c.x + first * c.K + k;
+    for (int m = 0; m < M; ++m) sums[h][m] = _mm512_loadu_ps(out + (h * c.M + m) * LANES);
   for (int64_t i = 0; i < n / 2; ++i) {
-    const __m512bh a = pairs_at(pairs + 32 * i), b = pairs_at(pairs + LANES * K_AT_ONCE + 32 * i);
+    const __m512bh a = pairs_at(pairs[0] + 32 * i), b = pairs_at(pairs[1] + 32 * i);
     for (int m = 0; m < M; ++m) {
       const __m512bh inputs = pair_everywhere(x + m * c.K + 2 * i);
       sums[0][m] = _mm512_dpbf16_ps(sums[0][m], a, inputs);
@@ -134,85 +145,37 @@ AVX512 void pairs_rows(const Call& c, const bf16* pairs, int64_t k, int64_t n, i
     }
   }
   for (int h = 0; h < 2; ++h)
-    for (int m = 0; m < M; ++m) _mm512_storeu_ps(out + (h * c.M + first + m) * LANES, sums[h][m]);
+    for (int m = 0; m < M; ++m) _mm512_storeu_ps(out + (h * c.M + m) * LANES, sums[h][m]);
 }
 
-// R rows of the weight at a time, so that what is loaded of x serves them all.
-template <int M, int R>
-INLINE_AVX512 void bf16_block(const Call& c, int64_t first, int64_t n) {
-  constexpr int CHAINS = M * R > 2 ? 1 : 4 / (M * R);
-  __m512 sums[CHAINS][M][R];
-  for (auto& chain : sums)
-    for (auto& row : chain)
-      for (auto& sum : row) sum = _mm512_setzero_ps();
-  const bf16 *x = c.x + first * c.K, *w = reinterpret_cast<const bf16*>(c.w) + n * c.K;
-  int64_t k = 0;
-  for (; k + 32 * CHAINS <= c.K; k += 32 * CHAINS)
-    for (int a = 0; a < CHAINS; ++a) {
-      __m512bh weights[R];
-      for (int r = 0; r < R; ++r) {
-        if (R > 1) _mm_prefetch((const char*)(w + (r + R) * c.K + k), _MM_HINT_T1);  // the next R rows
-        weights[r] = pairs_at(w + r * c.K + k + 32 * a);
-      }
-      for (int m = 0; m < M; ++m) {
-        const __m512bh inputs = pairs_at(x + m * c.K + k + 32 * a);
-        for (int r = 0; r < R; ++r) sums[a][m][r] = _mm512_dpbf16_ps(sums[a][m][r], weights[r], inputs);
-      }
-    }
-  for (int m = 0; m < M; ++m)
-    for (int r = 0; r < R; ++r) {
-      for (int a = 1; a < CHAINS; ++a) sums[0][m][r] = _mm512_add_ps(sums[0][m][r], sums[a][m][r]);
-      float total = _mm512_reduce_add_ps(sums[0][m][r]);
-      for (int64_t i = k; i < c.K; ++i) total += to_float(w[r * c.K + i]) * to_float(x[m * c.K + i]);
-      c.y[(first + m) * c.N + n + r] = to_bf16(total);
-    }
-}
+AVX512 void bf16_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(bf16_rows, FEW_ROWS) }
+AVX512 void int8_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(int8_rows, FEW_ROWS) }
+AVX512 void int4_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(int4_rows, FEW_ROWS) }
 
-template <int M>
-AVX512 void bf16_rows(const Call& c, int64_t first, int64_t begin, int64_t end) {
-  constexpr int R = M <= 2 ? 1 : M <= 6 ? 4 : 3;  // as many sums as the registers hold
-  int64_t n = begin;
-  for (; n + R <= end; n += R) bf16_block<M, R>(c, first, n);
-  for (; n < end; ++n) bf16_block<M, 1>(c, first, n);
-}
-
-#define UP_TO_8_ROWS(function, ...)                   \
-  for (int64_t m = 0; m < c.M; m += 8) switch (std::min<int64_t>(c.M - m, 8)) { \
-      case 1: function<1>(__VA_ARGS__); break;        \
-      case 2: function<2>(__VA_ARGS__); break;        \
-      case 3: function<3>(__VA_ARGS__); break;        \
-      case 4: function<4>(__VA_ARGS__); break;        \
-      case 5: function<5>(__VA_ARGS__); break;        \
-      case 6: function<6>(__VA_ARGS__); break;        \
-      case 7: function<7>(__VA_ARGS__); break;        \
-      case 8: function<8>(__VA_ARGS__); break;        \
-    }
-
-AVX512 void int8_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(int8_rows, c, panel, m, out) }
-AVX512 void int4_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(int4_rows, c, panel, m, out) }
-
-template <bool INT4>
+template <Kind KIND>
 AVX512 void many_avx512(const Call& c, int64_t begin, int64_t end) {
-  const int64_t bytes = INT4 ? int4_panel(c.K, c.G) : int8_panel(c.K);
+  const int64_t bytes = panel_bytes(KIND, c.K, c.G);
   std::vector<float> out(2 * c.M * LANES);
-  std::vector<bf16> pairs(2 * K_AT_ONCE * LANES);
+  std::vector<bf16> unpacked(KIND == BF16 ? 0 : 2 * K_AT_ONCE * LANES);
   for (int64_t p = begin; p < end; p += 2) {
     std::fill(out.begin(), out.end(), 0.f);
     for (int64_t k = 0; k < c.K; k += K_AT_ONCE) {
       const int64_t n = std::min(K_AT_ONCE, c.K - k);
+      const bf16* pairs[2];
       for (int64_t h = 0; h < 2; ++h) {
         const uint8_t* panel = c.w + std::min(p + h, end - 1) * bytes;  // the last one twice if they are odd
-        bf16* half = pairs.data() + h * K_AT_ONCE * LANES;
-        if (INT4)
-          int4_unpack(panel + int4_panel(k, c.G), n, c.G, half);
-        else
-          int8_unpack(panel + LANES * k, n, half);
+        bf16* half = unpacked.data() + h * K_AT_ONCE * LANES;
+        pairs[h] = KIND == BF16 ? reinterpret_cast<const bf16*>(panel) + LANES * k : half;
+        if (KIND == INT8) int8_unpack(panel + LANES * k, n, half);
+        if (KIND == INT4) int4_unpack(panel + panel_bytes(INT4, k, c.G), n, c.G, half);
       }
-      UP_TO_8_ROWS(pairs_rows, c, pairs.data(), k, n, m, out.data())
+      int64_t m = 0;
+      for (; m + 8 <= c.M; m += 8) pairs_rows<8>(c, c.x + m * c.K + k, pairs, n, out.data() + m * LANES);
+      for (; m < c.M; ++m) pairs_rows<1>(c, c.x + m * c.K + k, pairs, n, out.data() + m * LANES);
     }
     for (int64_t h = 0; h < std::min<int64_t>(2, end - p); ++h) {
       float* half = out.data() + h * c.M * LANES;
-      if (!INT4) {
+      if (KIND == INT8) {
         const __m512 scales = _mm512_loadu_ps(c.w + (p + h) * bytes + LANES * c.K);
         for (int64_t m = 0; m < c.M; ++m)
           _mm512_storeu_ps(half + m * LANES, _mm512_mul_ps(_mm512_loadu_ps(half + m * LANES), scales));
@@ -221,4 +184,3 @@ AVX512 void many_avx512(const Call& c, int64_t begin, int64_t end) {
     }
   }
 }
-AVX512 void bf16_avx512(const Call& c, int64_t begin, int64_t end) { UP_TO_8_ROWS(bf16_rows, c, m, begin, end) }

@@ -25,6 +25,7 @@ from conftest import GROWTH
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_model, open_checkpoint, save_checkpoint
+from linear import pack_linears
 from model import ModelArgs, RopeScaling
 
 ROOT = Path(__file__).parent.parent
@@ -110,12 +111,12 @@ def test_tied_embeddings_are_one_tensor_on_disk_and_in_memory(copy, tmp_path):
     directory = copy("llama-tied")
     tensors = load_file(directory / "model.safetensors")
     assert "lm_head.weight" not in tensors
-    expected = load_model(directory)
+    expected = load_model(directory, dtype=torch.float32)
     assert expected.output.weight is expected.tok_embeddings.weight
     tensors["lm_head.weight"] = torch.ones(128, 64)  # some files hold it all the same
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(tensors, directory / "model.safetensors")
-    assert same_model(load_model(directory), expected)
+    assert same_model(load_model(directory, dtype=torch.float32), expected)
     save_ours(tmp_path / "model.pth", open_checkpoint(directory))
     assert "output.weight" not in torch.load(tmp_path / "model.pth", weights_only=True)["model"]
 
@@ -123,14 +124,16 @@ def test_tied_embeddings_are_one_tensor_on_disk_and_in_memory(copy, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype_is_converted_on_the_way(tiny, dtype):
     exact, rounded = (load_model(tiny("qwen2")[1], dtype=d) for d in (torch.float32, dtype))
-    assert same_model(exact.to(dtype), rounded)
+    pack_linears(exact.to(dtype), dtype)
+    assert same_model(exact, rounded)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_load_onto_the_gpu(tiny):
     directory = tiny("llama-bias")[1]
-    assert same_model(load_model(directory, device="cuda").cpu(), load_model(directory))
+    on_gpu, expected = (load_model(directory, device=d, dtype=torch.float16) for d in ("cuda", "cpu"))
+    assert same_model(on_gpu.cpu(), expected)
 
 
 # --- Meta's files ---------------------------------------------------------------------------------------------------
@@ -452,13 +455,17 @@ WATCH = f"""
 import sys
 {GROWTH}
 from checkpoint import load_model
+from kernels import cpu
+cpu.load()
 sys.path.insert(0, "scripts")
 from convert_hf_checkpoint import convert
 
 path = Path(sys.argv[1])
-print("grew", growth(lambda: convert(path, torch.bfloat16)))
-print("grew", growth(lambda: load_model(path / "model.pth")))
+print("grew", growth(lambda: convert(path, torch.float16)))
+print("grew", growth(lambda: load_model(path / "model.pth", dtype=torch.float16)))
 print("grew", growth(lambda: load_model(path, dtype=torch.float16)))
+convert(path, torch.bfloat16)
+print("grew", growth(lambda: load_model(path / "model.pth")))
 """
 
 
@@ -483,8 +490,11 @@ def test_anonymous_memory_is_bounded(tmp_path):
     del shards, shard
     done = run(sys.executable, "-c", WATCH, str(tmp_path))
     assert done.returncode == 0, done.stderr
-    converted, mapped, stacked = (int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("grew"))
+    converted, mapped, stacked, packed = (
+        int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("grew")
+    )
     assert (tmp_path / "model.pth").stat().st_size > 230e6
     assert converted < 40  # whatever the conversion needs, it is no copy of the model
     assert mapped < 20  # the file's own pages
     assert stacked < 190
+    assert packed < 290  # one copy, whose weights are packed one by one

@@ -75,7 +75,9 @@ def test_products(variant, rows, threads):
     try:
         for n, k in SHAPES if rows < 100 else [(40, 320)]:
             x, weight = normal(rows, k).bfloat16(), normal(n, k)
-            assert close(torch.ops.fast.bf16_linear(x, weight.bfloat16()), x.float() @ weight.bfloat16().float().T)
+            rounded = weight.bfloat16()
+            y = torch.ops.fast.bf16_linear(x, cpu.pack_bf16(rounded), n)
+            assert close(y, x.float() @ rounded.float().T)
             module = Int8Linear.from_float(weight)
             y = torch.ops.fast.int8_linear(x, pack(module), n)
             assert close(y, x.float() @ module.dequantize(torch.float32).T)
@@ -91,7 +93,7 @@ def test_rows_are_what_they_are_alone(variant):
     """A row of a batch, or of a verified draft, is what it is on its own, but for rounding."""
     x, weight = normal(6, 256).bfloat16(), normal(48, 256)
     for multiply in (
-        lambda x: torch.ops.fast.bf16_linear(x, weight.bfloat16()),
+        lambda x: torch.ops.fast.bf16_linear(x, cpu.pack_bf16(weight.bfloat16()), 48),
         lambda x: torch.ops.fast.int8_linear(x, pack(Int8Linear.from_float(weight)), 48),
         lambda x: torch.ops.fast.int4_linear(x, pack(Int4Linear.from_float(weight, groupsize=32)), 48, 32),
     ):
@@ -112,7 +114,7 @@ def test_operators_keep_pytorchs_rules():
     torch.library.opcheck(torch.ops.fast.int8_linear.default, (x, pack(module), 40))
     module = Int4Linear.from_float(normal(40, 64), groupsize=32)
     torch.library.opcheck(torch.ops.fast.int4_linear.default, (x, pack(module), 40, 32))
-    torch.library.opcheck(torch.ops.fast.bf16_linear.default, (x, normal(40, 64).bfloat16()))
+    torch.library.opcheck(torch.ops.fast.bf16_linear.default, (x, cpu.pack_bf16(normal(40, 64).bfloat16()), 40))
 
 
 def test_a_weight_of_another_size_is_refused():
@@ -122,8 +124,8 @@ def test_a_weight_of_another_size_is_refused():
 
 
 def test_a_weight_of_another_type_is_refused():
-    with pytest.raises(RuntimeError, match="the weight is Half, not BFloat16"):
-        torch.ops.fast.bf16_linear(normal(1, 64).bfloat16(), normal(40, 64).half())
+    with pytest.raises(RuntimeError, match="the weight is BFloat16, not packed in bytes"):
+        torch.ops.fast.bf16_linear(normal(1, 64).bfloat16(), normal(40, 64).bfloat16(), 40)
 
 
 @pytest.mark.parametrize("groupsize", [0, 64])
