@@ -10,7 +10,7 @@ INLINE_AVX512 __m512bh pair_everywhere(const bf16* x) {  // two neighbours of x 
   return (__m512bh)_mm512_set1_epi32(both);
 }
 
-// With several rows of x there is so much to do per cache line that the processor does not look far enough ahead.
+// Where there is much to do per cache line, the processor does not look far enough ahead.
 INLINE_AVX512 void fetch(const void* weights) { _mm_prefetch((const char*)weights + 4096, _MM_HINT_NTA); }
 
 // int8 to bf16 by way of float32: 8 bits of magnitude are more than a bf16's 7 behind the leading one, so no bit trick.
@@ -38,7 +38,7 @@ INLINE_AVX512 void plain_rows(const Call& c, const bf16* x, const uint8_t* panel
   int64_t i = 0;
   for (; i + CHAINS <= pairs; i += CHAINS)
     for (int a = 0; a < CHAINS; ++a) {
-      if (M > 1 && (!INT8 || (i + a) % 2 == 0)) fetch(panel + BYTES * (i + a));
+      if (INT8 ? (i + a) % 2 == 0 : M > 1) fetch(panel + BYTES * (i + a));
       add(i + a, sums[a]);
     }
   for (; i < pairs; ++i) add(i, sums[0]);
@@ -75,7 +75,7 @@ AVX512 void int4_rows(const Call& c, const bf16* x, const float* x_sums, const u
       for (int a = 1; a < CHAINS; ++a) sums[a][m] = _mm512_setzero_ps();
     }
     for (int64_t i = 0; i < c.G; i += 8, panel += LANES * 4) {
-      if (M > 1) fetch(panel);
+      fetch(panel);
       const __m512i words = _mm512_loadu_si512(panel);
 #define FOUR_BITS(j)                                                                                              \
   {                                                                                                               \
