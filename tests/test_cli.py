@@ -30,6 +30,7 @@ from conftest import make_tiny
 
 import decoding
 import generate
+import rows
 from checkpoint import load_model
 from decoding import build_steps, stream
 from generate import DEMO
@@ -276,7 +277,7 @@ def converse(main, monkeypatch):
                 return next(typed)
             raise EOFError
 
-        monkeypatch.setattr(generate, "stream", spy)
+        monkeypatch.setattr(rows, "stream", spy)
         monkeypatch.setattr("builtins.input", ask)
         code, out, err = main("--interactive", *flags, **options)
         assert (code, err) == (0, "")
@@ -343,7 +344,7 @@ def test_a_full_cache_starts_the_conversation_over(converse):
 
 
 def test_ctrl_c_stops_the_answer_and_the_next_is_right(converse, main, monkeypatch):
-    row_put, n = generate.Row.put, 0
+    row_put, n = rows.Row.put, 0
 
     def put(self, token):
         nonlocal n
@@ -352,7 +353,7 @@ def test_ctrl_c_stops_the_answer_and_the_next_is_right(converse, main, monkeypat
             raise KeyboardInterrupt
         return row_put(self, token)
 
-    monkeypatch.setattr(generate.Row, "put", put)
+    monkeypatch.setattr(rows.Row, "put", put)
     out, calls = converse(["The list", "A module"])
     first, second = out.split("\n")[:2]
     whole = converse(["The list"])[0].split("\n")[0]
