@@ -20,7 +20,7 @@ import torch
 from checkpoint import check_device, load_model
 from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
 from linear import kernels_missing
-from metrics import bytes_per_step, count_parameters, describe, parameter_bytes, report, write_json
+from metrics import bytes_per_step, check_writable, count_parameters, describe, parameter_bytes, report, write_json
 from model import Transformer
 from rows import Row, run_rows
 from sampling import Sampling
@@ -36,7 +36,7 @@ from speculative import (
     speculate,
     warm_up_speculation,
 )
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer, read_text
 from tp import ALONE, Ranks, measure_collectives
 
 DEMO = Path(__file__).resolve().parent / "demo" / "target"
@@ -103,10 +103,7 @@ def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: i
     if args.prompt_file is None:
         texts = [args.prompt] * (args.batch_size or 1)
     else:
-        try:
-            texts = [line for line in args.prompt_file.read_text(encoding="utf-8").split("\n") if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{args.prompt_file} is not UTF-8 text: {error}") from None
+        texts = [line for line in read_text(args.prompt_file).split("\n") if line.strip()]
         if not texts:
             raise ValueError(f"{args.prompt_file} holds no prompt: write one per line")
     prompts = []
@@ -135,14 +132,16 @@ def check_args(args: argparse.Namespace) -> None:
         others = {"prompt_file": None, "batch_size": None, "num_samples": 1, "metrics_path": None, "profile": None}
         if unfit := [f"--{name}" for name, default in others.items() if getattr(args, name) != default]:
             raise ValueError(f"--interactive is a conversation of one: leave out {', '.join(unfit)}")
+        if sys.stdin is None:
+            raise ValueError("--interactive reads from stdin, which is closed")
     check_speculation(args)
     if args.system is not None and not (args.chat or args.interactive):
         raise ValueError("--system needs --chat or --interactive")
     if "" in args.stop:
         raise ValueError("--stop needs a text that is not empty")
     for path in (args.metrics_path, args.profile):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"cannot write {path}: {path.absolute().parent} is not a directory")
+        if path is not None:
+            check_writable(path)
     if (args.compile or args.compile_prefill) and (lacking := missing_compiler()):
         print(f"{lacking}: going on without --compile", file=sys.stderr)
         args.compile = args.compile_prefill = False
@@ -216,7 +215,7 @@ def run_sample(
         if len(rows) == 1:
             print(text, end="", flush=True)
         elif rows[i].finish_reason:
-            print(f"[{i + 1}] {beginnings[i]}{rows[i].text}", flush=True)
+            print(f"[{i + 1}] {beginnings[i]}{rows[i].text}\n", flush=True)
 
     if len(rows) == 1:
         print(beginnings[0], end="", flush=True)
@@ -240,7 +239,7 @@ def run_sample(
         "bytes_per_token": nbytes,
         "bandwidth_gb_s": n_steps * nbytes / (seconds - ttft) / 1e9 if n_steps else None,
     }
-    print(f"\n\n  {describe(figures)}\n", flush=True)
+    print("\n\n" if len(rows) == 1 else "", f"  {describe(figures)}\n", sep="", flush=True)
     return figures
 
 
@@ -328,6 +327,7 @@ def profiled(path: Path | None):
     if path is None:
         yield
         return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells stderr when it starts and stops
     with torch.profiler.profile() as profile:
         yield
     profile.export_chrome_trace(str(path))

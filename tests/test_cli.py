@@ -235,8 +235,8 @@ def test_max_new_tokens_is_cut_to_what_fits(main, checkpoint):
 
 
 def test_profile_is_a_chrome_trace(main, tmp_path):
-    code, out, _ = main("--profile", tmp_path / "trace.json", "--num_samples", 2)
-    assert code == 0
+    code, out, err = main("--profile", tmp_path / "trace.json", "--num_samples", 2)
+    assert (code, err) == (0, "")
     assert f"trace: {tmp_path / 'trace.json'}" in out
     names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert "aten::scaled_dot_product_attention" in names
@@ -480,6 +480,7 @@ def test_a_reader_may_leave_early(checkpoint):
             "cannot write no/such/folder/x.json: .*folder is not a directory",
         ),
         (["--profile", "no/such/folder/x.json"], "cannot write no/such/folder/x.json"),
+        (["--metrics_path", ROOT], f"cannot write {ROOT}: it is a directory"),
         (["--prompt_file", "no/such/file.txt"], "no/such/file.txt"),
         (["--prompt_file", ROOT], str(ROOT)),
         (["--stop", ""], "--stop needs a text that is not empty"),
@@ -493,6 +494,13 @@ def test_bad_flags(main, flags, message):
     code, _, err = main(*flags)
     assert code == 2
     assert_one_error(err, message)
+
+
+def test_a_conversation_without_stdin(main, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # as under `<&-`
+    code, _, err = main("--interactive")
+    assert code == 2
+    assert_one_error(err, "--interactive reads from stdin, which is closed")
 
 
 def assert_one_error(err: str, message: str) -> None:
