@@ -94,11 +94,11 @@ def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> t
     return model, load_tokenizer(path if path.is_dir() else path.parent)
 
 
-def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
-    """The prompts' token ids. Raises ValueError for an empty prompt and what a template refuses."""
+def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int, limit: int) -> list[list[int]]:
+    """The prompts' token ids. Raises ValueError for an empty or too long prompt and what a template refuses."""
     if args.prompt_file is None and args.prompt.isdecimal():
-        if int(args.prompt) < 1:
-            raise ValueError(f"--prompt {args.prompt}: a made-up prompt needs at least one token")
+        if not 1 <= int(args.prompt) <= limit:
+            raise ValueError(f"--prompt {args.prompt}: a made-up prompt must have 1 to {limit} tokens")
         return [torch.randint(vocab_size, (int(args.prompt),)).tolist()] * (args.batch_size or 1)
     if args.prompt_file is None:
         texts = [args.prompt] * (args.batch_size or 1)
@@ -117,6 +117,8 @@ def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: i
             prompts.append(tokenizer.encode(text))
     if not all(prompts):
         raise ValueError("the prompt is empty and this model has no token to begin with: give at least one word")
+    if (longest := max(map(len, prompts))) > limit:
+        raise ValueError(f"the prompt has {longest} tokens, but there is room for {limit}: shorten it")
     return prompts
 
 
@@ -273,10 +275,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     context = min(part.args.context_length for part in (model, draft) if part is not None)
     if args.interactive:
         return chat(args, sampling, model, draft, tokenizer, args.max_seq_length or min(context, 4096), ranks)
-    prompts = encode_prompts(args, tokenizer, model.args.vocab_size)
-    longest, limit = max(map(len, prompts)), args.max_seq_length or context
-    if longest > limit:
-        raise ValueError(f"the prompt has {longest} tokens, but there is room for {limit}: shorten it")
+    limit = args.max_seq_length or context
+    prompts = encode_prompts(args, tokenizer, model.args.vocab_size, limit)
+    longest = max(map(len, prompts))
     if longest + args.max_new_tokens - 1 > limit:  # the last token is not cached
         args.max_new_tokens = limit - longest + 1
         print(f"{args.max_new_tokens} new tokens fit behind the prompt's {longest}: stopping there", file=sys.stderr)

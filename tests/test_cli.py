@@ -472,8 +472,9 @@ def test_a_reader_may_leave_early(checkpoint):
         (["--max_seq_length", 3], "the prompt has [0-9]+ tokens, but there is room for 3: shorten it"),
         (["--max_seq_length", CONTEXT + 1], f"1 x {CONTEXT + 1} positions does not fit: .* 1 to {CONTEXT} positions"),
         (["--max_seq_length", CONTEXT + 1, "--interactive"], f"1 to {CONTEXT} positions"),
-        (["--prompt", CONTEXT + 1], f"the prompt has {CONTEXT + 1} tokens, but there is room for {CONTEXT}"),
-        (["--prompt", 0], "--prompt 0: a made-up prompt needs at least one token"),
+        (["--prompt", CONTEXT + 1], f"--prompt {CONTEXT + 1}: a made-up prompt must have 1 to {CONTEXT} tokens"),
+        (["--prompt", 0], f"--prompt 0: a made-up prompt must have 1 to {CONTEXT} tokens"),
+        (["--prompt", 10**20], f"--prompt {10**20}: a made-up prompt must have"),
         (["--device", "no-such-device"], "--device no-such-device cannot be used here"),
         (
             ["--metrics_path", "no/such/folder/x.json"],
