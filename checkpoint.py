@@ -425,7 +425,7 @@ def _load_torch(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{path}: not a whole torch file: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: not a whole torch file: {str(error).splitlines()[0].partition('. ')[0]}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors")
     return content

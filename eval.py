@@ -132,6 +132,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--output_path holds the results of --tasks, and there are none")
     if args.output_path is not None:
         args.output_path.mkdir(parents=True, exist_ok=True)
+    if args.compile and args.tasks is None:
+        print("--compile is for --tasks: --perplexity goes without", file=sys.stderr)
+        args.compile = False
     if args.compile and (lacking := missing_compiler()):
         print(f"{lacking}: going on without --compile", file=sys.stderr)
         args.compile = False

@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ import torch
 from checkpoint import check_device, load_model
 from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
 from linear import kernels_missing
-from metrics import bytes_per_step, count_parameters, describe, parameter_bytes, report, write_json
+from metrics import bytes_per_step, check_writable, count_parameters, describe, parameter_bytes, report, write_json
 from model import Transformer
+from rows import Row, run_rows
 from sampling import Sampling
 from speculative import (
     MAX_K,
@@ -36,88 +36,10 @@ from speculative import (
     speculate,
     warm_up_speculation,
 )
-from tokenizer import IncrementalDecoder, Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer, read_text
 from tp import ALONE, Ranks, measure_collectives
 
 DEMO = Path(__file__).resolve().parent / "demo" / "target"
-
-# ---- What comes out: text and figures.
-
-
-class Row:
-    """One row of a batch: turns its token ids into text, ends it at a stop id, a stop string or `max_new_tokens`.
-
-    `finish_reason` is None until it ends, then "stop" or "length". A stop string is not part of `text`.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int, stop_strings: list[str]):
-        self.prompt, self.tokens, self.text = prompt, [], ""
-        self.finish_reason: str | None = None
-        self.times: list[float] = []
-        self._decoder = IncrementalDecoder(tokenizer)
-        for token in prompt:  # the first word after the prompt keeps its space
-            self._decoder.put(token)
-        self._max_new_tokens, self._stop_ids, self._stop_strings = max_new_tokens, tokenizer.stop_ids, stop_strings
-        self._shown = 0
-
-    def put(self, token: int) -> str:
-        """Take the next token; return the text that is certain now, without what may begin a stop string."""
-        self.tokens.append(token)
-        self.times.append(time.perf_counter())
-        if token in self._stop_ids:
-            self.finish_reason = "stop"
-        else:
-            self.text += self._decoder.put(token)
-            if len(self.tokens) == self._max_new_tokens:
-                self.finish_reason = "length"
-        if self.finish_reason:
-            self.text += self._decoder.finish()
-        hits = [at for stop in self._stop_strings if (at := self.text.find(stop, self._shown)) >= 0]
-        if hits:
-            self.finish_reason, self.text = "stop", self.text[: min(hits)]
-        beginnings = (n for stop in self._stop_strings for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
-        held = 0 if self.finish_reason else max(beginnings, default=0)
-        shown, self._shown = self._shown, len(self.text) - held
-        return self.text[shown : self._shown]
-
-    def figures(self, start: float) -> dict[str, Any]:
-        """The row's entry in `--metrics_path`; `start` is when the prefill began. Rates are tokens per second."""
-        ttft, decoding = self.times[0] - start, self.times[-1] - self.times[0]
-        return {
-            "prompt_tokens": self.prompt,
-            "tokens": self.tokens,
-            "text": self.text,
-            "finish_reason": self.finish_reason,
-            "ttft_s": ttft,
-            "prefill_tokens_per_s": len(self.prompt) / ttft,
-            "decode_tokens_per_s": (len(self.tokens) - 1) / decoding if decoding else None,
-        }
-
-
-def run_rows(
-    steps: Steps | SpeculativeSteps,
-    rows: list[Row],
-    max_new_tokens: int,
-    show: Callable[[int, str], None],
-    cached: int = 0,
-    acceptance: Acceptance | None = None,
-) -> None:
-    """Generate until every row has ended, calling `show(row index, text)` as text becomes certain."""
-    prompts = [row.prompt[cached:] for row in rows]
-    if isinstance(steps, SpeculativeSteps):
-        brought = speculate(steps, prompts, max_new_tokens, cached)
-    else:
-        brought = (Step([[token] for token in tokens]) for tokens in stream(steps, prompts, max_new_tokens, cached))
-    for n, step in enumerate(brought):
-        if acceptance is not None and n > 0:
-            acceptance.add(step, [row.finish_reason is None for row in rows])
-        for i, row in enumerate(rows):
-            for token in step.ids[i]:
-                if row.finish_reason is None:  # what was accepted behind a row's end is not its text
-                    show(i, row.put(token))
-        if all(row.finish_reason for row in rows):
-            return
-
 
 # ---- The command line.
 
@@ -172,19 +94,16 @@ def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> t
     return model, load_tokenizer(path if path.is_dir() else path.parent)
 
 
-def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
-    """The prompts' token ids. Raises ValueError for an empty prompt and what a template refuses."""
+def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int, limit: int) -> list[list[int]]:
+    """The prompts' token ids. Raises ValueError for an empty or too long prompt and what a template refuses."""
     if args.prompt_file is None and args.prompt.isdecimal():
-        if int(args.prompt) < 1:
-            raise ValueError(f"--prompt {args.prompt}: a made-up prompt needs at least one token")
+        if not 1 <= int(args.prompt) <= limit:
+            raise ValueError(f"--prompt {args.prompt}: a made-up prompt must have 1 to {limit} tokens")
         return [torch.randint(vocab_size, (int(args.prompt),)).tolist()] * (args.batch_size or 1)
     if args.prompt_file is None:
         texts = [args.prompt] * (args.batch_size or 1)
     else:
-        try:
-            texts = [line for line in args.prompt_file.read_text(encoding="utf-8").split("\n") if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{args.prompt_file} is not UTF-8 text: {error}") from None
+        texts = [line for line in read_text(args.prompt_file).split("\n") if line.strip()]
         if not texts:
             raise ValueError(f"{args.prompt_file} holds no prompt: write one per line")
     prompts = []
@@ -198,6 +117,8 @@ def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: i
             prompts.append(tokenizer.encode(text))
     if not all(prompts):
         raise ValueError("the prompt is empty and this model has no token to begin with: give at least one word")
+    if (longest := max(map(len, prompts))) > limit:
+        raise ValueError(f"the prompt has {longest} tokens, but there is room for {limit}: shorten it")
     return prompts
 
 
@@ -213,14 +134,16 @@ def check_args(args: argparse.Namespace) -> None:
         others = {"prompt_file": None, "batch_size": None, "num_samples": 1, "metrics_path": None, "profile": None}
         if unfit := [f"--{name}" for name, default in others.items() if getattr(args, name) != default]:
             raise ValueError(f"--interactive is a conversation of one: leave out {', '.join(unfit)}")
+        if sys.stdin is None:
+            raise ValueError("--interactive reads from stdin, which is closed")
     check_speculation(args)
     if args.system is not None and not (args.chat or args.interactive):
         raise ValueError("--system needs --chat or --interactive")
     if "" in args.stop:
         raise ValueError("--stop needs a text that is not empty")
     for path in (args.metrics_path, args.profile):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"cannot write {path}: {path.absolute().parent} is not a directory")
+        if path is not None:
+            check_writable(path)
     if (args.compile or args.compile_prefill) and (lacking := missing_compiler()):
         print(f"{lacking}: going on without --compile", file=sys.stderr)
         args.compile = args.compile_prefill = False
@@ -294,7 +217,7 @@ def run_sample(
         if len(rows) == 1:
             print(text, end="", flush=True)
         elif rows[i].finish_reason:
-            print(f"[{i + 1}] {beginnings[i]}{rows[i].text}", flush=True)
+            print(f"[{i + 1}] {beginnings[i]}{rows[i].text}\n", flush=True)
 
     if len(rows) == 1:
         print(beginnings[0], end="", flush=True)
@@ -318,7 +241,7 @@ def run_sample(
         "bytes_per_token": nbytes,
         "bandwidth_gb_s": n_steps * nbytes / (seconds - ttft) / 1e9 if n_steps else None,
     }
-    print(f"\n\n  {describe(figures)}\n", flush=True)
+    print("\n\n" if len(rows) == 1 else "", f"  {describe(figures)}\n", sep="", flush=True)
     return figures
 
 
@@ -352,10 +275,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     context = min(part.args.context_length for part in (model, draft) if part is not None)
     if args.interactive:
         return chat(args, sampling, model, draft, tokenizer, args.max_seq_length or min(context, 4096), ranks)
-    prompts = encode_prompts(args, tokenizer, model.args.vocab_size)
-    longest, limit = max(map(len, prompts)), args.max_seq_length or context
-    if longest > limit:
-        raise ValueError(f"the prompt has {longest} tokens, but there is room for {limit}: shorten it")
+    limit = args.max_seq_length or context
+    prompts = encode_prompts(args, tokenizer, model.args.vocab_size, limit)
+    longest = max(map(len, prompts))
     if longest + args.max_new_tokens - 1 > limit:  # the last token is not cached
         args.max_new_tokens = limit - longest + 1
         print(f"{args.max_new_tokens} new tokens fit behind the prompt's {longest}: stopping there", file=sys.stderr)
@@ -406,6 +328,7 @@ def profiled(path: Path | None):
     if path is None:
         yield
         return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells stderr when it starts and stops
     with torch.profiler.profile() as profile:
         yield
     profile.export_chrome_trace(str(path))

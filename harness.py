@@ -24,8 +24,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 from tqdm import tqdm
 
 from decoding import Steps, build_steps, set_compile_flags, stream
-from generate import DEMO, Row, load, resolve_device
+from generate import DEMO, load, resolve_device
 from model import Transformer
+from rows import Row
 from sampling import Sampling
 from scoring import Scorer, parse_batch_size
 from tokenizer import Tokenizer

@@ -121,6 +121,17 @@ def _median(values: list[float | None]) -> float | None:
     return median(present) if present else None
 
 
+def check_writable(path: Path) -> None:
+    """Raise ValueError where the file `path` could not be made, before time is spent on what it is to hold."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"cannot write {path}: {folder} is not a directory")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a directory")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write {path}: no permission to write in {folder}")
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write `data` to `path`, whole or not at all."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

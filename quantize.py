@@ -21,8 +21,9 @@ from tqdm import tqdm
 from checkpoint import Checkpoint, check_device, open_checkpoint, save_checkpoint
 from gptq import check_finite, gptq_linears, read_weight
 from linear import GROUP_SIZES, LINEARS, quantized_linears, swap_linears
+from metrics import check_writable
 from model import ModelArgs, Transformer
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer, read_text
 
 DEMO = Path(__file__).resolve().parent / "demo" / "target"
 
@@ -208,10 +209,7 @@ def calibrate(args: argparse.Namespace, model_args: ModelArgs) -> list[list[int]
         )
     directory = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent
     tokenizer = load_tokenizer(directory)
-    if args.calibration_file:
-        texts = [args.calibration_file.read_text(encoding="utf-8")]
-    else:
-        texts = task_documents(args.calibration_tasks)
+    texts = [read_text(args.calibration_file)] if args.calibration_file else task_documents(args.calibration_tasks)
     widest = max(model_args.hidden_dim, model_args.dim, model_args.n_heads * model_args.head_dim)
     return calibration_chunks(texts, tokenizer, length, args.calibration_limit, widest)
 
@@ -229,6 +227,7 @@ def run(args: argparse.Namespace) -> None:
     target = args.output_path or directory / f"model_{args.mode}{group}.pth"
     if target.exists() and args.checkpoint_path.exists() and target.samefile(args.checkpoint_path):
         raise ValueError(f"--output_path {target} is the input: name another file")
+    check_writable(target)
     chunks = calibrate(args, checkpoint.args) if args.mode == "int4-gptq" else None
     quantize(checkpoint, scheme, target, args.device, chunks)
     print(f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB, {scheme}")

@@ -124,6 +124,14 @@ class IncrementalDecoder:
         return self._utf8.decode(b"", final=True).translate(_ESCAPED_TO_REPLACEMENT)
 
 
+def read_text(path: Path) -> str:
+    """A UTF-8 file, whole. Raises ValueError naming the file if it is something else."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a model directory: tokenizer.json, else tokenizer.model (SentencePiece or Llama 3).
 

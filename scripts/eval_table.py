@@ -1,22 +1,45 @@
 """Perplexity and task accuracies of several checkpoints, as one table.
 
-    python scripts/eval_table.py demo/target demo/target/model_int8.pth --perplexity demo/heldout.txt \\
-        --include_path demo/tasks --tasks demo_continuation demo_last_word
+    python scripts/eval_table.py
+    python scripts/eval_table.py demo/target demo/target/model_int8.pth --perplexity demo/heldout.txt
 
-Takes `eval.py`'s flags and any number of checkpoints. The table is Markdown; what each run prints goes to stderr.
+Takes `eval.py`'s flags and any number of checkpoints; without these, the demo as it is and quantised in every mode, on
+its own text and tasks. The table is Markdown; what each run prints goes to stderr.
 """
 
 import argparse
 import contextlib
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import _root  # noqa: F401 - finds the modules of the repository's root
 import torch
+from quality import demo_training_text
 
 import eval as eval_cli
+import quantize
 from checkpoint import open_checkpoint
+from generate import DEMO
+from linear import LINEARS
+
+TASKS = DEMO.parent / "tasks"
+DEMO_FLAGS = ["--perplexity", str(DEMO.parent / "heldout.txt"), "--include_path", str(TASKS), "--tasks"]
+DEMO_FLAGS += sorted(path.stem for path in TASKS.glob("*.yaml"))
+
+
+def make_demo_checkpoints(folder: Path) -> list[Path]:
+    """The demo in `folder`, and its quantised forms: GPTQ calibrated on the text that the demo was trained on."""
+    demo, text = folder / "demo", folder / "training.txt"
+    shutil.copytree(DEMO, demo, ignore=shutil.ignore_patterns("*.pth"))
+    text.write_text(demo_training_text(), encoding="utf-8")
+    for mode in LINEARS:
+        flags = ["--checkpoint_path", str(demo), "--mode", mode, "--calibration_file", str(text)]
+        with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
+            quantize.run(quantize.build_parser().parse_args(flags))
+    return [demo, *sorted(demo.glob("*.pth"), reverse=True)]
 
 
 def row_of(path: Path, argv: list[str]) -> dict[str, str]:
@@ -49,10 +72,16 @@ def describe(quantization: dict[str, Any] | None, args: argparse.Namespace) -> s
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("checkpoints", type=Path, nargs="+", help="as eval.py's --checkpoint_path; its flags follow")
+    parser.add_argument("checkpoints", type=Path, nargs="*", help="as eval.py's --checkpoint_path; its flags follow")
     args, flags = parser.parse_known_args(argv)
     try:
-        rows = [row_of(path, flags) for path in args.checkpoints]
+        if args.checkpoints:
+            rows = [row_of(path, flags) for path in args.checkpoints]
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                rows = [row_of(path, DEMO_FLAGS + flags) for path in make_demo_checkpoints(Path(folder))]
+            for row in rows:
+                del row["checkpoint"]  # in a folder that is gone
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -22,7 +22,7 @@ import quantize
 from checkpoint import check_device, load_model, open_checkpoint
 from demo.corpus import read_documents, split_corpus
 from perplexity import perplexity
-from tokenizer import load_tokenizer
+from tokenizer import load_tokenizer, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
 GPTQ = {"percdamp": 0.01, "blocksize": 128, "act_order": False}
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
     check_device(args.device)
     checkpoint, directory = open_checkpoint(args.checkpoint_path), args.checkpoint_path
     tokenizer = load_tokenizer(directory if directory.is_dir() else directory.parent)
-    ids = tokenizer.encode(args.text.read_text(encoding="utf-8"))
-    calibration = args.calibration_file.read_text(encoding="utf-8") if args.calibration_file else demo_training_text()
+    ids = tokenizer.encode(read_text(args.text))
+    calibration = read_text(args.calibration_file) if args.calibration_file else demo_training_text()
     sizes = checkpoint.args
     widest = max(sizes.hidden_dim, sizes.dim, sizes.n_heads * sizes.head_dim)
     chunks = quantize.calibration_chunks([calibration], tokenizer, args.window, args.calibration_limit, widest)

@@ -52,7 +52,7 @@ def all_are_right(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 18, 64), (1, 3, 1056), (2, 9, 192), (3, 17, 96), (4, 3, 256)])
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 18, 64), (1, 3, 1056), (2, 9, 192), (3, 17, 96), (4, 2, 256)])
 def test_few_rows(dtype, rows, n, k):
     assert all_are_right(normal(rows, k).to(dtype), normal(n, k))
 
@@ -84,9 +84,9 @@ def test_a_bias_a_batch_and_a_view():
 
 
 def test_operators_keep_pytorchs_rules():
-    x, int8 = normal(3, 64).half(), Int8Linear.from_float(normal(8, 64))
+    x, int8 = normal(2, 64).half(), Int8Linear.from_float(normal(3, 64))
     torch.library.opcheck(torch.ops.fast_gpu.int8_linear.default, (x, int8.weight, int8.scales))
-    int4 = Int4Linear.from_float(normal(8, 64), groupsize=32)
+    int4 = Int4Linear.from_float(normal(3, 64), groupsize=32)
     torch.library.opcheck(torch.ops.fast_gpu.int4_linear.default, (x, int4.weight, int4.scales, int4.zeros))
 
 

@@ -30,6 +30,7 @@ from conftest import make_tiny
 
 import decoding
 import generate
+import rows
 from checkpoint import load_model
 from decoding import build_steps, stream
 from generate import DEMO
@@ -234,8 +235,8 @@ def test_max_new_tokens_is_cut_to_what_fits(main, checkpoint):
 
 
 def test_profile_is_a_chrome_trace(main, tmp_path):
-    code, out, _ = main("--profile", tmp_path / "trace.json", "--num_samples", 2)
-    assert code == 0
+    code, out, err = main("--profile", tmp_path / "trace.json", "--num_samples", 2)
+    assert (code, err) == (0, "")
     assert f"trace: {tmp_path / 'trace.json'}" in out
     names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert "aten::scaled_dot_product_attention" in names
@@ -276,7 +277,7 @@ def converse(main, monkeypatch):
                 return next(typed)
             raise EOFError
 
-        monkeypatch.setattr(generate, "stream", spy)
+        monkeypatch.setattr(rows, "stream", spy)
         monkeypatch.setattr("builtins.input", ask)
         code, out, err = main("--interactive", *flags, **options)
         assert (code, err) == (0, "")
@@ -343,7 +344,7 @@ def test_a_full_cache_starts_the_conversation_over(converse):
 
 
 def test_ctrl_c_stops_the_answer_and_the_next_is_right(converse, main, monkeypatch):
-    row_put, n = generate.Row.put, 0
+    row_put, n = rows.Row.put, 0
 
     def put(self, token):
         nonlocal n
@@ -352,7 +353,7 @@ def test_ctrl_c_stops_the_answer_and_the_next_is_right(converse, main, monkeypat
             raise KeyboardInterrupt
         return row_put(self, token)
 
-    monkeypatch.setattr(generate.Row, "put", put)
+    monkeypatch.setattr(rows.Row, "put", put)
     out, calls = converse(["The list", "A module"])
     first, second = out.split("\n")[:2]
     whole = converse(["The list"])[0].split("\n")[0]
@@ -471,14 +472,16 @@ def test_a_reader_may_leave_early(checkpoint):
         (["--max_seq_length", 3], "the prompt has [0-9]+ tokens, but there is room for 3: shorten it"),
         (["--max_seq_length", CONTEXT + 1], f"1 x {CONTEXT + 1} positions does not fit: .* 1 to {CONTEXT} positions"),
         (["--max_seq_length", CONTEXT + 1, "--interactive"], f"1 to {CONTEXT} positions"),
-        (["--prompt", CONTEXT + 1], f"the prompt has {CONTEXT + 1} tokens, but there is room for {CONTEXT}"),
-        (["--prompt", 0], "--prompt 0: a made-up prompt needs at least one token"),
+        (["--prompt", CONTEXT + 1], f"--prompt {CONTEXT + 1}: a made-up prompt must have 1 to {CONTEXT} tokens"),
+        (["--prompt", 0], f"--prompt 0: a made-up prompt must have 1 to {CONTEXT} tokens"),
+        (["--prompt", 10**20], f"--prompt {10**20}: a made-up prompt must have"),
         (["--device", "no-such-device"], "--device no-such-device cannot be used here"),
         (
             ["--metrics_path", "no/such/folder/x.json"],
             "cannot write no/such/folder/x.json: .*folder is not a directory",
         ),
         (["--profile", "no/such/folder/x.json"], "cannot write no/such/folder/x.json"),
+        (["--metrics_path", ROOT], f"cannot write {ROOT}: it is a directory"),
         (["--prompt_file", "no/such/file.txt"], "no/such/file.txt"),
         (["--prompt_file", ROOT], str(ROOT)),
         (["--stop", ""], "--stop needs a text that is not empty"),
@@ -492,6 +495,13 @@ def test_bad_flags(main, flags, message):
     code, _, err = main(*flags)
     assert code == 2
     assert_one_error(err, message)
+
+
+def test_a_conversation_without_stdin(main, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # as under `<&-`
+    code, _, err = main("--interactive")
+    assert code == 2
+    assert_one_error(err, "--interactive reads from stdin, which is closed")
 
 
 def assert_one_error(err: str, message: str) -> None:

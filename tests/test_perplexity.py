@@ -81,9 +81,10 @@ def test_neither_batches_nor_chunks_change_it(tiny, monkeypatch, family):
 
 def test_the_command_line_prints_tokens_bytes_and_bits(excerpt, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
-    argv = ["--perplexity", str(excerpt), "--window", "64", "--stride", "32", "--dtype", "float32"]
+    argv = ["--perplexity", str(excerpt), "--window", "64", "--stride", "32", "--dtype", "float32", "--compile"]
     assert eval_cli.main(argv) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "--compile is for --tasks" in err
     per_token, per_byte, bits = map(float, re.findall(r"(\d+\.\d+) (?:per token|per byte|bits per byte)", out))
     ids = load_tokenizer(DEMO).encode(excerpt.read_text(encoding="utf-8"))
     found = perplexity(load_model(DEMO, dtype=torch.float32), ids, 64, 32)

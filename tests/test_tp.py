@@ -16,6 +16,7 @@ import pytest
 import scaling
 import torch
 from conftest import GREEDY, make_tiny, prompt_of, tokens_of
+from test_checkpoint import write_meta
 
 import tp
 from checkpoint import load_model, open_checkpoint
@@ -28,7 +29,8 @@ from sampling import Sampling
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun")]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-SCHEMES = {"int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
+GPTQ = {"mode": "int4-gptq", "groupsize": 32, "percdamp": 0.01, "blocksize": 128, "act_order": True}
+SCHEMES = {"int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}, "int4-gptq": GPTQ}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +41,12 @@ def checkpoints(tiny, tmp_path_factory) -> dict[str, Path]:
     for name, changes in (("wide", {}), ("odd-vocab", {"vocab_size": 127})):
         paths[name] = folder / name
         make_tiny("llama-head-dim", intermediate_size=128, **changes).save_pretrained(paths[name])
+    paths["meta"] = write_meta(tiny("llama")[0], folder / "meta", n_shards=2)
     for mode, scheme in SCHEMES.items():
         paths[mode] = folder / f"{mode}.pth"
-        quantize(open_checkpoint(paths["wide"]), scheme, paths[mode], "cpu")
+        chunks = [prompt_of(64, seed) for seed in range(4)] if scheme is GPTQ else None
+        with torch.no_grad():
+            quantize(open_checkpoint(paths["wide"]), scheme, paths[mode], "cpu", chunks)
     return paths
 
 
@@ -84,7 +89,7 @@ def in_threads(n_ranks: int, monkeypatch, work) -> list:
     ("name", "n_ranks"),
     [
         ("llama", 2), ("llama", 4), ("llama-mha", 4), ("llama-tied", 2), ("llama-bias", 4), ("qwen2", 2), ("qwen3", 4),
-        ("odd-vocab", 2), ("int8", 4), ("int4", 2), ("int4", 4),
+        ("odd-vocab", 2), ("meta", 2), ("meta", 4), ("int8", 4), ("int4", 2), ("int4", 4), ("int4-gptq", 2),
     ],
 )  # fmt: skip
 def test_ranks_together_compute_the_logits_of_one(checkpoints, monkeypatch, name, n_ranks):
@@ -171,7 +176,7 @@ def torchrun(*arguments: str, **options) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("n_ranks", [2, 4])
 def test_tokens_are_those_of_one_process(checkpoints, tmp_path, n_ranks):
     one, ragged = [prompt_of(6)], [prompt_of(5), prompt_of(9), prompt_of(2)]
-    names = ["llama", "llama-mha", "int8", "int4"] + ["odd-vocab", "llama-tied"] * (n_ranks == 2)
+    names = ["llama", "llama-mha", "int8", "int4"] + ["odd-vocab", "llama-tied", "int4-gptq"] * (n_ranks == 2)
     cases = [(name, prompts, 0, False) for name in names for prompts in (one, ragged)]
     cases += [("llama", ragged, 1.0, False)] + [("llama", one, 0, True)] * (n_ranks == 2)
     cases = [
@@ -223,6 +228,34 @@ def test_two_nodes_print_once_what_one_process_prints(tmp_path):
     assert parallel["parameter_bytes"] < 0.51 * parameter_bytes(alone)
     assert 0 < parallel["collectives_share"] < 1
     assert parallel["collectives_s_per_token"] > 0
+
+
+def test_evaluation_finds_what_one_process_finds(tmp_path, monkeypatch, capsys):
+    for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.setitem(ENVIRONMENT, name, "1")
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setitem(ENVIRONMENT, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import datasets
+
+    import eval as eval_cli
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    flags = ["--dtype", "float32", "--include_path", "demo/tasks", "--tasks", "demo_continuation", "--limit", "4"]
+    flags += ["--perplexity", str(tmp_path / "text"), "--output_path", str(tmp_path / "ranks"), "--log_samples"]
+    (tmp_path / "text").write_text((ROOT / "demo" / "heldout.txt").read_text(encoding="utf-8")[:3000])
+    run = torchrun("--standalone", "--nproc_per_node=2", "eval.py", *flags)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("demo_continuation") == run.stdout.count("perplexity") == 1
+    flags[-2] = str(tmp_path / "alone")
+    assert eval_cli.main(flags) == 0
+    assert run.stdout.splitlines()[0] == capsys.readouterr().out.splitlines()[0]  # perplexity to four decimals
+    found = []
+    for run in ("ranks", "alone"):
+        (path,) = (tmp_path / run).rglob("samples_demo_continuation_*.jsonl")  # only rank 0 writes
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found.append([float(answer[0][0]) for row in rows for answer in row["resps"]])
+    assert len(found[0]) == 16
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
 
 
 def test_what_fails_everywhere_is_said_once():

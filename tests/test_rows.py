@@ -1,6 +1,6 @@
-"""generate.py's rows: what of the text is shown when, where a row ends, and its figures.
+"""rows.py: what of the text is shown when, where a row ends, and its figures.
 
-    python -m pytest tests/test_generate.py
+    python -m pytest tests/test_rows.py
 
 Worth knowing: what is held back, because it may begin a stop string or half a character, is never shown too early.
 """
@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import GREEDY, prompt_of, tokens_of
 
-import generate
+import rows
 from decoding import build_steps
-from generate import Row, run_rows
+from rows import Row, run_rows
 from tokenizer import Tokenizer
 
 
@@ -116,7 +116,7 @@ def test_a_row_knows_the_word_boundary_behind_its_prompt():
 
 def test_figures_of_a_row(monkeypatch):
     clock = iter([10.5, 10.75, 11.0])
-    monkeypatch.setattr(generate.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(rows.time, "perf_counter", lambda: next(clock))
     row, _ = put_all(["a", "b", "c"], [])
     figures = row.figures(start=10.0)
     assert figures == {

@@ -1,0 +1,90 @@
+"""The rows of a batch: streams of token ids in, each row's text, reason to end and figures out.
+
+    rows = [Row(tokenizer, prompt, max_new_tokens=100, stop_strings=["."]) for prompt in prompts]
+    run_rows(steps, rows, max_new_tokens=100, show=lambda i, text: print(i, text))
+
+Worth knowing: what may begin a stop string or half a character is held back until it is certain.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from decoding import Steps, stream
+from speculative import Acceptance, SpeculativeSteps, Step, speculate
+from tokenizer import IncrementalDecoder, Tokenizer
+
+
+class Row:
+    """One row of a batch: turns its token ids into text, ends it at a stop id, a stop string or `max_new_tokens`.
+
+    `finish_reason` is None until it ends, then "stop" or "length". A stop string is not part of `text`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int, stop_strings: list[str]):
+        self.prompt, self.tokens, self.text = prompt, [], ""
+        self.finish_reason: str | None = None
+        self.times: list[float] = []
+        self._decoder = IncrementalDecoder(tokenizer)
+        for token in prompt:  # the first word after the prompt keeps its space
+            self._decoder.put(token)
+        self._max_new_tokens, self._stop_ids, self._stop_strings = max_new_tokens, tokenizer.stop_ids, stop_strings
+        self._shown = 0
+
+    def put(self, token: int) -> str:
+        """Take the next token; return the text that is certain now, without what may begin a stop string."""
+        self.tokens.append(token)
+        self.times.append(time.perf_counter())
+        if token in self._stop_ids:
+            self.finish_reason = "stop"
+        else:
+            self.text += self._decoder.put(token)
+            if len(self.tokens) == self._max_new_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason:
+            self.text += self._decoder.finish()
+        hits = [at for stop in self._stop_strings if (at := self.text.find(stop, self._shown)) >= 0]
+        if hits:
+            self.finish_reason, self.text = "stop", self.text[: min(hits)]
+        beginnings = (n for stop in self._stop_strings for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
+        held = 0 if self.finish_reason else max(beginnings, default=0)
+        shown, self._shown = self._shown, len(self.text) - held
+        return self.text[shown : self._shown]
+
+    def figures(self, start: float) -> dict[str, Any]:
+        """The row's entry in `--metrics_path`; `start` is when the prefill began. Rates are tokens per second."""
+        ttft, decoding = self.times[0] - start, self.times[-1] - self.times[0]
+        return {
+            "prompt_tokens": self.prompt,
+            "tokens": self.tokens,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "ttft_s": ttft,
+            "prefill_tokens_per_s": len(self.prompt) / ttft,
+            "decode_tokens_per_s": (len(self.tokens) - 1) / decoding if decoding else None,
+        }
+
+
+def run_rows(
+    steps: Steps | SpeculativeSteps,
+    rows: list[Row],
+    max_new_tokens: int,
+    show: Callable[[int, str], None],
+    cached: int = 0,
+    acceptance: Acceptance | None = None,
+) -> None:
+    """Generate until every row has ended, calling `show(row index, text)` as text becomes certain."""
+    prompts = [row.prompt[cached:] for row in rows]
+    if isinstance(steps, SpeculativeSteps):
+        brought = speculate(steps, prompts, max_new_tokens, cached)
+    else:
+        brought = (Step([[token] for token in tokens]) for tokens in stream(steps, prompts, max_new_tokens, cached))
+    for n, step in enumerate(brought):
+        if acceptance is not None and n > 0:
+            acceptance.add(step, [row.finish_reason is None for row in rows])
+        for i, row in enumerate(rows):
+            for token in step.ids[i]:
+                if row.finish_reason is None:  # what was accepted behind a row's end is not its text
+                    show(i, row.put(token))
+        if all(row.finish_reason for row in rows):
+            return
