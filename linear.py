@@ -181,7 +181,7 @@ def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
     """Pack every quantised Linear for the device it is on and for activations in `dtype`; a float one stays as it is,
     but gets the CPU's kernel where that is faster than what the compiler makes, and so does attention.
     """
-    device = next(model.parameters()).device
+    device = next(iter(model.state_dict().values())).device
     is_fast = device.type == "cpu" and kernels_missing(device, dtype) is None and cpu.is_fast()
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
