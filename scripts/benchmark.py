@@ -83,9 +83,10 @@ def warm_up_alone(args: argparse.Namespace) -> dict[str, float]:
     return {"seconds": seconds, "peak_memory_bytes": peak_memory(args.device)}
 
 
-def fresh_process(argv: list[str], mode: str, cache: str) -> dict[str, float]:
-    """What `warm_up` takes in a new process that keeps all it compiles, kernels and headers too, in `cache`."""
-    env = {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCH_EXTENSIONS_DIR": f"{cache}/extensions", "TMPDIR": cache}
+def fresh_process(argv: list[str], mode: str, cache: str | None) -> dict[str, float]:
+    """What `warm_up` takes in a new process; one with a `cache` keeps all it compiles, kernels and headers too, there."""
+    names = {"TORCHINDUCTOR_CACHE_DIR": "", "TORCH_EXTENSIONS_DIR": "/extensions", "TMPDIR": ""}
+    env = {name: cache + folder for name, folder in names.items()} if cache else {}
     command = [sys.executable, __file__, *argv, "--only_warm_up", mode]
     child = subprocess.run(command, env={**os.environ, **env}, stdout=subprocess.PIPE)
     if child.returncode:
@@ -99,9 +100,11 @@ def measure_startup(args: argparse.Namespace, argv: list[str]) -> list[dict[str,
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         for mode in args.mode:
             print(f"{mode} in a fresh process{', caches empty and filled' if compiled else ''} ...", file=sys.stderr)
-            runs = [fresh_process(argv, mode, f"{cache}/{mode}") for _ in range(2 if compiled else 1)]
-            names = ("compile_cold_s", "compile_warm_s") if compiled else ()
-            times = {name: run["seconds"] for name, run in zip(names, runs, strict=bool(names))}
+            if not compiled:
+                runs, times = [fresh_process(argv, mode, None)], {}
+            else:
+                runs = [fresh_process(argv, mode, f"{cache}/{mode}") for _ in range(2)]
+                times = {"compile_cold_s": runs[0]["seconds"], "compile_warm_s": runs[1]["seconds"]}
             alone.append({"mode": mode, **times, "peak_memory_bytes": runs[-1]["peak_memory_bytes"]})
     return alone
 

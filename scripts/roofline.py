@@ -19,7 +19,7 @@ try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 except ModuleNotFoundError as error:
-    raise ValueError(f"--plot needs the package {error.name}: pip install matplotlib") from error
+    raise ValueError("--plot needs the package matplotlib: pip install matplotlib") from error
 
 COLOURS = {"bf16": "tab:blue", "int8": "tab:orange", "int4": "tab:green"}
 
