@@ -181,7 +181,7 @@ def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
     """Give every Linear the kernel there is for it on its device and for activations in `dtype`, and its weight the
     layout which that asks for; attention over the cache gets the CPU's, where the processor runs it fast.
     """
-    device = next(model.parameters()).device
+    device = next(iter(model.state_dict().values())).device
     on_cpu = device.type == "cpu" and kernels_missing(device, dtype) is None
     for module in model.modules():
         if isinstance(module, QuantizedLinear):

@@ -1,193 +1,92 @@
 """Speed at a real model's shape, with random weights, beside what the device itself can do at that moment.
 
-    python scripts/benchmark.py --model tinyllama-1.1b
     python scripts/benchmark.py --model tinyllama-1.1b --mode bf16 int8 int4
-    python scripts/benchmark.py --model tinyllama-1.1b --prompt_length 100 --max_seq_length 256 8192
+    python scripts/benchmark.py --model tinyllama-1.1b --context_length 128 512 2048 --batch_size 1 4 16 --plot roof.png
+    python scripts/benchmark.py --model tinyllama-1.1b --context_length 100 --max_seq_length 256 8192
+    python scripts/benchmark.py --model tinyllama-1.1b --mode bf16 int8 int4 --shapes --batch_size 1 6 16
 
 Worth knowing: a machine's bandwidth may drift by half within seconds, so tokens/s alone say little. A plain read (on a
 GPU a copy) is timed before and after every stretch of decoding, a plain product before and after every prefill; a share
-compares a figure with its own two neighbours, and the table gives medians. Modes and capacities take turns within a
-run: the second line asks what quantising gains, the third what the capacity of the KV cache costs. Progress goes to
-stderr; the table, and as the last line every figure as JSON, to stdout.
+compares a figure with its own two neighbours, and the table gives medians. Everything takes turns within a run. A flag
+with several values is an axis: each value is measured with the first one of the other flags, and in every mode.
+Progress goes to stderr; the table, and as the last line every figure as JSON, to stdout.
 """
 
 import argparse
-import copy
 import dataclasses
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
 from datetime import date
-from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median
 from typing import Any
 
 import _root  # noqa: F401 - finds the modules of the repository's root
 import torch
-import torch.nn.functional as F
+from measuring import (
+    SHAPES,
+    Decode,
+    Prefill,
+    Product,
+    Rotation,
+    Yardstick,
+    build_model,
+    hardware,
+    meta_model,
+    with_caches,
+)
+from tqdm import tqdm
 
 from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
 from generate import resolve_device
-from linear import GROUP_SIZES, kernels_missing, pack_linears, swap_linears
-from metrics import bytes_per_step, peak_memory, write_json
-from model import ModelArgs, Transformer
+from linear import GROUP_SIZES, kernels_missing
+from metrics import peak_memory, write_json
+from model import ModelArgs
 from sampling import Sampling
 
 
-def build_model(args: ModelArgs, device: str, dtype: torch.dtype, scheme: dict[str, Any] | None = None) -> Transformer:
-    """A model with random weights, made on the device: one block of noise over and over, norms left at one.
-
-    scheme: how the Linears are quantised, as a checkpoint records it.
-    """
-    if scheme is not None:
-        args = dataclasses.replace(args, tie_embeddings=False)  # a quantised output projection has its own weight
-    with torch.device("meta"):
-        model = Transformer(args)
-    if scheme is not None:
-        swap_linears(model, scheme)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    if args.tie_embeddings:
-        model.output.weight = None  # else to_empty gives it memory of its own
-    model = model.to_empty(device=device).requires_grad_(False).eval()
-    if args.tie_embeddings:
-        model.output.weight = model.tok_embeddings.weight
-    noise = (0.02 * torch.randn((1 << 22) + 15, device=device)).to(dtype)  # an odd length: no two rows are equal
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.fill_(1)
-            continue
-        for piece in parameter.view(-1).split(len(noise)):
-            piece.copy_(noise[: len(piece)])
-    for name, buffer in model.named_buffers():
-        if name.endswith("weight"):
-            buffer.view(-1).view(torch.int8).random_(-127, 128)
-        else:  # so that weights spread as the noise does
-            buffer.fill_(0.0 if name.endswith("zeros") else 0.02 / (73 if scheme["mode"] == "int8" else 4.6))
-    pack_linears(model, dtype)
-    return model
+def scheme_of(args: argparse.Namespace, mode: str) -> dict[str, Any] | None:
+    return {"int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": args.groupsize}}.get(mode)
 
 
-class Yardstick:
-    """What the device can do right now: bytes per second of memory, operations per second of matrix products."""
-
-    def __init__(self, args: ModelArgs, n_tokens: int, device: str, dtype: torch.dtype):
-        self.is_cuda = device.startswith("cuda")
-        self.source = torch.ones(1 << (28 if self.is_cuda else 26), device=device)  # 1 GiB or 256 MiB
-        self.target = torch.empty_like(self.source) if self.is_cuda else None
-        self.products = {}
-        for n_in, n_out in ((args.dim, 2 * args.hidden_dim), (2048, 2048)):
-            x = torch.randn(n_tokens, n_in, device=device, dtype=dtype)
-            self.products[f"{n_tokens}x{n_in}x{n_out}"] = x, torch.randn(n_out, n_in, device=device, dtype=dtype)
-        self.bandwidth(), self.matmul_rates()  # the first of each is slow
-
-    def seconds(self, function: Callable[..., Any], *args: Any) -> float:
-        """How long a call takes, with all that it starts on the device."""
-        start = time.perf_counter()
-        function(*args)
-        if self.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    def bandwidth(self) -> float:
-        """Bytes per second of one plain read on a CPU, of copies on a GPU (reads plus writes)."""
-        if self.target is None:
-            return self.source.nbytes / self.seconds(self.source.sum)
-        return 2 * self.source.nbytes / min(self.seconds(self.target.copy_, self.source) for _ in range(5))
-
-    def matmul_rates(self) -> dict[str, float]:
-        """Operations per second of `F.linear`, best of three, by shape (tokens x in x out)."""
-        return {
-            shape: 2 * len(x) * weight.numel() / min(self.seconds(F.linear, x, weight) for _ in range(3))
-            for shape, (x, weight) in self.products.items()
-        }
+def capacities_of(args: argparse.Namespace) -> list[int]:
+    """The capacities of the KV cache. Raises ValueError for one that the asked lengths outgrow."""
+    needed = max(*args.prompt_length, max(args.context_length) + args.new_tokens - 1)
+    if args.max_seq_length and min(args.max_seq_length) < needed:
+        raise ValueError(f"--max_seq_length {min(args.max_seq_length)} is less than the {needed} these lengths take")
+    return args.max_seq_length or [needed]
 
 
-def prefill_flops(model: Transformer, batch_size: int, length: int) -> float:
-    """Operations of a prefill: 2 per token and weight of the layers, the output projection for a row's last position,
-    and in attention the two products over the keys that a causal query sees. Norms, RoPE, softmax: not counted.
-    """
-    args = model.args
-    with torch.device("meta"):
-        blocks = Transformer(args).layers
-    layers = 2 * length * sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
-    attention = 4 * args.n_layers * args.n_heads * args.head_dim * length * (length + 1) / 2
-    return batch_size * (layers + attention + 2 * args.vocab_size * args.dim)
+def prepare(args: argparse.Namespace, mode: str) -> list[Steps]:
+    """The steps for each capacity of the KV cache, on the same weights."""
+    capacities, shape = capacities_of(args), ModelArgs.from_name(args.model)
+    shape = dataclasses.replace(shape, context_length=max(shape.context_length, *capacities))
+    model = build_model(shape, *resolve_device(args), scheme_of(args, mode))
+    twins = with_caches(model, max(args.batch_size), capacities)
+    return [build_steps(twin, Sampling(), args.compile, args.compile_prefill) for twin in twins]
 
 
-def measure_prefill(steps: Steps, prompts: list[list[int]], yardstick: Yardstick, repeats: int) -> dict[str, Any]:
-    """Time prefills, up to the first token's id on the host. A share's base is the fastest product around it."""
-    seconds, rates = [], [yardstick.matmul_rates()]
-    for _ in range(repeats):
-        seconds.append(yardstick.seconds(lambda: deque(stream(steps, prompts, 1), maxlen=0)))
-        rates.append(yardstick.matmul_rates())
-    best = [max(rate.values()) for rate in rates]
-    flops = prefill_flops(steps.model, len(prompts), len(prompts[0]))
-    shares = sorted(flops / s / mean(around) for s, around in zip(seconds, pairwise(best), strict=True))
-    return {
-        "prefill_tokens_per_s": len(prompts) * len(prompts[0]) / median(seconds),
-        "prefill_flops": flops,
-        "prefill_gflops_per_s": flops / median(seconds) / 1e9,
-        "matmul_gflops_per_s": median(best) / 1e9,
-        "matmul_shape": max(rates[0], key=lambda shape: median(rate[shape] for rate in rates)),
-        "prefill_share": [median(shares), shares[0], shares[-1]],
-    }
+def warm_up_alone(args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of the first compiled run of one mode, kernels built on the way included, and the process's memory."""
+    args.max_seq_length, args.batch_size = capacities_of(args)[:1], args.batch_size[:1]
+    prompts = [[1] * args.prompt_length[0]] * args.batch_size[0]
+    start = time.perf_counter()
+    kernels_missing(*resolve_device(args))  # builds them
+    seconds = time.perf_counter() - start
+    (steps,) = prepare(args, args.only_warm_up)
+    seconds += warm_up(steps, prompts, 2)
+    deque(stream(steps, prompts, 2), maxlen=0)
+    return {"seconds": seconds, "peak_memory_bytes": peak_memory(args.device)}
 
 
-@dataclasses.dataclass
-class Decoding:
-    """Decode times in stretches of at least 50 ms, each with the bandwidth around it; on a GPU a run is one stretch."""
-
-    mode: str
-    steps: Steps
-    yardstick: Yardstick
-    first_token_s: list[float] = dataclasses.field(default_factory=list)
-    stretches: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
-
-    def measure(self, prompts: list[list[int]], new_tokens: int) -> None:
-        """One run of `stream`, stopped between two tokens to time a plain read."""
-        is_cuda, before, start = self.yardstick.is_cuda, self.yardstick.bandwidth(), time.perf_counter()
-        tokens = stream(self.steps, prompts, new_tokens)
-        next(tokens)
-        self.first_token_s.append(time.perf_counter() - start)
-        if not is_cuda:  # a GPU is at the next token already
-            before = self.yardstick.bandwidth()
-        n, valid, start = 0, len(prompts[0]), time.perf_counter()
-        for i, ids in enumerate(tokens, start=2):
-            n, valid, elapsed = n + 1, valid + 1, time.perf_counter() - start
-            if i == new_tokens or (elapsed > 0.05 and not is_cuda):
-                after = self.yardstick.bandwidth()
-                nbytes = bytes_per_step(self.steps.model, len(ids), valid - (n - 1) / 2)
-                self.stretches.append((len(ids) * n / elapsed, nbytes, nbytes * n / elapsed, (before + after) / 2))
-                n, before, start = 0, after, time.perf_counter()
-
-    def figures(self) -> dict[str, Any]:
-        """Medians over the stretches; the share's range is that of its middle 80 %."""
-        tokens, nbytes, rates, bandwidths = zip(*self.stretches, strict=True)
-        shares = sorted(rate / bandwidth for rate, bandwidth in zip(rates, bandwidths, strict=True))
-        return {
-            "mode": self.mode,
-            "max_seq_length": self.steps.model.max_seq_length,
-            "first_token_s": median(self.first_token_s),
-            "tokens_per_s": median(tokens),
-            "bytes_per_step": median(nbytes),
-            "gb_per_s": median(rates) / 1e9,
-            "bandwidth_gb_per_s": median(bandwidths) / 1e9,
-            "share": [median(shares), shares[len(shares) // 10], shares[-1 - len(shares) // 10]],
-        }
-
-
-def fresh_process(argv: list[str], mode: str, cache: str) -> dict[str, float]:
-    """What `warm_up` takes in a new process that keeps all it compiles, kernels and headers too, in `cache`."""
-    env = {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCH_EXTENSIONS_DIR": f"{cache}/extensions", "TMPDIR": cache}
+def fresh_process(argv: list[str], mode: str, cache: str | None) -> dict[str, float]:
+    """What `warm_up` takes in a new process that keeps what it compiles, kernels and headers too, in a given `cache`."""
+    names = {"TORCHINDUCTOR_CACHE_DIR": "", "TORCH_EXTENSIONS_DIR": "/extensions", "TMPDIR": ""}
+    env = {name: cache + folder for name, folder in names.items()} if cache else {}
     command = [sys.executable, __file__, *argv, "--only_warm_up", mode]
     child = subprocess.run(command, env={**os.environ, **env}, stdout=subprocess.PIPE)
     if child.returncode:
@@ -195,154 +94,176 @@ def fresh_process(argv: list[str], mode: str, cache: str) -> dict[str, float]:
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def prepare(args: argparse.Namespace, mode: str, capacities: list[int]) -> list[Steps]:
-    """The steps for each capacity of the KV cache, on the same weights."""
-    device, dtype = resolve_device(args)
-    shape = ModelArgs.from_name(args.model)
-    shape = dataclasses.replace(shape, context_length=max(shape.context_length, *capacities))
-    scheme = {"int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": args.groupsize}}.get(mode)
-    model, all_steps = build_model(shape, device, dtype, scheme), []
-    weights = [*model.parameters(), *model.buffers()]
-    for capacity in capacities:
-        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
-        twin.setup_caches(args.batch_size, capacity)
-        all_steps.append(build_steps(twin, Sampling(), args.compile, args.compile_prefill))
-    return all_steps
-
-
-def made_up_prompts(args: argparse.Namespace) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(0)
-    shape = args.batch_size, args.prompt_length
-    return torch.randint(ModelArgs.from_name(args.model).vocab_size, shape, generator=generator).tolist()
-
-
-def capacities_of(args: argparse.Namespace) -> list[int]:
-    return args.max_seq_length or [args.prompt_length + args.new_tokens - 1]
-
-
-def warm_up_alone(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the first compiled run of one mode, kernels built on the way included, and the process's memory."""
-    start = time.perf_counter()
-    kernels_missing(*resolve_device(args))  # builds them
-    seconds = time.perf_counter() - start
-    (steps,) = prepare(args, args.only_warm_up, capacities_of(args)[:1])
-    seconds += warm_up(steps, made_up_prompts(args), args.new_tokens)
-    deque(stream(steps, made_up_prompts(args), 2), maxlen=0)
-    return {"seconds": seconds, "peak_memory_bytes": peak_memory(args.device)}
-
-
-def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
-    """Every figure of every mode."""
-    prompts, capacities, alone = made_up_prompts(args), capacities_of(args), {}
-    compiled = args.compile or args.compile_prefill
+def measure_startup(args: argparse.Namespace, argv: list[str]) -> list[dict[str, Any]]:
+    """Compile times and peak memory of every mode on its own, in fresh processes."""
+    alone, compiled = [], args.compile or args.compile_prefill
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         for mode in args.mode:
             print(f"{mode} in a fresh process{', caches empty and filled' if compiled else ''} ...", file=sys.stderr)
-            runs = [fresh_process(argv, mode, f"{cache}/{mode}") for _ in range(2 if compiled else 1)]
-            if compiled:
-                alone[mode] = {
-                    f"compile_{name}_s": r["seconds"] for name, r in zip(("cold", "warm"), runs, strict=True)
-                }
-            alone.setdefault(mode, {})["peak_memory_bytes"] = runs[-1]["peak_memory_bytes"]
-        # A model alone is compiled for its own capacity; the second of several would be compiled for any.
-        torch._dynamo.config.automatic_dynamic_shapes = len(args.mode) * len(capacities) == 1
-        print(f"building {args.model} and warming up ...", file=sys.stderr)
-        all_steps = {mode: prepare(args, mode, capacities) for mode in args.mode}
-        for steps in sum(all_steps.values(), []):
-            warm_up(steps, prompts, args.new_tokens)
-    print("measuring ...", file=sys.stderr)
-    shape = all_steps[args.mode[0]][0].model.args
-    yardstick = Yardstick(shape, args.batch_size * args.prompt_length, *resolve_device(args))
-    prefill = {mode: measure_prefill(steps[0], prompts, yardstick, args.repeats) for mode, steps in all_steps.items()}
-    decodings = [Decoding(mode, steps, yardstick) for mode in args.mode for steps in all_steps[mode]]
-    for _ in range(args.repeats):
-        for decoding in decodings:
-            decoding.measure(prompts, args.new_tokens)
-    modes = [{"mode": mode, **prefill[mode], **alone[mode]} for mode in args.mode]
-    return {"modes": modes, "decode": [decoding.figures() for decoding in decodings]}
+            if not compiled:
+                runs, times = [fresh_process(argv, mode, None)], {}
+            else:
+                runs = [fresh_process(argv, mode, f"{cache}/{mode}") for _ in range(2)]
+                times = {"compile_cold_s": runs[0]["seconds"], "compile_warm_s": runs[1]["seconds"]}
+            alone.append({"mode": mode, **times, "peak_memory_bytes": runs[-1]["peak_memory_bytes"]})
+    return alone
+
+
+def take_turns(points: list[Prefill | Decode] | list[Product], repeats: int) -> None:
+    for point in tqdm(points * repeats, desc="measuring", file=sys.stderr):
+        point.measure()
+
+
+def measure_model(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of every prefill and every decode."""
+    batches, contexts = args.batch_size, args.context_length
+    # batch size, context length, number of the capacity: each axis from the base on
+    decodes = [(batches[0], context, 0) for context in contexts] + [(batch, contexts[0], 0) for batch in batches[1:]]
+    decodes += [(batches[0], contexts[0], i) for i in range(1, len(capacities_of(args)))]
+    if args.compile:  # Each batch size as if it were alone; else the second would be compiled for any.
+        torch._dynamo.config.automatic_dynamic_shapes = len(args.mode) * len(decodes) == 1
+    print(f"building {args.model} and warming up ...", file=sys.stderr)
+    yardstick, by_mode = Yardstick(ModelArgs.from_name(args.model), *resolve_device(args)), {}
+    prefills, points = [], []
+    for mode in args.mode:
+        by_mode[mode] = steps = prepare(args, mode)
+        prefills += [Prefill(mode, steps[0], yardstick, batches[0], length) for length in args.prompt_length]
+    for batch, context, i in decodes:
+        for mode in args.mode:
+            warm_up(by_mode[mode][i], [[1] * context] * batch, args.new_tokens)
+            points.append(Decode(mode, by_mode[mode][i], yardstick, batch, context, args.new_tokens))
+    take_turns(prefills + points, args.repeats)
+    return {"prefill": [p.figures() for p in prefills], "decode": [p.figures() for p in points]}
+
+
+def measure_shapes(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of every product of a decode step, in memory for one shape in every mode at a time."""
+    device, dtype = resolve_device(args)
+    shape, products = ModelArgs.from_name(args.model), []
+    yardstick = Yardstick(shape, device, dtype)
+    for name, pick in SHAPES.items():
+        points = []
+        for mode in args.mode:
+            scheme = scheme_of(args, mode)
+            rotation = Rotation(pick(meta_model(shape, dtype, scheme)), device, dtype, scheme)
+            run = rotation
+            if args.compile:
+                run = torch.compile(rotation, fullgraph=True, mode="reduce-overhead", dynamic=False)
+            points += [Product(mode, name, rotation, run, yardstick, rows) for rows in args.batch_size]
+        take_turns(points, args.repeats)
+        products += [point.figures() for point in points]
+        torch.compiler.reset()  # lets go of this shape's weights
+    return {"products": products}
 
 
 def print_table(r: dict[str, Any]) -> None:
+    widths = (36, 34, 40, 18, 22)
+
     def row(*cells: str) -> None:
-        print("| {:32} | {:34} | {:40} | {:18} |".format(*cells, *[""] * (4 - len(cells))))
+        cells += ("",) * (len(widths) - len(cells))
+        print("|", " | ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)), "|")
+
+    def read(p: dict[str, Any]) -> str:
+        return f"{p['bandwidth_gb_per_s']:.1f} GB/s (plain {'copy' if 'cuda' in r['device'] else 'read'})"
 
     share = "{:.0%} ({:.0%} to {:.0%})".format
     print(f"{r['model']}, {r['dtype']}, {r['hardware']}, torch {r['torch']}\n")
-    row("", "measured", "the device itself", "share of it")
-    row("-" * 32, "-" * 34, "-" * 40, "-" * 18)
-    for m in r["modes"]:
-        prefill = f"{m['prefill_tokens_per_s']:.1f} tokens/s, {m['prefill_gflops_per_s']:.0f} GFLOP/s"
-        matmul = f"{m['matmul_gflops_per_s']:.0f} GFLOP/s (F.linear {m['matmul_shape']})"
-        name = f"{m['mode']} prefill {r['batch_size']} x {r['prompt_length']}"
-        row(name, prefill, matmul, share(*m["prefill_share"]))
-    for d in r["decode"]:
-        decode = f"{d['tokens_per_s']:.2f} tokens/s, {d['gb_per_s']:.1f} GB/s"
-        if d["mode"] != r["decode"][0]["mode"]:
-            decode += f" ({d['tokens_per_s'] / r['decode'][0]['tokens_per_s']:.2f} x)"
-        read = f"{d['bandwidth_gb_per_s']:.1f} GB/s (plain {'copy' if 'cuda' in r['device'] else 'read'})"
-        name = f"{d['mode']} decode {r['batch_size']} x {r['new_tokens']}, cache {d['max_seq_length']}"
-        row(name, decode, read, share(*d["share"]))
-    for d in r["decode"]:
-        row(f"{d['mode']} first token, cache {d['max_seq_length']}", f"{d['first_token_s'] * 1e3:.0f} ms")
-    for m in r["modes"]:
+    row("", "measured", "the device itself", "share of it", "us per layer: + rest")
+    row(*("-" * width for width in widths))
+    for p in r.get("prefill", []):
+        prefill = f"{p['tokens_per_s']:.1f} tokens/s, {p['gflops_per_s']:.0f} GFLOP/s"
+        matmul = f"{p['matmul_gflops_per_s']:.0f} GFLOP/s (F.linear {p['matmul_shape']})"
+        row(f"{p['mode']} prefill {p['batch_size']} x {p['prompt_length']}", prefill, matmul, share(*p["share"]))
+    place, first = ("batch_size", "context_length", "max_seq_length"), {}
+    for p in r.get("decode", []):
+        base = first.setdefault(tuple(p[key] for key in place), p)
+        decode = f"{p['tokens_per_s']:.2f} tokens/s, {p['gb_per_s']:.1f} GB/s"
+        if p is not base:
+            decode += f" ({p['tokens_per_s'] / base['tokens_per_s']:.2f} x)"
+        name = "{mode} decode {batch_size} at {context_length}, cache {max_seq_length}".format(**p)
+        row(name, decode, read(p), share(*p["share"]), f"{p['layer_bytes_us']:.1f} {p['layer_rest_us']:+.1f}")
+    for p in r.get("prefill", []):
+        row(f"{p['mode']} first token after {p['prompt_length']}", f"{p['first_token_s'] * 1e3:.0f} ms")
+    for p in r.get("products", []):
+        product = f"{p['us']:.1f} us, {p['gb_per_s']:.1f} GB/s ({p['copies']} copies)"
+        row(f"{p['mode']} {p['shape']}, {p['rows']} rows", product, read(p), share(*p["share"]))
+    for m in r.get("alone", []):
         compiled = [f"{name} {m[f'compile_{name}_s']:.1f} s" for name in ("cold", "warm") if f"compile_{name}_s" in m]
         row(f"{m['mode']} compile, with a first run", ", ".join(compiled) or "-")
         row(f"{m['mode']} peak memory", f"{m['peak_memory_bytes'] / 1e9:.2f} GB")
     print()
 
 
-def hardware(device: str) -> str:
-    """The GPU's name, or the CPU's and the number of threads in use."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"model name\s*:\s*(.+)", cpuinfo)
-    return f"{name[1] if name else platform.machine()} x {torch.get_num_threads()}"
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, help="a preset of model.py, such as tinyllama-1.1b")
-    add("--mode", nargs="+", choices=["bf16", "int8", "int4"], default=["bf16"], help="one or several, taking turns")
+    add("--mode", nargs="+", choices=["bf16", "int8", "int4"], default=["bf16"], help="one or several")
     add("--groupsize", type=int, choices=GROUP_SIZES, default=32, help="of int4")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the decode step")
     add("--compile_prefill", action="store_true", help="compile the prefill")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
-    for name, default in {"prompt_length": 128, "new_tokens": 32, "batch_size": 1, "repeats": 5}.items():
+    axes = {
+        "prompt_length": ([128], "tokens of a prefill"),
+        "context_length": ([128], "positions before the decoded tokens; noise, for only time counts"),
+        "batch_size": ([1], "rows that are decoded; a prefill has the first number"),
+        "max_seq_length": (None, "capacities of the KV cache (default: what the lengths take)"),
+    }
+    for name, (default, text) in axes.items():
+        add(f"--{name}", type=int, nargs="+", default=default, help=f"{text}; one or several")
+    for name, default in {"new_tokens": 32, "repeats": 5}.items():
         add(f"--{name}", type=int, default=default)
-    add(
-        "--max_seq_length",
-        type=int,
-        nargs="+",
-        help="capacities of the KV cache, taking turns (default: what it takes)",
-    )
+    add("--shapes", action="store_true", help="the single products of a decode step instead, --batch_size rows each")
+    add("--startup", action="store_true", help="compile times and peak memory too, in fresh processes")
     add("--json_path", type=Path, help="write the figures to this file too")
+    add("--plot", type=Path, help="draw every prefill and decode under the device's roofline, into this PNG")
     add("--only_warm_up", help=argparse.SUPPRESS)
     return parser
 
 
-def run(args: argparse.Namespace, argv: list[str]) -> None:
-    if min(args.prompt_length, args.new_tokens - 1, args.batch_size, args.repeats) < 1:
-        raise ValueError("--prompt_length, --batch_size and --repeats must be at least 1, --new_tokens at least 2")
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for what cannot be measured."""
+    lengths = [*args.prompt_length, *args.context_length, *args.batch_size, args.new_tokens - 1, args.repeats]
+    if min(lengths) < 1:
+        raise ValueError("--new_tokens must be at least 2; lengths, --batch_size and --repeats at least 1")
     ModelArgs.from_name(args.model)
+    capacities_of(args)
+    if args.plot and args.shapes:
+        raise ValueError("--plot draws prefills and decodes, which --shapes leaves out")
+    for name in ("json_path", "plot"):
+        path = getattr(args, name)
+        if path and not path.parent.is_dir():
+            raise ValueError(f"--{name} {path}: there is no folder {path.parent}")
+    if args.plot:
+        import roofline  # noqa: F401 - raises ValueError without matplotlib
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> None:
+    check(args)
     device, dtype = resolve_device(args)
     if (args.compile or args.compile_prefill) and (lacking := missing_compiler()):
         print(f"{lacking}: going on without --compile", file=sys.stderr)
         args.compile = args.compile_prefill = False
-    set_compile_flags(device)
+    if args.compile or args.compile_prefill:
+        set_compile_flags(device)
+        torch._dynamo.config.recompile_limit = 256  # one function for every mode, capacity and batch size
     if args.only_warm_up:
         return print(json.dumps(warm_up_alone(args)))
     if set(args.mode) != {"bf16"} and (reason := kernels_missing(device, dtype)):
         print(reason, file=sys.stderr)
-    asked = {key: value for key, value in vars(args).items() if key not in ("json_path", "only_warm_up")}
-    measured = measure(args, argv)
+    asked = {key: value for key, value in vars(args).items() if key not in ("json_path", "plot", "only_warm_up")}
+    alone = {"alone": measure_startup(args, argv)} if args.startup else {}
+    measured = measure_shapes(args) if args.shapes else measure_model(args)
     made = {"hardware": hardware(device), "torch": torch.__version__, "date": date.today().isoformat()}
-    result = {**asked, "dtype": str(dtype).removeprefix("torch."), **made, **measured}
+    result = {**asked, "dtype": str(dtype).removeprefix("torch."), **made, **alone, **measured}
     print_table(result)
     if args.json_path:
         write_json(args.json_path, result)
+    if args.plot:
+        import roofline
+
+        roofline.draw(result, args.plot)
     print(json.dumps(result))
 
 

@@ -1,0 +1,66 @@
+"""A roofline of what `benchmark.py` measured (Williams et al. 2009): speed over operations per byte, both measured.
+
+    python scripts/roofline.py figures.json roofline.png
+
+Worth knowing: the sloping roof is the plain read of the same run, the flat one its fastest product. Under the slope a
+point's distance from the roof is its share of the bandwidth, under the flat roof its share of the product's rate.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import _root  # noqa: F401 - finds the modules of the repository's root
+
+try:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    raise ValueError("--plot needs the package matplotlib: pip install matplotlib") from error
+
+COLOURS = {"bf16": "tab:blue", "int8": "tab:orange", "int4": "tab:green"}
+
+
+def roof(result: dict[str, Any]) -> tuple[float, float]:
+    """The bandwidth in GB/s, the median over the decodes, and GFLOP/s of the fastest product."""
+    bandwidth = median(point["bandwidth_gb_per_s"] for point in result["decode"])
+    return bandwidth, max(point["matmul_gflops_per_s"] for point in result["prefill"])
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw the prefills and decodes of `result`, the benchmark's JSON, into the PNG `path`: whole or not at all."""
+    bandwidth, peak = roof(result)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    points = [(kind, point) for kind in ("decode", "prefill") for point in result[kind]]
+    intensities = [point["operations"] / point["bytes"] for _, point in points]
+    x = [min(intensities) / 2, peak / bandwidth, max(*intensities, peak / bandwidth) * 3]
+    axes.loglog(x, [min(i * bandwidth, peak) for i in x], color="black", lw=1)
+    axes.annotate(f"read {bandwidth:.0f} GB/s", (x[0], x[0] * bandwidth), (8, 22), textcoords="offset points")
+    axes.annotate(f"product {peak:.0f} GFLOP/s", (x[1], peak), (2, 5), textcoords="offset points")
+    named = set()
+    for (kind, point), intensity in zip(points, intensities, strict=True):
+        name = f"{point['mode']} {kind}"
+        style = {"color": COLOURS[point["mode"]], "marker": "o" if kind == "decode" else "s", "ms": 5, "ls": "none"}
+        axes.plot(intensity, point["gflops_per_s"], label=None if name in named else name, alpha=0.8, **style)
+        named.add(name)
+        label = f"{point['batch_size']} x {point['context_length' if kind == 'decode' else 'prompt_length']}"
+        axes.annotate(label, (intensity, point["gflops_per_s"]), (4, -8), textcoords="offset points", fontsize=6)
+    axes.set(xlabel="operations per byte", ylabel="GFLOP/s")
+    axes.set_title(f"{result['model']}, {result['hardware']}, torch {result['torch']}, {result['date']}", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(title="points: rows x context or prompt", fontsize=8, title_fontsize=8, loc="lower right")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=110)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    draw(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
