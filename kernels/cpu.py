@@ -90,7 +90,7 @@ def _register_fakes() -> None:
 
 def pack_bf16(weight: Tensor) -> Tensor:
     """bfloat16 `[N, K]`, K even, as panels, uint8 `[ceil(N / 16), 32 K]`."""
-    out = _in_huge_pages(-(-weight.shape[0] // LANES), 2 * LANES * weight.shape[1])
+    out = in_huge_pages(-(-weight.shape[0] // LANES), 2 * LANES * weight.shape[1])
     torch.ops.fast.pack_bf16(weight.contiguous(), out)
     return out
 
@@ -152,12 +152,12 @@ def _by_panels(pack, *tensors: Tensor) -> Tensor:
             rows = [torch.cat((piece, piece.new_zeros(lacking, *piece.shape[1:]))) for piece in rows]
         panels = pack(*rows)
         if out is None:
-            out = _in_huge_pages(-(-n_out // LANES), panels.shape[1])
+            out = in_huge_pages(-(-n_out // LANES), panels.shape[1])
         out[start // LANES : start // LANES + len(panels)] = panels
     return out
 
 
-def _in_huge_pages(*shape: int) -> Tensor:
+def in_huge_pages(*shape: int) -> Tensor:
     """An empty uint8 tensor whose memory the system may map in pages of 2 MiB, which a stream of it reads faster."""
     size = math.prod(shape)
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):

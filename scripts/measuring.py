@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from decoding import Steps, stream
 from linear import pack_linears, swap_linears
-from metrics import bytes_per_step
+from metrics import bytes_per_step, memory_to_read
 from model import ModelArgs, Transformer
 
 MAX_COPIES = 128  # of a weight that is rotated past the caches: as many calls make one compiled graph
@@ -105,7 +105,7 @@ class Yardstick:
 
     def __init__(self, args: ModelArgs, device: str, dtype: torch.dtype):
         self.is_cuda, self.device, self.dtype = device.startswith("cuda"), device, dtype
-        self.source = torch.ones(1 << (28 if self.is_cuda else 26), device=device)  # 1 GiB or 256 MiB
+        self.source = torch.ones(1 << 28, device=device) if self.is_cuda else memory_to_read()
         self.target = torch.empty_like(self.source) if self.is_cuda else None
         sizes = (args.dim, 2 * args.hidden_dim), (2048, 2048)
         self.weights = [torch.randn(n_out, n_in, device=device, dtype=dtype) for n_in, n_out in sizes]
