@@ -84,7 +84,7 @@ def warm_up_alone(args: argparse.Namespace) -> dict[str, float]:
 
 
 def fresh_process(argv: list[str], mode: str, cache: str | None) -> dict[str, float]:
-    """What `warm_up` takes in a new process that keeps what it compiles, kernels and headers too, in a given `cache`."""
+    """What `warm_up` takes in a new process, which keeps what it compiles, headers too, in `cache`, if given."""
     names = {"TORCHINDUCTOR_CACHE_DIR": "", "TORCH_EXTENSIONS_DIR": "/extensions", "TMPDIR": ""}
     env = {name: cache + folder for name, folder in names.items()} if cache else {}
     command = [sys.executable, __file__, *argv, "--only_warm_up", mode]

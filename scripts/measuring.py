@@ -47,6 +47,7 @@ def fill(tensor: Tensor, noise: Tensor) -> None:
 def fill_weights(module: nn.Module, dtype: torch.dtype, scheme: dict[str, Any] | None) -> None:
     """Random weights for all of `module`, norms at one, packed for the kernels as a loaded checkpoint's are."""
     noise = noise_block(next(iter(module.state_dict().values())).device, dtype)
+    whole = torch.randint(-127, 128, noise.shape, device=noise.device, dtype=torch.int8)
     for name, parameter in module.named_parameters():
         if "norm" in name:
             parameter.fill_(1)
@@ -54,7 +55,7 @@ def fill_weights(module: nn.Module, dtype: torch.dtype, scheme: dict[str, Any] |
             fill(parameter, noise)
     for name, buffer in module.named_buffers():
         if name.endswith("weight"):
-            buffer.view(-1).view(torch.int8).random_(-127, 128)
+            fill(buffer.view(torch.int8), whole)
         else:  # so that weights spread as the noise does
             buffer.fill_(0.0 if name.endswith("zeros") else 0.02 / (73 if scheme["mode"] == "int8" else 4.6))
     pack_linears(module, dtype)
