@@ -18,6 +18,7 @@ import _root  # noqa: F401 - finds the modules of the repository's root
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 except ModuleNotFoundError as error:
     raise ValueError("--plot needs the package matplotlib: pip install matplotlib") from error
 
@@ -40,7 +41,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     intensities = [point["operations"] / point["bytes"] for _, point in points]
     x = [min(intensities) / 2, peak / bandwidth, max(*intensities, peak / bandwidth) * 3]
     axes.loglog(x, [min(i * bandwidth, peak) for i in x], color="black", lw=1)
-    axes.annotate(f"read {bandwidth:.0f} GB/s", (x[0], x[0] * bandwidth), (8, 22), textcoords="offset points")
+    axes.annotate(f"read {bandwidth:.0f} GB/s", (x[0], x[0] * bandwidth), (16, -4), textcoords="offset points")
     axes.annotate(f"product {peak:.0f} GFLOP/s", (x[1], peak), (2, 5), textcoords="offset points")
     named = set()
     for (kind, point), intensity in zip(points, intensities, strict=True):
@@ -48,10 +49,20 @@ def draw(result: dict[str, Any], path: Path) -> None:
         style = {"color": COLOURS[point["mode"]], "marker": "o" if kind == "decode" else "s", "ms": 5, "ls": "none"}
         axes.plot(intensity, point["gflops_per_s"], label=None if name in named else name, alpha=0.8, **style)
         named.add(name)
-        label = f"{point['batch_size']} x {point['context_length' if kind == 'decode' else 'prompt_length']}"
-        axes.annotate(label, (intensity, point["gflops_per_s"]), (4, -8), textcoords="offset points", fontsize=6)
+        if kind == "prefill":
+            label = f"{point['batch_size']} x {point['prompt_length']}"
+        else:  # contexts lie close together: the first speaks for all
+            alike = [p for p in result[kind] if all(p[key] == point[key] for key in ("mode", "batch_size"))]
+            lengths = sorted({p["context_length"] for p in alike})
+            label = f"{point['batch_size']} x {lengths[0]}" + (f" to {lengths[-1]}" if len(lengths) > 1 else "")
+            if point is not alike[0]:
+                continue
+        axes.annotate(label, (intensity, point["gflops_per_s"]), (5, -9), textcoords="offset points", fontsize=7)
     axes.set(xlabel="operations per byte", ylabel="GFLOP/s")
     axes.set_title(f"{result['model']}, {result['hardware']}, torch {result['torch']}, {result['date']}", fontsize=9)
+    for scale in (axes.yaxis, axes.xaxis):
+        scale.set_major_formatter("{x:g}")
+        scale.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(title="points: rows x context or prompt", fontsize=8, title_fontsize=8, loc="lower right")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
