@@ -189,7 +189,7 @@ def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
         elif isinstance(module, nn.Linear) and is_fast:
             module.kernel = torch.ops.fast.bf16_linear
         elif hasattr(module, "kv_cache") and is_fast and module.head_dim % 32 == 0:
-            module.kernel = torch.ops.fast.decode_attention
+            module.kernels = dict.fromkeys((torch.bfloat16, torch.int8), torch.ops.fast.decode_attention)
 
 
 def kernels_missing(device: torch.device | str, dtype: torch.dtype) -> str | None:

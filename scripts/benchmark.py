@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
-from generate import resolve_device
+from generate import CACHE_DTYPES, resolve_device, resolve_kv_dtype
 from linear import GROUP_SIZES, kernels_missing, pack_linears, swap_linears
 from metrics import bytes_per_step, peak_memory, write_json
 from model import ModelArgs, Transformer
@@ -205,7 +205,7 @@ def prepare(args: argparse.Namespace, mode: str, capacities: list[int]) -> list[
     weights = [*model.parameters(), *model.buffers()]
     for capacity in capacities:
         twin = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
-        twin.setup_caches(args.batch_size, capacity)
+        twin.setup_caches(args.batch_size, capacity, kv_dtype=resolve_kv_dtype(args))
         all_steps.append(build_steps(twin, Sampling(), args.compile, args.compile_prefill))
     return all_steps
 
@@ -310,6 +310,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile_prefill", action="store_true", help="compile the prefill")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
+    add("--kv_dtype", choices=CACHE_DTYPES, default="auto", help="what the KV cache stores (default: as --dtype)")
     for name, default in {"prompt_length": 128, "new_tokens": 32, "batch_size": 1, "repeats": 5}.items():
         add(f"--{name}", type=int, default=default)
     add(
