@@ -13,6 +13,9 @@ constexpr int64_t TILE = 32;    // slots whose values are added up in registers
 template <class T>
 constexpr bool quantized = sizeof(T) == 1;
 
+// While keys are read the values of the same slots are on their way, and with values the keys of the next chunk.
+INLINE_VNNI void fetch_ahead(const void* x) { _mm_prefetch((const char*)x, _MM_HINT_T1); }
+
 INLINE_VNNI __m512i elements(const bf16* x) { return _mm512_loadu_si512(x); }  // 32 of a slot
 INLINE_VNNI __m512i elements(const int8_t* x) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)x)); }
 
@@ -45,9 +48,10 @@ INLINE_VNNI void exchange(__m512i (&x)[4]) {
 // Scores of M rows and 16 slots from `slot` on; past `last` it is the last one again.
 template <int M, class T>
 VNNI void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int64_t D, const bf16* rows, int64_t first,
-                  float* out) {
+                  float* out, const T* others) {
   __m512i sums[4][M];  // four slots each: a lane of 128 bits has four parts of one slot's sum
   rows += first * D, out += first * CHUNK;
+  const int64_t ahead = others - keys;
 #pragma GCC unroll 4
   for (int64_t i = 0; i < 4; ++i) {
     const T* places[4];
@@ -57,7 +61,7 @@ VNNI void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int64
     for (int64_t d = 0; d < D; d += 32) {
       __m512i x[4];
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < 4; ++j) x[j] = elements(places[j] + d);
+      for (int64_t j = 0; j < 4; ++j) x[j] = elements(places[j] + d), fetch_ahead(places[j] + ahead + d);
       exchange(x);
 #pragma GCC unroll 4
       for (int64_t j = 0; j < 4; ++j)
@@ -81,14 +85,16 @@ VNNI void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int64
 // 0-3, 8-11, 16-19, 24-27, as unpacking leaves them.
 template <int M, class T>
 VNNI void add_values(const T* values, int64_t stride, int64_t slot, int64_t last, int64_t D, const bf16* weights,
-                       int64_t first, __m512i* out) {
+                       int64_t first, __m512i* out, const T* others) {
+  const int64_t ahead = others - values;
   weights += first * CHUNK, out += first * D / LANES;
   for (int64_t d = 0; d < D; d += 32) {
     __m512i low[M], high[M];
     for (int m = 0; m < M; ++m) low[m] = out[(m * D + d) / LANES], high[m] = out[(m * D + d) / LANES + 1];
     for (int64_t i = 0; i < TILE; i += 2) {
-      const __m512i a = elements(values + std::min(slot + i, last) * stride + d);
-      const __m512i b = elements(values + std::min(slot + i + 1, last) * stride + d);
+      const T* places[2] = {values + std::min(slot + i, last) * stride + d, values + std::min(slot + i + 1, last) * stride + d};
+      const __m512i a = elements(places[0]), b = elements(places[1]);
+      fetch_ahead(places[0] + ahead), fetch_ahead(places[1] + ahead);
       const __m512i x = _mm512_unpacklo_epi16(a, b), y = _mm512_unpackhi_epi16(a, b);
       for (int m = 0; m < M; ++m) {
         const __m512i weight = (__m512i)pair_everywhere(weights + m * CHUNK + i);
@@ -196,13 +202,13 @@ VNNI void attend_avx512(const Attention& c, int64_t b, int64_t head, int64_t beg
   for (int64_t first = begin; first < end; first += CHUNK) {
     const int64_t n = std::min(CHUNK, end - first), padded = (n + TILE - 1) / TILE * TILE, last = end - 1;
     for (int64_t t = 0; t < n; t += LANES)
-      UP_TO_8_ROWS(score, keys, c.k_strides[2], first + t, last, c.D, q, m, scores.data() + t)
+      UP_TO_8_ROWS(score, keys, c.k_strides[2], first + t, last, c.D, q, m, scores.data() + t, values)
     for (int64_t m = 0; m < c.M; ++m)
       factors[m] = weigh<T>(c, scores.data() + m * CHUNK, first, padded, c.positions[b * c.S + m % c.S], k_scales, v_scales,
                             rows[m], weights.data() + m * CHUNK);
     std::fill_n(sums, c.M * c.D / LANES, _mm512_setzero_si512());
     for (int64_t t = 0; t < n; t += TILE)
-      UP_TO_8_ROWS(add_values, values, c.v_strides[2], first + t, last, c.D, weights.data() + t, m, sums)
+      UP_TO_8_ROWS(add_values, values, c.v_strides[2], first + t, last, c.D, weights.data() + t, m, sums, keys + CHUNK * c.k_strides[2])
     for (int64_t i = 0; i < c.M * c.D; i += 2 * LANES) {
       const auto [factor, unit] = factors[i / c.D];
       for (int64_t h = 0; h < 2; ++h) {
