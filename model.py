@@ -418,7 +418,8 @@ class Attention(nn.Module):
             self.kv_cache.write(input_pos, k, v)
             if mask is not None or self.kv_cache.is_quantized:
                 k, v, *scales = self.kv_cache.stored(B, n_slots)
-                kernel = self.kernel if mask is not None and S <= 16 else None
+                if self.kernel is not None and mask is not None and S <= 16:  # S last: a compiler guards what is asked
+                    kernel = self.kernel
         if kernel is not None:
             y = kernel(q, k, v, input_pos, self.window, *scales)
         else:
