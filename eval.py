@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from decoding import missing_compiler, set_compile_flags
-from generate import DEMO, load, resolve_device
+from generate import CACHE_DTYPES, DEMO, load, resolve_device, resolve_kv_dtype
 from model import Transformer
 from perplexity import perplexity
 from scoring import parse_batch_size
@@ -48,6 +48,7 @@ def score_file(
     window: int | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> TextScore:
     """Sliding-window perplexity of the UTF-8 text file `path`.
 
@@ -64,7 +65,7 @@ def score_file(
     window = window or min(model.args.context_length, 2048)
     stride = stride or max(1, window // 2)
     try:
-        result = perplexity(model, ids, window, stride, batch_size, progress=True)
+        result = perplexity(model, ids, window, stride, batch_size, progress=True, kv_dtype=kv_dtype)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     bits = result.bits_per_byte(n_tokens / len(data))
@@ -105,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="compile the model for --tasks")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
+    add("--kv_dtype", choices=CACHE_DTYPES, default="auto", help="put all texts through a KV cache that stores this")
     return parser
 
 
@@ -161,17 +163,20 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> dict[str, Any]:
         harness = import_harness()
         tasks = harness.find_tasks(args.tasks, args.include_path)
     device, dtype = resolve_device(args)
+    kv_dtype = resolve_kv_dtype(args)
     if args.compile:
         set_compile_flags(device)
     model, tokenizer = load(args.checkpoint_path, device, dtype, ranks)
     found: dict[str, Any] = {}
     if args.perplexity:
         batch_size = parse_batch_size(args.batch_size)
-        found["perplexity"] = score_file(model, tokenizer, args.perplexity, args.window, args.stride, batch_size)
+        found["perplexity"] = score_file(
+            model, tokenizer, args.perplexity, args.window, args.stride, batch_size, kv_dtype
+        )
         print(describe_text(args.perplexity, found["perplexity"]))
     if args.tasks:
         name, length = str(args.checkpoint_path), args.max_seq_length
-        lm = harness.FastLM(model, tokenizer, name, args.batch_size, length, args.compile)
+        lm = harness.FastLM(model, tokenizer, name, args.batch_size, length, args.compile, kv_dtype)
         found["tasks"] = harness.evaluate(lm, tasks, args)
     return found
 

@@ -39,6 +39,7 @@ from speculative import (
 from tokenizer import Tokenizer, load_tokenizer, read_text
 from tp import ALONE, Ranks, measure_collectives
 
+CACHE_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DEMO = Path(__file__).resolve().parent / "demo" / "target"
 
 # ---- The command line.
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile_prefill", action="store_true", help="compile the prefill")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
+    add("--kv_dtype", choices=CACHE_DTYPES, default="auto", help="what the KV cache stores (default: as --dtype)")
     add("--metrics_path", type=Path, help="write every figure to this JSON file")
     add("--profile", type=Path, help="write a Chrome trace of the last sample to this file")
     return parser
@@ -86,6 +88,15 @@ def resolve_device(args: argparse.Namespace) -> tuple[str, torch.dtype]:
     check_device(args.device)
     old_gpu = args.device.startswith("cuda") and torch.cuda.get_device_capability(args.device) < (8, 0)
     return args.device, getattr(torch, args.dtype or ("float16" if old_gpu else "bfloat16"))
+
+
+def resolve_kv_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    """What `--kv_dtype` says, for `setup_caches`. Raises ValueError for a type that this GPU lacks."""
+    if args.kv_dtype == "fp8" and args.device.startswith("cuda"):
+        major, minor = torch.cuda.get_device_capability(args.device)
+        if (major, minor) < (8, 9):
+            raise ValueError(f"--kv_dtype fp8 needs compute capability 8.9, this GPU has {major}.{minor}: use int8")
+    return CACHE_DTYPES[args.kv_dtype]
 
 
 def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> tuple[Transformer, Tokenizer]:
@@ -181,7 +192,8 @@ def set_up(
         raise ValueError(f"the draft model takes {draft.args.context_length} positions, fewer than {room}")
     for part in (model, draft):
         if part is not None:
-            part.setup_caches(max(map(len, batches)), room, spare=SPARE if args.speculate_k else 0)
+            spare, kv_dtype = SPARE if args.speculate_k else 0, resolve_kv_dtype(args)
+            part.setup_caches(max(map(len, batches)), room, spare, kv_dtype)
     plain = build_steps(model, sampling, args.compile, args.compile_prefill)
     all_steps = candidates(args.speculate_k, plain, draft, sampling, args.compile) if args.speculate_k else []
     seconds = 0.0
@@ -257,6 +269,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     check_args(args)
     args.device = ranks.device(args.device)
     device, dtype = resolve_device(args)
+    resolve_kv_dtype(args)  # before anything is loaded
     if args.compile or args.compile_prefill:
         set_compile_flags(device)  # imports the compiler, for a second
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
@@ -265,6 +278,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     draft = load_draft(args.draft_checkpoint_path, model, tokenizer, device, dtype, ranks, args.replicate_draft)
     load_s = time.perf_counter() - start
     kind = str(dtype).removeprefix("torch.") + (f", {model.quantization['mode']}" if model.quantization else "")
+    kind += f", {args.kv_dtype} cache" if args.kv_dtype != "auto" else ""
     kind += f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""
     print(f"{args.checkpoint_path}: {count_parameters(model.args) / 1e6:.1f} M parameters, {kind}, {device}")
     if draft is not None:
@@ -299,6 +313,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     figures["parallel"] = report_ranks(steps, batches[0], args.max_new_tokens, ranks) if ranks.world_size > 1 else None
     if args.metrics_path and ranks.rank == 0:
         header = {"model": dataclasses.asdict(model.args), "device": device, "dtype": str(dtype).removeprefix("torch.")}
+        header |= {"kv_dtype": str(resolve_kv_dtype(args) or dtype).removeprefix("torch.")}
         write_json(args.metrics_path, {**header, "quantization": model.quantization, **figures})
 
 

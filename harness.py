@@ -50,9 +50,10 @@ class FastLM(TemplateLM):
         batch_size: int | str | None = "auto",
         max_length: int | None = None,
         compile: bool = False,
+        kv_dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.scorer = Scorer(model, parse_batch_size(batch_size), max_length, compile)
+        self.scorer = Scorer(model, parse_batch_size(batch_size), max_length, compile, kv_dtype)
         self.model, self.text, self._name = model, tokenizer, name  # `tokenizer` would have to be of transformers
         self._device = self.scorer.device
         self._steps: dict[Sampling, Steps] = {}
@@ -130,7 +131,8 @@ class FastLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         dtype = str(self.model.tok_embeddings.weight.dtype).removeprefix("torch.")
-        return {"model_dtype": dtype, "model_quantization": self.model.quantization}
+        kv_dtype = str(self.scorer.kv_dtype or dtype).removeprefix("torch.")
+        return {"model_dtype": dtype, "model_quantization": self.model.quantization, "kv_dtype": kv_dtype}
 
     # ---- The three kinds of request.
 

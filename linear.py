@@ -16,7 +16,7 @@ to bfloat16 costs nothing; and a weight is rounded with the scale and zero as st
 `pack` brings them into the layout of a CPU's kernel, which never reaches a file; a GPU's kernels take them as stored.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -182,7 +182,8 @@ def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
     layout which that asks for; attention over the cache gets the CPU's, where the processor runs it fast.
     """
     device = next(iter(model.state_dict().values())).device
-    on_cpu = device.type == "cpu" and kernels_missing(device, dtype) is None
+    has_kernels = kernels_missing(device, dtype) is None
+    on_cpu = has_kernels and device.type == "cpu"
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.pack(dtype)
@@ -190,7 +191,19 @@ def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
             module.register_buffer("packed", cpu.pack_bf16(module.weight))
             module.weight, module.kernel = None, torch.ops.fast.bf16_linear
         elif hasattr(module, "kv_cache") and on_cpu and cpu.is_fast() and module.head_dim % 32 == 0:
-            module.kernel = torch.ops.fast.decode_attention
+            module.kernels = dict.fromkeys((torch.bfloat16, torch.int8), torch.ops.fast.decode_attention)
+        elif hasattr(module, "kv_cache") and has_kernels and device.type == "cuda":
+            module.kernels = _gpu_attention(device)
+
+
+def _gpu_attention(device: torch.device) -> dict[torch.dtype, Callable[..., Tensor]]:
+    """The GPU's attention, for the quantised caches that it can read."""
+    from kernels import gpu_attention  # noqa: F401 - registers it
+
+    kernels = {torch.int8: torch.ops.fast_gpu.decode_attention}
+    if torch.cuda.get_device_capability(device) >= (8, 9):
+        kernels[torch.float8_e4m3fn] = torch.ops.fast_gpu.decode_attention
+    return kernels
 
 
 def kernels_missing(device: torch.device | str, dtype: torch.dtype) -> str | None:

@@ -26,8 +26,8 @@ def bytes_per_step(model: Transformer, batch_size: int, positions: float) -> flo
     tensors = model.state_dict()
     del tensors["tok_embeddings.weight"]  # of which a token reads a row; a tied one is also the output projection
     weights = sum(t.nbytes for t in tensors.values())
-    cache = model.layers[0].attention.kv_cache.k
-    per_position = 2 * model.args.n_layers * cache.shape[1] * cache.shape[3] * cache.element_size()
+    cache = model.layers[0].attention.kv_cache  # keys and values, scales with them
+    per_position = model.args.n_layers * sum(t[0, :, 0].nbytes for t in cache.buffers())
     return weights + batch_size * positions * per_position
 
 

@@ -334,35 +334,67 @@ def divisor(n: int, at_most: int) -> int:
     return next(d for d in range(min(n, at_most), 0, -1) if n % d == 0)
 
 
+KV_DTYPES = (torch.int8, torch.float8_e4m3fn)  # what a cache may be quantised to
+
+
+def quantize_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`x [..., D]` in `dtype` and a float32 scale per vector, `[...]`, by which its greatest element meets the limit.
+
+    The error of an element is at most 1 / 254 of that greatest one in int8, and 1 / 16 of its own in fp8.
+    """
+    limit = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
+    scales = x.float().abs().amax(-1).clamp(min=1e-30) / limit
+    q = x.float() / scales[..., None]
+    return (q if dtype.is_floating_point else q.round()).to(dtype), scales
+
+
 class KVCache(nn.Module):
-    """Keys and values of one layer, `[B, n_kv_heads, capacity, head_dim]`, allocated once and written in place."""
+    """Keys and values of one layer, `[B, n_kv_heads, capacity, head_dim]`, allocated once and written in place.
+
+    As int8 or fp8 they have scales, `[B, n_kv_heads, capacity]`: float32, a 32nd more bytes at 128 elements, so that
+    the values' rounding is all that is lost.
+    """
 
     def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype):
         super().__init__()
-        self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
-        self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+        self.is_quantized = dtype in KV_DTYPES
+        buffers = {"k": (shape, dtype), "v": (shape, dtype)}
+        if self.is_quantized:
+            buffers |= {"k_scales": (shape[:3], torch.float32), "v_scales": (shape[:3], torch.float32)}
+        for name, (size, kind) in buffers.items():
+            self.register_buffer(name, torch.zeros(size, device=device, dtype=kind), persistent=False)
 
     def write(self, input_pos: Tensor, k: Tensor, v: Tensor) -> None:
         """Store `k`, `v` `[B, n_kv_heads, S, D]` at the slots `input_pos [B, S]` of the first B rows."""
         rows = torch.arange(k.shape[0], device=k.device)[:, None, None]
         heads = torch.arange(k.shape[1], device=k.device)[None, :, None]
         slots = input_pos[:, None, :]
+        if self.is_quantized:
+            k, self.k_scales[rows, heads, slots] = quantize_kv(k, self.k.dtype)
+            v, self.v_scales[rows, heads, slots] = quantize_kv(v, self.v.dtype)
         self.k[rows, heads, slots] = k
         self.v[rows, heads, slots] = v
+
+    def stored(self, n_rows: int, n_slots: int) -> list[Tensor]:
+        """Views of the keys, the values and the scales, if there are any, of the first rows' first slots."""
+        return [buffer[:n_rows, :, :n_slots] for buffer in self.buffers()]
 
 
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) over the fresh keys, or over the valid part of the cache.
 
-    Up to 16 positions over the cache take `kernel(q, k, v, mask)`, with `grouped_attention`'s arguments, where whoever
-    loads the model has one.
+    A quantised cache is read even where the fresh keys are at hand: so a text gives the same, computed at once or token
+    by token. Up to 16 positions over the cache take the kernel that whoever loads the model has put into `kernels`,
+    `kernel(q, k, v, positions [B, S], sliding window or 0, k_scales, v_scales)`, by the type of what is cached.
     """
 
-    kernel: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+    kernels: dict[torch.dtype, Callable[..., Tensor]] = {}
+    kernel: Callable[..., Tensor] | None = None  # the cache's of these
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = args.n_heads, args.n_kv_heads, args.head_dim
+        self.window = args.sliding_window or 0
         self.qkv_sizes = (args.n_heads * args.head_dim,) + (args.n_kv_heads * args.head_dim,) * 2
         self.wqkv = Linear(args.dim, sum(self.qkv_sizes), args.qkv_bias, Sharding(parts=self.qkv_sizes))
         self.wo = Linear(args.n_heads * args.head_dim, args.dim, args.out_bias, Sharding(collective="sum"))
@@ -381,15 +413,22 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2)
+        kernel, scales = None, []
         if input_pos is not None:
             self.kv_cache.write(input_pos, k, v)
-        if mask is None:  # the queries are the whole text so far: what is cached is what is at hand
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            if mask is not None or self.kv_cache.is_quantized:
+                k, v, *scales = self.kv_cache.stored(B, n_slots)
+                if self.kernel is not None and mask is not None and S <= 16:  # S last: a compiler guards what is asked
+                    kernel = self.kernel
+        if kernel is not None:
+            y = kernel(q, k, v, input_pos, self.window, *scales)
         else:
-            if input_pos is not None:
-                k, v = self.kv_cache.k[:B, :, :n_slots], self.kv_cache.v[:B, :, :n_slots]
-            attend = grouped_attention if self.kernel is None or S > 16 else self.kernel
-            y = attend(q, k, v, mask)
+            if scales:
+                k, v = ((x.float() * scale[..., None]).to(q.dtype) for x, scale in zip((k, v), scales, strict=True))
+            if mask is None:  # the queries are the whole text so far: what is cached is what is at hand
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            else:
+                y = grouped_attention(q, k, v, mask)
         return self.wo(y.transpose(1, 2).reshape(B, S, -1))
 
 
@@ -472,10 +511,13 @@ class Transformer(nn.Module):
         self.max_batch_size = self.max_seq_length = 0
         self.quantization: dict[str, Any] | None = None  # what `checkpoint.load_model` found the Linears to be
 
-    def setup_caches(self, max_batch_size: int, max_seq_length: int, spare: int = 0) -> None:
+    def setup_caches(
+        self, max_batch_size: int, max_seq_length: int, spare: int = 0, kv_dtype: torch.dtype | None = None
+    ) -> None:
         """Allocate the KV cache for `max_batch_size` rows of `max_seq_length` positions. Call it once.
 
         spare: slots behind them for tokens that are tried and discarded (speculative decoding).
+        kv_dtype: one of KV_DTYPES to quantise the cache. None: the weights' own.
         Raises ValueError if the model was not made for so many positions.
         """
         if max_batch_size < 1 or not 1 <= max_seq_length <= self.args.context_length:
@@ -489,7 +531,8 @@ class Transformer(nn.Module):
         n_kv_heads = self.layers[0].attention.n_kv_heads  # of this rank
         shape = (max_batch_size, n_kv_heads, max_seq_length + spare + 1, self.args.head_dim)
         for layer in self.layers:
-            layer.attention.kv_cache = KVCache(shape, weight.device, weight.dtype)
+            layer.attention.kv_cache = KVCache(shape, weight.device, kv_dtype or weight.dtype)
+            layer.attention.kernel = layer.attention.kernels.get(kv_dtype or weight.dtype)
         slots = torch.arange(max_seq_length + spare, device=weight.device)
         cos, sin = rope_table(self.args, slots)
         self.register_buffer("slots", slots, persistent=False)

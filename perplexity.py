@@ -47,11 +47,13 @@ def perplexity(
     stride: int,
     batch_size: int | None = None,
     progress: bool = False,
+    kv_dtype: torch.dtype | None = None,
 ) -> Perplexity:
     """Score the text `ids` with windows of `window` tokens, one every `stride`, `batch_size` windows at a time.
 
-    The model needs no cache. Default batch: as many windows as make 4096 tokens. Raises ValueError for sizes that do
-    not fit the model or each other, and for a text of fewer than two tokens.
+    The model needs no cache, unless `kv_dtype` asks for a quantised one: then every window goes through it, and a
+    query sees of all keys and values what decoding would read. Default batch: as many windows as make 4096 tokens.
+    Raises ValueError for sizes that do not fit the model or each other, and for a text of fewer than two tokens.
     """
     if not 2 <= window <= model.args.context_length:
         raise ValueError(f"window {window} must be 2 to {model.args.context_length}, the model's context length")
@@ -65,9 +67,11 @@ def perplexity(
     size = batch_size or max(1, 4096 // window)
     # The first window scores more tokens than the others: it goes alone.
     batches = [windows[:1], *(windows[i : i + size] for i in range(1, len(windows), size))]
+    if kv_dtype is not None:
+        model.setup_caches(size, min(window, len(ids)), kv_dtype=kv_dtype)
     nll, n_tokens = 0.0, 0
     for batch in tqdm(batches, desc="perplexity", disable=None if progress else True):
-        nll += _score(model, ids, batch)
+        nll += _score(model, ids, batch, kv_dtype is not None)
         n_tokens += sum(end - first for _, first, end in batch)
     return Perplexity(nll, n_tokens)
 
@@ -86,7 +90,7 @@ def _windows(n: int, window: int, stride: int):
 
 
 @torch.no_grad()
-def _score(model: Transformer, ids: list[int], windows: list[tuple[int, int, int]]) -> float:
+def _score(model: Transformer, ids: list[int], windows: list[tuple[int, int, int]], cached: bool) -> float:
     """The summed negative log-likelihood of the windows' scored tokens, which the output projection is limited to."""
     device = model.tok_embeddings.weight.device
     longest = max(end - begin for begin, _, end in windows)
@@ -98,7 +102,8 @@ def _score(model: Transformer, ids: list[int], windows: list[tuple[int, int, int
         idx[row, : end - begin] = torch.tensor(ids[begin:end])
         logits_at[row, : end - first] = torch.arange(first - begin - 1, end - begin - 1)
         targets[row, : end - first] = torch.tensor(ids[first:end])
-    logits = model(idx.to(device), logits_at=logits_at.to(device))
+    slots = model.slots[:longest] if cached else None
+    logits = model(idx.to(device), slots, slots, logits_at=logits_at.to(device))
     return float(negative_log_likelihoods(logits, targets.to(device)).sum(dtype=torch.float64))
 
 

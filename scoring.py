@@ -118,7 +118,8 @@ class Scorer:
     """Scores continuations with a model, whose KV cache it sets up as needed.
 
     batch_size: rows that go through the model together; None: as many as make a good batch. On a GPU whose memory is
-    full it is halved. max_length: tokens the model is given at most (default: its context length).
+    full it is halved. max_length: tokens the model is given at most (default: its context length). kv_dtype: that of
+    a quantised cache, through which every text then goes.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Scorer:
         batch_size: int | None = None,
         max_length: int | None = None,
         compile: bool = False,
+        kv_dtype: torch.dtype | None = None,
     ):
         max_length = max_length or model.args.context_length
         if not 1 <= max_length <= model.args.context_length:
@@ -134,12 +136,13 @@ class Scorer:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1 or auto")
         self.model, self.batch_size, self.max_length, self.compile = model, batch_size, max_length, compile
-        self.device = model.tok_embeddings.weight.device
+        self.device, self.kv_dtype = model.tok_embeddings.weight.device, kv_dtype
         self.pass_tokens = PASS_TOKENS.get(self.device.type, 256)
         self._at_least = 2 if compile else 1  # a dimension of one is a graph of its own
 
         def whole(idx: Tensor, logits_at: Tensor) -> Tensor:
-            return model(idx, logits_at=logits_at)
+            slots = None if kv_dtype is None else model.slots[: idx.shape[1]]
+            return model(idx, slots, slots, logits_at)
 
         def cached(idx: Tensor, input_pos: Tensor, kv_pos: Tensor, logits_at: Tensor) -> Tensor:
             return model(idx, input_pos, kv_pos, logits_at)
@@ -153,10 +156,12 @@ class Scorer:
 
     def reserve(self, rows: int, length: int) -> None:
         """Make sure that the model has a KV cache of `rows` rows of at least `length` positions."""
+        rows = max(rows, self._at_least)
         if self.model.max_batch_size != rows or self.model.max_seq_length < length:
             for layer in self.model.layers:
                 layer.attention.kv_cache = None  # the old one makes room first
-            self.model.setup_caches(rows, min(bucket(length), self.model.args.context_length))
+            capacity = min(bucket(length), self.model.args.context_length)
+            self.model.setup_caches(rows, capacity, kv_dtype=self.kv_dtype)
 
     @torch.no_grad()
     def score(self, requests: list[tuple[list[int], list[int]]], progress: bool = False) -> list[tuple[float, bool]]:
@@ -189,8 +194,9 @@ class Scorer:
         rests = [Rest(text, group.shared, source) for source, group in enumerate(groups) for text in group.texts]
         rests.sort(key=lambda rest: rest.length, reverse=True)
         beginnings = None
-        if groups[0].shared:
+        if groups[0].shared or self.kv_dtype is not None:
             self.reserve(rows, max(len(rest.text.ids) for rest in rests))
+        if groups[0].shared:
             beginnings = self._compute_beginnings(groups)
         found = []
         while rests:  # rows of like length go together, whatever group they are of: little is padding
@@ -199,12 +205,13 @@ class Scorer:
             rests = rests[n:]
         return found
 
-    def _compute_beginnings(self, groups: list[Group]) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values, by layer, of what each group shares; `[len(groups), n_kv_heads, longest, head_dim]`."""
+    def _compute_beginnings(self, groups: list[Group]) -> list[list[Tensor]]:
+        """What the cache holds, by layer, of what each group shares; `[len(groups), n_kv_heads, longest, ...]`."""
         caches = [layer.attention.kv_cache for layer in self.model.layers]
-        G, KV, _, D = len(groups), *caches[0].k.shape[1:]
         longest = max(group.shared for group in groups)
-        kept = [(cache.k.new_zeros(G, KV, longest, D), cache.v.new_zeros(G, KV, longest, D)) for cache in caches]
+        kept = [
+            [t.new_zeros(len(groups), t.shape[1], longest, *t.shape[3:]) for t in cache.buffers()] for cache in caches
+        ]
         begin = 0
         while begin < len(groups):
             part = groups[begin : begin + max(1, self.pass_tokens // groups[begin].shared)]
@@ -215,14 +222,14 @@ class Scorer:
             idx, slots = idx.to(self.device), self.model.slots[:S]
             self._cached(idx, slots.clone(), slots, idx.new_zeros(len(idx), 1))  # of its logits nothing is needed
             rows, n = slice(begin, begin + len(part)), min(S, longest)
-            for cache, (k, v) in zip(caches, kept, strict=True):
-                k[rows, :, :n] = cache.k[: len(part), :, :n]
-                v[rows, :, :n] = cache.v[: len(part), :, :n]
+            for cache, tensors in zip(caches, kept, strict=True):
+                for tensor, stored in zip(tensors, cache.stored(len(part), n), strict=True):
+                    tensor[rows, :, :n] = stored
             begin += len(part)
         return kept
 
     def _score_rests(
-        self, rests: list[Rest], beginnings: list[tuple[Tensor, Tensor]] | None
+        self, rests: list[Rest], beginnings: list[list[Tensor]] | None
     ) -> list[tuple[int, tuple[float, bool]]]:
         """One pass of the model, behind the beginnings if there are any."""
         S, starts = self._padded(rests[0].length), [rest.start for rest in rests]
@@ -256,13 +263,13 @@ class Scorer:
         greedy = ((logits.argmax(-1) == wanted) | (wanted == -100)).all(1)
         return list(zip(requests, zip((-nll).tolist(), greedy.tolist(), strict=True), strict=True))
 
-    def _copy_beginnings(self, beginnings: list[tuple[Tensor, Tensor]], sources: list[int]) -> None:
+    def _copy_beginnings(self, beginnings: list[list[Tensor]], sources: list[int]) -> None:
         """Fill the cache's rows, each with the beginning that `sources` names."""
         rows = torch.tensor(sources, device=self.device)
-        for layer, (k, v) in zip(self.model.layers, beginnings, strict=True):
-            cache = layer.attention.kv_cache
-            cache.k[: len(rows), :, : k.shape[2]] = k[rows]
-            cache.v[: len(rows), :, : v.shape[2]] = v[rows]
+        for layer, tensors in zip(self.model.layers, beginnings, strict=True):
+            places = layer.attention.kv_cache.stored(len(rows), tensors[0].shape[2])
+            for place, tensor in zip(places, tensors, strict=True):
+                place.copy_(tensor[rows])
 
     def _padded(self, n: int) -> int:
         """The length to pad `n` tokens to: a bucket for a compiled graph, which is reused; else nothing is added."""

@@ -24,7 +24,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -33,6 +35,7 @@ constexpr int64_t LANES = 16;
 constexpr int64_t MAX_ROWS = 16;           // of x; above it is a prefill
 constexpr int64_t ROWS_AT_ONCE = 256;      // of x in a prefill: what the cache holds beside a panel
 constexpr int64_t SCRATCH = 1 << 20;       // elements of the weight that at::mm gets at a time
+constexpr int64_t CHUNK = 256;             // slots of a cache at a time; 512 would overflow a sum of int8 values
 using bf16 = uint16_t;
 #define INLINE __attribute__((always_inline)) inline
 
@@ -62,9 +65,10 @@ struct Call {
 
 struct Attention {
   const bf16* q;        // [B, KV, M, D], the M rows being query heads times positions
-  const bf16 *k, *v;    // [B, KV, L, D], by their strides
-  const uint8_t* mask;  // [B, S, L]
-  int64_t KV, M, S, L, D, k_strides[3], v_strides[3];
+  const void *k, *v;    // bf16 or int8 [B, KV, L, D], by their strides
+  const float *k_scales, *v_scales;  // of int8 [B, KV, L], by their strides
+  const int64_t* positions;          // [B, S]
+  int64_t KV, M, S, L, D, window, k_strides[3], v_strides[3], scale_strides[2];
   float scale;          // of a score, for powers of 2
 };
 
@@ -255,7 +259,7 @@ struct Functions {
   void (*few[3])(const Call&, const uint8_t*, float*);  // by kind: few rows, one panel
   void (*many[3])(const Call&, int64_t, int64_t);       // many rows, a range of panels; null: the values for at::mm
   void (*values[3])(const uint8_t*, int64_t, int64_t, bf16*);
-  void (*attend)(const Attention&, int64_t, int64_t, int64_t, float*, float*, float*);  // one span
+  void (*attend[2])(const Attention&, int64_t, int64_t, int64_t, int64_t, float*, float*, float*);  // bf16, int8
 };
 
 const std::vector<Functions>& available() {  // the best comes first
@@ -263,14 +267,15 @@ const std::vector<Functions>& available() {  // the best comes first
     std::vector<Functions> list;
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
       list.push_back({"avx512", 8, {bf16_avx512, int8_avx512, int4_avx512},
-                      {many_avx512<BF16>, many_avx512<INT8>, many_avx512<INT4>}, {}, attend_avx512});
+                      {many_avx512<BF16>, many_avx512<INT8>, many_avx512<INT4>}, {},
+                      {attend_avx512<bf16>, attend_avx512<int8_t>}});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      list.push_back({"avx2", 4, {bf16_avx2, int8_avx2, int4_avx2}, {}, {bf16_values_avx2, int8_values_avx2, int4_values_avx2}, nullptr});
+      list.push_back({"avx2", 4, {bf16_avx2, int8_avx2, int4_avx2}, {}, {bf16_values_avx2, int8_values_avx2, int4_values_avx2}, {}});
 #endif
     list.push_back({"portable", 4, {bf16_portable, int8_portable, int4_portable}, {},
-                    {bf16_values_portable, int8_values_portable, int4_values_portable}, nullptr});
+                    {bf16_values_portable, int8_values_portable, int4_values_portable}, {}});
     return list;
   }();
   return found;
@@ -377,52 +382,88 @@ void pack_bf16(const at::Tensor& weight, at::Tensor& out) {
   });
 }
 
-// What a row's spans found, each best, total and out [D], becomes its result.
-void put_together(const float* best, const float* total, const float* out, int64_t n_spans, int64_t M, int64_t D, bf16* y) {
-  float greatest = best[0], sum = 0;
-  for (int64_t i = 1; i < n_spans; ++i) greatest = std::max(greatest, best[i * M]);
+// What a row's pieces found, each best, total and out [D], becomes its result.
+void put_together(const std::vector<int64_t>& pieces, int64_t m, int64_t M, int64_t D, const float* best, const float* total,
+                  const float* out, bf16* y) {
+  float greatest = -INFINITY, sum = 0;
+  for (int64_t i : pieces) greatest = std::max(greatest, best[i * M + m]);
   std::vector<float> values(D);
-  for (int64_t i = 0; i < n_spans; ++i) {
-    if (best[i * M] == -INFINITY) continue;
-    const float factor = std::exp2(best[i * M] - greatest);
-    sum += factor * total[i * M];
-    for (int64_t d = 0; d < D; ++d) values[d] += factor * out[i * M * D + d];
+  for (int64_t i : pieces) {
+    if (best[i * M + m] == -INFINITY) continue;
+    const float factor = std::exp2(best[i * M + m] - greatest);
+    sum += factor * total[i * M + m];
+    for (int64_t d = 0; d < D; ++d) values[d] += factor * out[(i * M + m) * D + d];
   }
   for (int64_t d = 0; d < D; ++d) y[d] = to_bf16(sum ? values[d] / sum : 0.f);
 }
 
-// q [B, H, S, D] over k, v [B, KV, L, D], which may be views of a cache; mask bool [B, 1, S, L]. Like q, contiguous.
-at::Tensor decode_attention(const at::Tensor& q_any, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask_any) {
-  TORCH_CHECK(chosen.attend, "attention needs AVX-512 with bf16");
-  for (const at::Tensor& x : {q_any, k, v})
-    TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kBFloat16, "q, k and v must be bfloat16 [B, H, S, D]");
+// All chunks of all key heads in a row are cut into as many equal pieces as there are threads. The part of head h in
+// piece t has the number t + h, which no other part has, as no two pieces share more than one head.
+void attend(const Attention& c, int64_t B, bool is_int8, at::TensorOptions options, bf16* y) {
+  const int64_t n_heads = B * c.KV;
+  std::vector<int64_t> begins(B), ends(B), units(n_heads + 1);
+  for (int64_t h = 0; h < n_heads; ++h) {
+    const int64_t b = h / c.KV, *at = c.positions + b * c.S;
+    ends[b] = std::clamp<int64_t>(*std::max_element(at, at + c.S) + 1, 1, c.L);
+    begins[b] = c.window ? std::clamp<int64_t>(*std::min_element(at, at + c.S) + 1 - c.window, 0, ends[b] - 1) : 0;
+    units[h + 1] = units[h] + (ends[b] - begins[b] + CHUNK - 1) / CHUNK;
+  }
+  const int64_t n_pieces = std::min<int64_t>(units[n_heads], at::get_num_threads()), n_parts = n_pieces + n_heads - 1;
+  at::Tensor found = at::empty({n_parts * c.M * (c.D + 2)}, options.dtype(at::kFloat));
+  float *best = static_cast<float*>(found.data_ptr()), *total = best + n_parts * c.M, *out = total + n_parts * c.M;
+  const auto part = [&](int64_t t, int64_t h) {  // its chunks, from the first of the head
+    const int64_t from = std::max(units[h], units[n_heads] * t / n_pieces);
+    return std::pair(from - units[h], std::min(units[h + 1], units[n_heads] * (t + 1) / n_pieces) - units[h]);
+  };
+  at::parallel_for(0, n_pieces, 1, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t)
+      for (int64_t h = 0; h < n_heads; ++h)
+        if (const auto [from, until] = part(t, h); from < until) {
+          const int64_t b = h / c.KV, i = (t + h) * c.M;
+          const int64_t begin = begins[b] + from * CHUNK, end = std::min(begins[b] + until * CHUNK, ends[b]);
+          chosen.attend[is_int8](c, b, h % c.KV, begin, end, best + i, total + i, out + i * c.D);
+        }
+  });
+  for (int64_t h = 0; h < n_heads; ++h) {
+    std::vector<int64_t> parts;
+    for (int64_t t = 0; t < n_pieces; ++t)
+      if (const auto [from, until] = part(t, h); from < until) parts.push_back(t + h);
+    for (int64_t m = 0; m < c.M; ++m) put_together(parts, m, c.M, c.D, best, total, out, y + (h * c.M + m) * c.D);
+  }
+}
+
+// q [B, H, S, D] at positions [B, S] over k, v [B, KV, L, D], which may be views of a cache, as int8 with scales
+// [B, KV, L]; a query sees the slots up to its position, with a window only so many of them. Like q, contiguous.
+at::Tensor decode_attention(const at::Tensor& q_any, const at::Tensor& k, const at::Tensor& v, const at::Tensor& positions_any,
+                            int64_t window, const std::optional<at::Tensor>& k_scales, const std::optional<at::Tensor>& v_scales) {
+  TORCH_CHECK(chosen.attend[0], "attention needs AVX-512 with bf16");
   const int64_t B = q_any.size(0), H = q_any.size(1), S = q_any.size(2), D = q_any.size(3), KV = k.size(1), L = k.size(2);
-  TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == B && k.size(3) == D && KV > 0 && L > 0 && H % KV == 0,
+  const bool is_int8 = k.scalar_type() == at::kChar;
+  TORCH_CHECK(q_any.scalar_type() == at::kBFloat16 && (is_int8 || k.scalar_type() == at::kBFloat16) && v.scalar_type() == k.scalar_type(),
+              "q must be bfloat16, k and v too or both int8");
+  TORCH_CHECK(k.sizes() == v.sizes() && k.dim() == 4 && k.size(0) == B && k.size(3) == D && KV > 0 && L > 0 && H % KV == 0,
               "k and v of shape ", k.sizes(), " and ", v.sizes(), " do not fit q of shape ", q_any.sizes());
-  TORCH_CHECK(mask_any.scalar_type() == at::kBool && mask_any.sizes() == at::IntArrayRef({B, 1, S, L}),
-              "mask must be bool [B, 1, S, L]");
+  TORCH_CHECK(positions_any.scalar_type() == at::kLong && positions_any.sizes() == at::IntArrayRef({B, S}),
+              "positions must be int64 [B, S]");
   TORCH_CHECK(D % 32 == 0 && k.stride(3) == 1 && v.stride(3) == 1,
               "a head must be contiguous and a multiple of 32 elements, not ", D);
-  const at::Tensor q = q_any.contiguous(), mask = mask_any.contiguous();
+  Attention c{};
+  if (is_int8) {
+    TORCH_CHECK(k_scales && v_scales, "int8 keys and values need scales");
+    for (const at::Tensor& scales : {*k_scales, *v_scales})
+      TORCH_CHECK(scales.scalar_type() == at::kFloat && scales.sizes() == at::IntArrayRef({B, KV, L}) && scales.stride(2) == 1 &&
+                  scales.strides() == k_scales->strides(), "scales must be float32 [B, KV, L], laid out alike");
+    c.k_scales = static_cast<const float*>(k_scales->const_data_ptr()), c.v_scales = static_cast<const float*>(v_scales->const_data_ptr());
+    c.scale_strides[0] = k_scales->stride(0), c.scale_strides[1] = k_scales->stride(1);
+  }
+  const at::Tensor q = q_any.contiguous(), positions = positions_any.contiguous();
   at::Tensor y = at::empty({B, H, S, D}, q.options());
-  const int64_t M = H / KV * S, n_spans = (L + SPAN - 1) / SPAN, n_rows = B * KV * n_spans * M;
-  const Attention c{static_cast<const bf16*>(q.const_data_ptr()), static_cast<const bf16*>(k.const_data_ptr()),
-                    static_cast<const bf16*>(v.const_data_ptr()), static_cast<const uint8_t*>(mask.const_data_ptr()), KV, M, S, L, D,
-                    {k.stride(0), k.stride(1), k.stride(2)}, {v.stride(0), v.stride(1), v.stride(2)},
-                    1.44269504f / std::sqrt(float(D))};
-  at::Tensor found = at::empty({n_rows * (D + 2)}, q.options().dtype(at::kFloat));
-  float *best = static_cast<float*>(found.data_ptr()), *total = best + n_rows, *out = total + n_rows;
-  at::parallel_for(0, B * KV * n_spans, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      chosen.attend(c, i / n_spans / KV, i / n_spans % KV, i % n_spans * SPAN, best + i * M, total + i * M, out + i * M * D);
-  });
-  bf16* results = static_cast<bf16*>(y.data_ptr());
-  at::parallel_for(0, B * H * S, 32, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / M * n_spans * M + i % M;
-      put_together(best + row, total + row, out + row * D, n_spans, M, D, results + i * D);
-    }
-  });
+  c.q = static_cast<const bf16*>(q.const_data_ptr()), c.k = k.const_data_ptr(), c.v = v.const_data_ptr();
+  c.positions = static_cast<const int64_t*>(positions.const_data_ptr());
+  c.KV = KV, c.M = H / KV * S, c.S = S, c.L = L, c.D = D, c.window = window;
+  for (int i = 0; i < 3; ++i) c.k_strides[i] = k.stride(i), c.v_strides[i] = v.stride(i);
+  c.scale = 1.44269504f / std::sqrt(float(D));
+  attend(c, B, is_int8, q.options(), static_cast<bf16*>(y.data_ptr()));
   return y;
 }
 
@@ -442,7 +483,8 @@ TORCH_LIBRARY(fast, m) {
   m.def("int8_linear(Tensor x, Tensor packed, int n_out) -> Tensor");
   m.def("int4_linear(Tensor x, Tensor packed, int n_out, int groupsize) -> Tensor");
   m.def("bf16_linear(Tensor x, Tensor packed, int n_out) -> Tensor");
-  m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor");
+  m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor positions, int window=0, Tensor? k_scales=None, "
+        "Tensor? v_scales=None) -> Tensor");
   m.def("variant(str name) -> str", variant);
 }
 

@@ -1,85 +1,112 @@
 // Attention of a few positions over a KV cache with AVX-512; a part of cpu.cpp. Keys and values are read once, in order.
 //
-// The cache is cut into spans of slots that threads share out; what the spans found is put together by the greatest score
-// in each (flash decoding, Dao et al. 2023). Rows are the query heads of one key head times their positions. Both products
-// have the same form: a tile of 32 slots or of 32 elements lies as bf16 pairs, a register meets a broadcast pair of a row.
+// Threads share out the cache in chunks of slots; what they found for a key head is put together by the greatest score
+// (flash decoding, Dao et al. 2023). Rows are the query heads of one key head times their positions: up to 8 share what
+// is loaded. Both products multiply pairs of 16 bits and add to 32: bf16 as it is; an int8 cache as int16, with queries
+// and weights rounded to int16 by a scale per row, because int8 to bf16 takes five instructions and to int16 one.
 
-constexpr int64_t TILE = 32;     // slots
-constexpr int64_t CHUNK = 256;   // slots whose scores are known before their values are read
-constexpr int64_t SPAN = 1024;   // slots of one task
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma")))
+#define INLINE_VNNI VNNI __attribute__((always_inline)) inline
 
-// rows [M, 2 n] times pairs [n, 32, 2], added to out [M, 32].
-template <int M>
-AVX512 void tile_rows(const bf16* pairs, int64_t n, const bf16* rows, int64_t stride, int64_t first, float* out,
-                      int64_t out_stride) {
-  rows += first * stride, out += first * out_stride;
-  __m512 sums[M][2];
-  for (int m = 0; m < M; ++m)
-    for (int h = 0; h < 2; ++h) sums[m][h] = _mm512_loadu_ps(out + m * out_stride + LANES * h);
-  for (int64_t i = 0; i < n; ++i) {
-    const __m512bh a = pairs_at(pairs + 64 * i), b = pairs_at(pairs + 64 * i + 32);
-    for (int m = 0; m < M; ++m) {
-      const __m512bh inputs = pair_everywhere(rows + m * stride + 2 * i);
-      sums[m][0] = _mm512_dpbf16_ps(sums[m][0], a, inputs);
-      sums[m][1] = _mm512_dpbf16_ps(sums[m][1], b, inputs);
+constexpr int64_t TILE = 32;    // slots whose values are added up in registers
+
+template <class T>
+constexpr bool quantized = sizeof(T) == 1;
+
+// While keys are read the values of the same slots are on their way, and with values the keys of the next chunk.
+INLINE_VNNI void fetch_ahead(const void* x) { _mm_prefetch((const char*)x, _MM_HINT_T1); }
+
+INLINE_VNNI __m512i elements(const bf16* x) { return _mm512_loadu_si512(x); }  // 32 of a slot
+INLINE_VNNI __m512i elements(const int8_t* x) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)x)); }
+
+template <class T>
+INLINE_VNNI __m512i add_products(__m512i sums, __m512i a, __m512i b) {
+  if constexpr (quantized<T>) return _mm512_dpwssd_epi32(sums, a, b);
+  return (__m512i)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+}
+
+template <class T>
+INLINE_VNNI __m512i add(__m512i a, __m512i b) {
+  if constexpr (quantized<T>) return _mm512_add_epi32(a, b);
+  return (__m512i)_mm512_add_ps((__m512)a, (__m512)b);
+}
+
+template <class T>
+INLINE_VNNI __m512 floats(__m512i sums) {
+  if constexpr (quantized<T>) return _mm512_cvtepi32_ps(sums);
+  return (__m512)sums;
+}
+
+// Four slots' 32 elements change places so that a register has 8 of each, slot by slot.
+INLINE_VNNI void exchange(__m512i (&x)[4]) {
+  const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[0], x[1], 0xEE);
+  const __m512i c = _mm512_shuffle_i32x4(x[2], x[3], 0x44), d = _mm512_shuffle_i32x4(x[2], x[3], 0xEE);
+  x[0] = _mm512_shuffle_i32x4(a, c, 0x88), x[1] = _mm512_shuffle_i32x4(a, c, 0xDD);
+  x[2] = _mm512_shuffle_i32x4(b, d, 0x88), x[3] = _mm512_shuffle_i32x4(b, d, 0xDD);
+}
+
+// Scores of M rows and 16 slots from `slot` on; past `last` it is the last one again.
+template <int M, class T>
+VNNI void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int64_t D, const bf16* rows, int64_t first,
+                  float* out, const T* others) {
+  __m512i sums[4][M];  // four slots each: a lane of 128 bits has four parts of one slot's sum
+  rows += first * D, out += first * CHUNK;
+  const int64_t ahead = others - keys;
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < 4; ++i) {
+    const T* places[4];
+    for (int64_t j = 0; j < 4; ++j) places[j] = keys + std::min(slot + 4 * i + j, last) * stride;
+    __m512i parts[M];
+    for (auto& part : parts) part = _mm512_setzero_si512();
+    for (int64_t d = 0; d < D; d += 32) {
+      __m512i x[4];
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < 4; ++j) x[j] = elements(places[j] + d), fetch_ahead(places[j] + ahead + d);
+      exchange(x);
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < 4; ++j)
+        for (int m = 0; m < M; ++m) {
+          const __m512i q = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(rows + m * D + d + 8 * j)));
+          parts[m] = add_products<T>(parts[m], x[j], q);
+        }
     }
+    for (int m = 0; m < M; ++m) sums[i][m] = parts[m];
   }
-  for (int m = 0; m < M; ++m)
-    for (int h = 0; h < 2; ++h) _mm512_storeu_ps(out + m * out_stride + LANES * h, sums[m][h]);
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  for (int m = 0; m < M; ++m) {
+    const __m512i a = add<T>(_mm512_unpacklo_epi32(sums[0][m], sums[1][m]), _mm512_unpackhi_epi32(sums[0][m], sums[1][m]));
+    const __m512i b = add<T>(_mm512_unpacklo_epi32(sums[2][m], sums[3][m]), _mm512_unpackhi_epi32(sums[2][m], sums[3][m]));
+    const __m512i sum = add<T>(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    _mm512_storeu_ps(out + m * CHUNK, floats<T>(_mm512_permutexvar_epi32(order, sum)));
+  }
 }
 
-// Blocks of D words change places across the diagonal; for D = 8, 4, 2, 1 together a 16 x 16 transposition.
-template <int D>
-INLINE_AVX512 void swap_blocks(__m512i (&rows)[16]) {
-  constexpr __mmask16 upper = D == 8 ? 0xFF00 : D == 4 ? 0xF0F0 : D == 2 ? 0xCCCC : 0xAAAA;
-  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i left = _mm512_mask_add_epi32(lanes, upper, lanes, _mm512_set1_epi32(16 - D));
-  const __m512i right = _mm512_mask_add_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(D)), upper, lanes, _mm512_set1_epi32(16));
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i)
-    if (!(i & D)) {
-      const __m512i a = rows[i], b = rows[i + D];
-      rows[i] = _mm512_permutex2var_epi32(a, left, b);
-      rows[i + D] = _mm512_permutex2var_epi32(a, right, b);
+// To sums [M, D] the values of a tile of slots times their weights [M, CHUNK]. Of 32 elements the first 16 lanes have
+// 0-3, 8-11, 16-19, 24-27, as unpacking leaves them.
+template <int M, class T>
+VNNI void add_values(const T* values, int64_t stride, int64_t slot, int64_t last, int64_t D, const bf16* weights,
+                       int64_t first, __m512i* out, const T* others) {
+  const int64_t ahead = others - values;
+  weights += first * CHUNK, out += first * D / LANES;
+  for (int64_t d = 0; d < D; d += 32) {
+    __m512i low[M], high[M];
+    for (int m = 0; m < M; ++m) low[m] = out[(m * D + d) / LANES], high[m] = out[(m * D + d) / LANES + 1];
+    for (int64_t i = 0; i < TILE; i += 2) {
+      const T* places[2] = {values + std::min(slot + i, last) * stride + d, values + std::min(slot + i + 1, last) * stride + d};
+      const __m512i a = elements(places[0]), b = elements(places[1]);
+      fetch_ahead(places[0] + ahead), fetch_ahead(places[1] + ahead);
+      const __m512i x = _mm512_unpacklo_epi16(a, b), y = _mm512_unpackhi_epi16(a, b);
+      for (int m = 0; m < M; ++m) {
+        const __m512i weight = (__m512i)pair_everywhere(weights + m * CHUNK + i);
+        low[m] = add_products<T>(low[m], x, weight), high[m] = add_products<T>(high[m], y, weight);
+      }
     }
-}
-
-// Slot `at` of keys or values; the same place a tile later is on its way. Past the last slot it is the last one again.
-INLINE_AVX512 __m512i slot_at(const bf16* slots, int64_t at, int64_t stride, int64_t last, int64_t d) {
-  const bf16* place = slots + std::min(at, last) * stride + d;
-  _mm_prefetch((const char*)(place + TILE * stride), _MM_HINT_T0);
-  return _mm512_loadu_si512(place);
-}
-
-// Keys of 32 slots as pairs [D / 2, 32, 2].
-AVX512 void key_pairs(const Attention& c, const bf16* keys, int64_t slot, bf16* pairs) {
-  for (int64_t h = 0; h < 2; ++h)
-    for (int64_t d = 0; d < c.D; d += 32) {
-      __m512i rows[16];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; ++i)
-        rows[i] = slot_at(keys, slot + 16 * h + i, c.k_strides[2], c.L - 1, d);
-      swap_blocks<8>(rows), swap_blocks<4>(rows), swap_blocks<2>(rows), swap_blocks<1>(rows);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(pairs + (d / 2 + i) * 64 + 32 * h, rows[i]);
-    }
-}
-
-// Elements d .. d + 31 of the values of 32 slots as pairs [16, 32, 2].
-AVX512 void value_pairs(const Attention& c, const bf16* values, int64_t slot, int64_t d, bf16* pairs) {
-  uint16_t order[32];
-  for (int i = 0; i < 16; ++i) order[2 * i] = i, order[2 * i + 1] = 32 + i;
-  const __m512i low = _mm512_loadu_si512(order), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  for (int64_t i = 0; i < TILE; i += 2) {
-    const __m512i a = slot_at(values, slot + i, c.v_strides[2], c.L - 1, d);
-    const __m512i b = slot_at(values, slot + i + 1, c.v_strides[2], c.L - 1, d);
-    _mm512_storeu_si512(pairs + 32 * i, _mm512_permutex2var_epi16(a, low, b));
-    _mm512_storeu_si512(pairs + 32 * i + 32, _mm512_permutex2var_epi16(a, high, b));
+    for (int m = 0; m < M; ++m) out[(m * D + d) / LANES] = low[m], out[(m * D + d) / LANES + 1] = high[m];
   }
 }
 
 // 2^x for x <= 0, to 3e-6 of the result: the whole part by the exponent, the rest by a Taylor series.
-INLINE_AVX512 __m512 power_of_2(__m512 x) {
+INLINE_VNNI __m512 power_of_2(__m512 x) {
   x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
   const __m512 whole = _mm512_roundscale_ps(x, 0), rest = _mm512_sub_ps(x, whole);
   __m512 y = _mm512_set1_ps(1.3333558e-3f);
@@ -88,62 +115,108 @@ INLINE_AVX512 __m512 power_of_2(__m512 x) {
   return _mm512_scalef_ps(y, whole);
 }
 
-// One row's scores of a chunk become weights of its values, and what the row has so far is put to the new scale.
-INLINE_AVX512 void weigh(const float* scores, const uint8_t* mask, float scale, int64_t D, bf16* weights, float* best,
-                         float* total, float* out) {
-  const __m512 none = _mm512_set1_ps(-INFINITY);
-  __m512 scaled[CHUNK / LANES], greatest = none, sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < CHUNK / LANES; ++i) {
-    const __m128i visible = _mm_loadu_si128((const __m128i*)(mask + LANES * i));
-    const __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + LANES * i), _mm512_set1_ps(scale));
-    scaled[i] = _mm512_mask_blend_ps(_mm_test_epi8_mask(visible, visible), none, score);
-    greatest = _mm512_max_ps(greatest, scaled[i]);
-  }
-  const float before = *best, now = std::max(before, _mm512_reduce_max_ps(greatest));
-  const float base = now == -INFINITY ? 0.f : now;
-  for (int64_t i = 0; i < CHUNK / LANES; ++i) {
-    const __mmask16 visible = _mm512_cmp_ps_mask(scaled[i], none, _CMP_GT_OQ);
-    const __m512 weight = _mm512_maskz_mov_ps(visible, power_of_2(_mm512_sub_ps(scaled[i], _mm512_set1_ps(base))));
-    sum = _mm512_add_ps(sum, weight);
-    _mm256_storeu_si256((__m256i*)(weights + LANES * i), (__m256i)_mm512_cvtneps_pbh(weight));
-  }
-  const float factor = std::exp2(before - base);
-  *best = now;
-  *total = *total * factor + _mm512_reduce_add_ps(sum);
-  if (factor != 1)
-    for (int64_t d = 0; d < D; ++d) out[d] *= factor;
+// The lanes of 16 slots from `slot` on that a query at `position` sees.
+inline __mmask16 seen(const Attention& c, int64_t slot, int64_t position) {
+  const int64_t before = c.window ? std::clamp<int64_t>(position - c.window + 1 - slot, 0, LANES) : 0;
+  const int64_t until = std::clamp<int64_t>(position + 1 - slot, 0, LANES);
+  return __mmask16(((1 << until) - 1) & ~((1 << before) - 1));
 }
 
-// One span of one key head: for each of its rows the greatest score, the sum of the weights and the weighted values,
-// best [M], total [M], out [M, D].
-AVX512 void attend_avx512(const Attention& c, int64_t b, int64_t head, int64_t start, float* best, float* total, float* out) {
-  const bf16* q = c.q + (b * c.KV + head) * c.M * c.D;
-  const bf16* keys = c.k + b * c.k_strides[0] + head * c.k_strides[1];
-  const bf16* values = c.v + b * c.v_strides[0] + head * c.v_strides[1];
-  std::vector<bf16> pairs(TILE * c.D), weights(c.M * CHUNK);
-  std::vector<float> scores(c.M * CHUNK);
-  std::vector<uint8_t> mask(c.S * CHUNK);
-  std::fill_n(best, c.M, -INFINITY), std::fill_n(total, c.M, 0.f), std::fill_n(out, c.M * c.D, 0.f);
-  for (int64_t first = start; first < std::min(start + SPAN, c.L); first += CHUNK) {
-    const int64_t n = std::min(CHUNK, c.L - first);
-    bool live[CHUNK / TILE] = {false};
-    std::fill(mask.begin(), mask.end(), 0), std::fill(scores.begin(), scores.end(), 0.f);
-    for (int64_t s = 0; s < c.S; ++s) {
-      std::memcpy(mask.data() + s * CHUNK, c.mask + (b * c.S + s) * c.L + first, n);
-      for (int64_t t = 0; t < n; ++t) live[t / TILE] |= mask[s * CHUNK + t];
-    }
-    for (int64_t t = 0; t < CHUNK / TILE; ++t) {
-      if (!live[t]) continue;
-      key_pairs(c, keys, first + t * TILE, pairs.data());
-      UP_TO_8_ROWS(tile_rows, pairs.data(), c.D / 2, q, c.D, m, scores.data() + t * TILE, CHUNK)
-    }
-    for (int64_t m = 0; m < c.M; ++m)
-      weigh(scores.data() + m * CHUNK, mask.data() + m % c.S * CHUNK, c.scale, c.D, weights.data() + m * CHUNK, best + m,
-            total + m, out + m * c.D);
-    for (int64_t t = 0; t < CHUNK / TILE; ++t)
-      for (int64_t d = 0; live[t] && d < c.D; d += 32) {
-        value_pairs(c, values, first + t * TILE, d, pairs.data());
-        UP_TO_8_ROWS(tile_rows, pairs.data(), TILE / 2, weights.data() + t * TILE, CHUNK, m, out + d, c.D)
-      }
+struct Row {
+  float best, total;  // the greatest score so far, the sum of the weights
+  float scale;        // of its scores, for powers of 2
+};
+
+// A row's scores [CHUNK] of n slots become the weights of its values, of 16 bits; (what the row has so far is now worth,
+// what a weight of 1 stands for).
+template <class T>
+INLINE_VNNI std::pair<float, float> weigh(const Attention& c, float* scores, int64_t first, int64_t n, int64_t position,
+                                            const float* k_scales, const float* v_scales, Row& row, bf16* weights) {
+  const __m512 none = _mm512_set1_ps(-INFINITY);
+  __m512 greatest = none, sum = _mm512_setzero_ps(), top = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += LANES) {
+    const __mmask16 lanes = seen(c, first + i, position);
+    __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(row.scale));
+    if (quantized<T>) score = _mm512_mul_ps(score, _mm512_maskz_loadu_ps(lanes, k_scales + first + i));
+    score = _mm512_mask_blend_ps(lanes, none, score);
+    greatest = _mm512_max_ps(greatest, score);
+    _mm512_storeu_ps(scores + i, score);
   }
+  const float before = row.best;
+  row.best = std::max(before, _mm512_reduce_max_ps(greatest));
+  const __m512 base = _mm512_set1_ps(row.best == -INFINITY ? 0.f : row.best);
+  for (int64_t i = 0; i < n; i += LANES) {
+    const __mmask16 lanes = seen(c, first + i, position);
+    __m512 weight = power_of_2(_mm512_sub_ps(_mm512_loadu_ps(scores + i), base));
+    weight = _mm512_maskz_mov_ps(lanes, weight);
+    sum = _mm512_add_ps(sum, weight);
+    if (quantized<T>) {
+      weight = _mm512_mul_ps(weight, _mm512_maskz_loadu_ps(lanes, v_scales + first + i));
+      top = _mm512_max_ps(top, weight);
+      _mm512_storeu_ps(scores + i, weight);
+    } else {
+      _mm256_storeu_si256((__m256i*)(weights + i), (__m256i)_mm512_cvtneps_pbh(weight));
+    }
+  }
+  const float factor = std::exp2(before - row.best);
+  row.total = row.total * factor + _mm512_reduce_add_ps(sum);
+  if (!quantized<T>) return {factor, 1.f};
+  const float unit = std::max(_mm512_reduce_max_ps(top), 1e-30f) / 32767;
+  for (int64_t i = 0; i < n; i += LANES) {
+    const __m512 weight = _mm512_mul_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(1 / unit));
+    _mm256_storeu_si256((__m256i*)(weights + i), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(weight)));
+  }
+  return {factor, unit};
+}
+
+// The queries of one key head as int16, a scale for each row.
+inline void round_queries(const Attention& c, const bf16* q, bf16* rounded, Row* rows) {
+  for (int64_t m = 0; m < c.M; ++m) {
+    float top = 1e-30f;
+    for (int64_t d = 0; d < c.D; ++d) top = std::max(top, std::abs(to_float(q[m * c.D + d])));
+    for (int64_t d = 0; d < c.D; ++d) rounded[m * c.D + d] = bf16(int16_t(std::lrint(to_float(q[m * c.D + d]) * (32767 / top))));
+    rows[m].scale = c.scale * (top / 32767);
+  }
+}
+
+// Slots begin .. end - 1 of a key head of batch row b: for each of its rows the greatest score, the sum of the weights
+// and the weighted values, best [M], total [M], out [M, D].
+template <class T>
+VNNI void attend_avx512(const Attention& c, int64_t b, int64_t head, int64_t begin, int64_t end, float* best, float* total,
+                          float* out) {
+  const bf16* q = c.q + (b * c.KV + head) * c.M * c.D;
+  const T* keys = (const T*)c.k + b * c.k_strides[0] + head * c.k_strides[1];
+  const T* values = (const T*)c.v + b * c.v_strides[0] + head * c.v_strides[1];
+  const float* k_scales = c.k_scales + b * c.scale_strides[0] + head * c.scale_strides[1];
+  const float* v_scales = c.v_scales + b * c.scale_strides[0] + head * c.scale_strides[1];
+  std::vector<bf16> rounded(quantized<T> ? c.M * c.D : 0), weights(c.M * CHUNK);
+  std::vector<float> scores(c.M * CHUNK);
+  std::vector<Row> rows(c.M, Row{-INFINITY, 0.f, c.scale});
+  std::vector<std::pair<float, float>> factors(c.M);
+  std::vector<float> room(c.M * c.D + LANES);
+  __m512i* sums = (__m512i*)((uintptr_t(room.data()) + 63) / 64 * 64);
+  const __m512i lower = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
+  if (quantized<T>) round_queries(c, q, rounded.data(), rows.data()), q = rounded.data();
+  std::fill_n(out, c.M * c.D, 0.f);
+  for (int64_t first = begin; first < end; first += CHUNK) {
+    const int64_t n = std::min(CHUNK, end - first), padded = (n + TILE - 1) / TILE * TILE, last = end - 1;
+    for (int64_t t = 0; t < n; t += LANES)
+      UP_TO_8_ROWS(score, keys, c.k_strides[2], first + t, last, c.D, q, m, scores.data() + t, values)
+    for (int64_t m = 0; m < c.M; ++m)
+      factors[m] = weigh<T>(c, scores.data() + m * CHUNK, first, padded, c.positions[b * c.S + m % c.S], k_scales, v_scales,
+                            rows[m], weights.data() + m * CHUNK);
+    std::fill_n(sums, c.M * c.D / LANES, _mm512_setzero_si512());
+    for (int64_t t = 0; t < n; t += TILE)
+      UP_TO_8_ROWS(add_values, values, c.v_strides[2], first + t, last, c.D, weights.data() + t, m, sums, keys + CHUNK * c.k_strides[2])
+    for (int64_t i = 0; i < c.M * c.D; i += 2 * LANES) {
+      const auto [factor, unit] = factors[i / c.D];
+      for (int64_t h = 0; h < 2; ++h) {
+        const __m512i sum = _mm512_permutex2var_epi32(sums[i / LANES], h ? upper : lower, sums[i / LANES + 1]);
+        const __m512 so_far = _mm512_mul_ps(_mm512_loadu_ps(out + i + LANES * h), _mm512_set1_ps(factor));
+        _mm512_storeu_ps(out + i + LANES * h, _mm512_fmadd_ps(floats<T>(sum), _mm512_set1_ps(unit), so_far));
+      }
+    }
+  }
+  for (int64_t m = 0; m < c.M; ++m) best[m] = rows[m].best, total[m] = rows[m].total;
 }

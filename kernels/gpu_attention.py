@@ -1,12 +1,14 @@
 """A GPU's attention over the KV cache for a few positions, in Triton: the valid slots are divided among programs.
 
-    y = torch.ops.fast_gpu.decode_attention(q, k, v, positions, window)
+    y = torch.ops.fast_gpu.decode_attention(q, k, v, positions, window, k_scales, v_scales)
 
 One query has a key head for each of 8 to 32 programs at most, too few for a GPU: so many programs share a head's slots,
 and a second kernel joins what they found (Flash-Decoding, Dao et al. 2023). How many slots are valid is read on the
 device: one recording in a CUDA graph serves every length and reads no more than is valid.
 
-Worth knowing: unmeasured on a GPU and proven in Triton's interpreter. The model does not use it yet.
+Worth knowing: unmeasured on a GPU and proven in Triton's interpreter. Hence the model uses it for an int8 or fp8 cache
+alone: without it PyTorch would write that out in the queries' type and read it again, at three times the bytes or more,
+while for a float cache there is SDPA, which others have measured.
 """
 
 import torch
@@ -24,6 +26,8 @@ def _attend_share(
     q_ptr,  # [B, H, S, D]
     k_ptr,  # [B, KV, L, D]
     v_ptr,
+    k_scales_ptr,  # [B, KV, L], or None where k and v are of q's type
+    v_scales_ptr,
     positions_ptr,  # [B, S]
     sums_ptr,  # [B, KV, SPLITS, H / KV * S, D], the share's weighted sum of values
     peaks_ptr,  # [B, KV, SPLITS, H / KV * S], its highest score
@@ -35,6 +39,8 @@ def _attend_share(
     cache_batch,
     cache_head,
     cache_slot,
+    scales_batch,
+    scales_head,
     KV: tl.constexpr,
     HEADS: tl.constexpr,  # query heads of a key head
     S: tl.constexpr,
@@ -45,7 +51,11 @@ def _attend_share(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """The softmax, over a share of the valid slots, of all queries that look at one key head: HEADS times S rows."""
+    """The softmax, over a share of the valid slots, of all queries that look at one key head: HEADS times S rows.
+
+    Of a quantised cache the stored bytes are read: keys are exact in q's type, their scales multiply the scores; values
+    are multiplied by theirs before they are rounded to it, for a weight times a scale may be too small for float16.
+    """
     batch, head = tl.program_id(0) // KV, tl.program_id(0) % KV
     row = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
@@ -60,6 +70,7 @@ def _attend_share(
     q_at = batch * q_batch + (head * HEADS + row // S) * q_head + row % S * q_row
     q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=row_ok[:, None] & d_ok[None, :], other=0.0)
     cache_at = batch.to(tl.int64) * cache_batch + head * cache_head
+    scales_at = batch.to(tl.int64) * scales_batch + head * scales_head
     peak = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -72,7 +83,12 @@ def _attend_share(
         seen = (slot < end)[None, :] & (slot[None, :] <= position[:, None])
         if WINDOW > 0:
             seen = seen & (slot[None, :] > position[:, None] - WINDOW)
-        scores = tl.where(seen, tl.dot(q, tl.trans(k)) * scale, -1e30)
+        scores = tl.dot(q, tl.trans(k.to(q.dtype))) * scale
+        if k_scales_ptr is not None:
+            scores *= tl.load(k_scales_ptr + scales_at + slot, mask=slot < end, other=0.0)[None, :]
+            v = v.to(tl.float32) * tl.load(v_scales_ptr + scales_at + slot, mask=slot < end, other=0.0)[:, None]
+        v = v.to(q.dtype)
+        scores = tl.where(seen, scores, -1e30)
         higher = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.where(seen, tl.exp(scores - higher[:, None]), 0.0)
         kept = tl.exp(peak - higher)
@@ -112,33 +128,48 @@ def _join_shares(
 
 
 @torch.library.custom_op("fast_gpu::decode_attention", mutates_args=())
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int = 0) -> Tensor:
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    window: int = 0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> Tensor:
     """Attention of `q [B, H, S, D]` at `positions [B, S]` over the cache `k`, `v` `[B, KV, L, D]`, of S <= 16.
 
-    A query sees the slots up to its position, with a `window` only so many of them. Positions are below L. The result
-    `[B, H, S, D]` lies in memory as `[B, S, H, D]`, for the output projection.
+    The cache is of q's type, or of int8 or fp8 with float32 scales `[B, KV, L]`. A query sees the slots up to its
+    position, with a `window` only so many of them. Positions are below L. The result `[B, H, S, D]` lies in memory as
+    `[B, S, H, D]`, for the output projection.
     """
     (B, H, S, D), KV = q.shape, k.shape[1]
     assert S <= 16
     assert q.stride(3) == k.stride(3) == 1
     assert k.stride() == v.stride()
+    scale_strides = (0, 0)
+    if k_scales is not None:
+        assert k_scales.stride() == v_scales.stride()
+        assert k_scales.stride(2) == 1
+        scale_strides = k_scales.stride()[:2]
     rows = H // KV * S
     splits = splits_of(B * KV, gpu.multiprocessors(q.device))
     found = q.new_empty(B * KV * splits * rows, D + 2, dtype=torch.float32)
     peaks, totals, sums = found.view(-1).split((found.shape[0], found.shape[0], found.shape[0] * D))
-    y = _fake(q, k, v, positions)
+    y = _fake(q)
     shape = {"KV": KV, "HEADS": H // KV, "S": S, "D": D, "BLOCK_D": triton.next_power_of_2(D), "SPLITS": splits}
     with torch.cuda.device_of(q):
         _attend_share[B * KV, splits](
-            q, k, v, positions.contiguous(), sums, peaks, totals, D**-0.5, *q.stride()[:3], *k.stride()[:3],
-            **shape, WINDOW=window, ROWS=max(16, triton.next_power_of_2(rows)), BLOCK=BLOCK,
+            q, k, v, k_scales, v_scales, positions.contiguous(), sums, peaks, totals, D**-0.5, *q.stride()[:3],
+            *k.stride()[:3], *scale_strides, **shape, WINDOW=window, ROWS=max(16, triton.next_power_of_2(rows)),
+            BLOCK=BLOCK, num_warps=4 if rows <= 32 else 8,
         )  # fmt: skip
         _join_shares[B * KV, rows](sums, peaks, totals, y.transpose(1, 2), **shape)
     return y
 
 
 @decode_attention.register_fake
-def _fake(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int = 0) -> Tensor:
+def _fake(q: Tensor, *others: Tensor | int | None) -> Tensor:
     B, H, S, D = q.shape
     return q.new_empty(B, S, H, D).transpose(1, 2)
 

@@ -42,7 +42,7 @@ from measuring import (
 from tqdm import tqdm
 
 from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
-from generate import resolve_device
+from generate import CACHE_DTYPES, resolve_device, resolve_kv_dtype
 from linear import GROUP_SIZES, kernels_missing
 from metrics import peak_memory, write_json
 from model import ModelArgs
@@ -66,7 +66,7 @@ def prepare(args: argparse.Namespace, mode: str) -> list[Steps]:
     capacities, shape = capacities_of(args), ModelArgs.from_name(args.model)
     shape = dataclasses.replace(shape, context_length=max(shape.context_length, *capacities))
     model = build_model(shape, *resolve_device(args), scheme_of(args, mode))
-    twins = with_caches(model, max(args.batch_size), capacities)
+    twins = with_caches(model, max(args.batch_size), capacities, resolve_kv_dtype(args))
     return [build_steps(twin, Sampling(), args.compile, args.compile_prefill) for twin in twins]
 
 
@@ -204,6 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile_prefill", action="store_true", help="compile the prefill")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
+    add("--kv_dtype", choices=CACHE_DTYPES, default="auto", help="what the KV cache stores (default: as --dtype)")
     axes = {
         "prompt_length": ([128], "tokens of a prefill"),
         "context_length": ([128], "positions before the decoded tokens; noise, for only time counts"),

@@ -87,16 +87,18 @@ def build_model(args: ModelArgs, device: str, dtype: torch.dtype, scheme: dict[s
     return model
 
 
-def with_caches(model: Transformer, batch_size: int, capacities: list[int]) -> list[Transformer]:
-    """For each capacity a model on the same weights, its KV cache filled with noise."""
+def with_caches(
+    model: Transformer, batch_size: int, capacities: list[int], kv_dtype: torch.dtype | None = None
+) -> list[Transformer]:
+    """For each capacity a model on the same weights, its KV cache written all over: with noise, int8 with zeros."""
     twins, weights = [], [*model.parameters(), *model.buffers()]
     noise = noise_block(model.norm.weight.device, model.norm.weight.dtype)
     for capacity in capacities:
         twin = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
-        twin.setup_caches(batch_size, capacity)
+        twin.setup_caches(batch_size, capacity, kv_dtype=kv_dtype)
         for layer in twin.layers:
-            fill(layer.attention.kv_cache.k, noise)
-            fill(layer.attention.kv_cache.v, noise)
+            for buffer in layer.attention.kv_cache.buffers():
+                fill(buffer, noise)
         twins.append(twin)
     return twins
 

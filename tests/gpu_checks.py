@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from kernels import gpu, gpu_attention  # noqa: F401
 from linear import GROUP_SIZES, Int4Linear, Int8Linear
-from model import grouped_attention
+from model import KVCache, ModelArgs, Transformer, grouped_attention
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.bfloat16, torch.float16]
@@ -131,20 +131,57 @@ def loops(monkeypatch):
         monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
 
 
-@pytest.mark.parametrize("window", [0, 100])
-@pytest.mark.parametrize(("heads", "kv_heads", "S", "D"), [(4, 4, 1, 64), (6, 2, 1, 80), (2, 1, 5, 32)])
-def test_attention_over_a_cache(monkeypatch, loops, heads, kv_heads, S, D, window):
+@pytest.mark.parametrize("kv_dtype", [torch.float16, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "S", "D", "window"), [(4, 4, 1, 64, 100), (6, 2, 1, 80, 0), (2, 1, 5, 32, 100)]
+)
+def test_attention_over_a_cache(monkeypatch, loops, heads, kv_heads, S, D, window, kv_dtype):
     """Rows of unlike length, the first within one block, the last up to the cache's end; 2 to 8 programs a head."""
     monkeypatch.setattr(gpu, "multiprocessors", lambda device: 6)
     q = normal(3, S, heads, D).half().transpose(1, 2)
-    k, v = (normal(3, kv_heads, 301, D + i).half()[..., :D].clone()[:, :, :300] for i in (0, 1))
+    cache = KVCache((3, kv_heads, 301, D), DEVICE, kv_dtype)
+    fresh = normal(2, 3, kv_heads, 300, D).half()
+    cache.write(torch.arange(300, device=DEVICE).expand(3, 300), fresh[0], fresh[1] / 1000)
     positions = torch.tensor([[0], [130], [300 - S]], device=DEVICE) + torch.arange(S, device=DEVICE)
     slots = torch.arange(300, device=DEVICE)
     mask = slots <= positions[:, None, :, None]
     if window:
         mask &= slots > positions[:, None, :, None] - window
-    exact = grouped_attention(q.float(), k.float(), v.float(), mask)
-    k[0, :, S:], v[1, :, 130 + S :] = torch.nan, torch.nan  # beyond the text nothing is read
-    y = torch.ops.fast_gpu.decode_attention(q, k, v, positions, window)
-    assert torch.allclose(y.float(), exact, rtol=0.002, atol=0.001)
+    k, v, *scales = cache.stored(3, 300)
+    exact_k, exact_v = (x.float() for x in (k, v))
+    if scales:
+        exact_k, exact_v = exact_k * scales[0][..., None], exact_v * scales[1][..., None]
+    exact = grouped_attention(q.float(), exact_k, exact_v, mask)
+    for tensor in (scales[0], scales[1]) if scales else (k, v):  # beyond the text nothing is read
+        tensor[0, :, S:], tensor[1, :, 130 + S :] = torch.nan, torch.nan
+    y = torch.ops.fast_gpu.decode_attention(q, k, v, positions, window, *scales)
+    assert torch.allclose(y.float(), exact, rtol=0.002, atol=2e-6)
     assert y.transpose(1, 2).is_contiguous()
+
+
+def test_attention_keeps_pytorchs_rules(loops):
+    q, positions = normal(1, 2, 1, 32).half(), torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
+    cache = KVCache((1, 1, 5, 32), DEVICE, torch.int8)
+    k, v, *scales = cache.stored(1, 4)
+    torch.library.opcheck(torch.ops.fast_gpu.decode_attention.default, (q, k, v, positions, 0, *scales))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_model_attends_with_the_kernel(loops, compiled):
+    """A step over a cache that the same step writes, rows of unlike length; the reference is plain PyTorch."""
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "hidden_dim": 32}
+    with torch.device(DEVICE):
+        model = Transformer(
+            ModelArgs(**sizes, vocab_size=16, context_length=80, norm_eps=1e-5, rope_theta=1e4, sliding_window=70)
+        )
+    model = model.half().requires_grad_(False)
+    model.setup_caches(2, 80, kv_dtype=torch.int8)
+    model(torch.arange(148, device=DEVICE).view(2, 74) % 16, torch.arange(74, device=DEVICE))
+    tokens, positions = torch.tensor([[[3], [5]], [[74], [17]]], device=DEVICE)
+    expected = model(tokens, positions, model.slots[:80])
+    for layer in model.layers:
+        layer.attention.kernel = torch.ops.fast_gpu.decode_attention
+    step = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    y = step(tokens, positions, model.slots[:80])
+    assert not y.equal(expected)
+    assert torch.allclose(y, expected, rtol=0.01, atol=0.002)

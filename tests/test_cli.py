@@ -128,6 +128,23 @@ def test_a_run_prints_prompt_text_and_figures(checkpoint, tmp_path):
         assert label in run.stdout
 
 
+def test_a_quantized_cache_has_fewer_bytes(figures, main):
+    plain, int8 = (figures("--prompt", "The list", "--kv_dtype", kind) for kind in ("auto", "int8"))
+    assert (plain["kv_dtype"], int8["kv_dtype"]) == ("float32", "int8")
+    positions, layers, kv_heads, head_dim = len(plain["samples"][0]["prompt_tokens"]) + 11 / 2, 2, 2, 16
+    saved = positions * layers * 2 * kv_heads * (4 * head_dim - (head_dim + 4))
+    assert plain["bytes_per_token"] - int8["bytes_per_token"] == saved
+    assert "0.1 M parameters, float32, int8 cache, cpu" in main("--kv_dtype", "int8")[1]
+
+
+def test_a_cache_in_fp8_needs_a_gpu_that_has_it(main, monkeypatch):
+    monkeypatch.setattr(generate, "resolve_device", lambda args: (args.device, torch.bfloat16))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    code, _, err = main("--kv_dtype", "fp8", "--device", "cuda")
+    assert code == 2
+    assert_one_error(err, "--kv_dtype fp8 needs compute capability 8.9, this GPU has 8.6: use int8")
+
+
 def test_metrics_file_keeps_the_contract(figures, checkpoint):
     data = figures("--prompt", "A module", "--batch_size", 2, "--num_samples", 2)
     assert data["model"] == dataclasses.asdict(load_model(checkpoint).args)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from checkpoint import load_model
 from kernels import cpu
 from linear import Int4Linear, Int8Linear
+from model import KVCache
 
 ROOT = Path(cpu.__file__).parent.parent
 pytestmark = pytest.mark.skipif(cpu.load() is not None, reason=str(cpu.load()))
@@ -139,6 +140,7 @@ needs_avx512 = pytest.mark.skipif(cpu.load() is not None or not cpu.is_fast(), r
 
 
 @needs_avx512
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("n_rows", "heads", "kv_heads", "positions", "slots", "head_dim", "window"),
@@ -147,42 +149,49 @@ needs_avx512 = pytest.mark.skipif(cpu.load() is not None or not cpu.is_fast(), r
         (2, 4, 4, 1, 300, 128, None),
         (3, 8, 2, 6, 1500, 64, None),
         (1, 14, 2, 3, 2500, 96, 700),
+        (1, 8, 1, 16, 700, 32, 100),
     ],
 )
-def test_attention(n_rows, heads, kv_heads, positions, slots, head_dim, window, threads):
+def test_attention(n_rows, heads, kv_heads, positions, slots, head_dim, window, threads, kv_dtype):
     """Rows of different lengths over views of a larger cache, the unused part of which holds no numbers."""
-    caches = [normal(n_rows + 1, kv_heads, slots + 3, head_dim).bfloat16() for _ in "kv"]
-    k, v = (cache[:n_rows, :, :slots] for cache in caches)
+    cache = KVCache((n_rows + 1, kv_heads, slots + 3, head_dim), "cpu", kv_dtype)
+    keys = normal(n_rows + 1, kv_heads, slots, head_dim)
+    cache.write(torch.arange(slots).expand(n_rows + 1, -1), keys.bfloat16(), keys.flip(2).bfloat16())
+    for tensor in cache.buffers():
+        tensor[:, :, slots:] = torch.nan if tensor.is_floating_point() else 127
+    k, v, *scales = stored = cache.stored(n_rows, slots)
+    if scales:
+        k, v = (x * scale[..., None] for x, scale in zip((k, v), scales, strict=True))
     q = 3 * normal(n_rows, positions, heads, head_dim).bfloat16().transpose(1, 2)
     ends = torch.tensor([slots, slots // 2, positions][:n_rows])
     at = ends[:, None] - positions + torch.arange(positions)
     mask = torch.arange(slots) <= at[:, None, :, None]
     if window:
         mask &= torch.arange(slots) > at[:, None, :, None] - window
-    for cache in caches:
-        cache[:, :, slots:] = torch.nan
     expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, enable_gqa=True)
     torch.set_num_threads(threads)
     try:
-        assert close(torch.ops.fast.decode_attention(q, k, v, mask), expected)
+        assert close(torch.ops.fast.decode_attention(q, *stored[:2], at, window or 0, *scales), expected)
     finally:
         torch.set_num_threads(1)
 
 
 @needs_avx512
 def test_attention_keeps_pytorchs_rules():
-    q, cache, mask = normal(1, 4, 1, 32).bfloat16(), normal(1, 2, 40, 32).bfloat16(), torch.ones(1, 1, 1, 33).bool()
-    torch.library.opcheck(torch.ops.fast.decode_attention.default, (q, cache[:, :, :33], cache[:, :, :33], mask))
-    with pytest.raises(RuntimeError, match="mask must be bool"):
-        torch.ops.fast.decode_attention(q, cache, cache, mask)
+    q, cache, positions = normal(1, 4, 1, 32).bfloat16(), normal(1, 2, 40, 32).bfloat16(), torch.tensor([[32]])
+    torch.library.opcheck(torch.ops.fast.decode_attention.default, (q, cache[:, :, :33], cache[:, :, :33], positions))
+    with pytest.raises(RuntimeError, match="positions must be int64"):
+        torch.ops.fast.decode_attention(q, cache, cache, positions[0])
+    with pytest.raises(RuntimeError, match="int8 keys and values need scales"):
+        torch.ops.fast.decode_attention(q, cache.char(), cache.char(), positions)
 
 
 @needs_avx512
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_model_attends_with_the_kernel(tiny, compiled):
+@pytest.mark.parametrize(("compiled", "kv_dtype"), [(False, None), (True, None), (True, torch.int8)])
+def test_the_model_attends_with_the_kernel(tiny, compiled, kv_dtype):
     """A step over a cache that the same step writes; the reference is the model without the kernel."""
     model = load_model(tiny("llama-head-dim")[1], device="cpu", dtype=torch.bfloat16)
-    model.setup_caches(2, 64)
+    model.setup_caches(2, 64, kv_dtype=kv_dtype)
     model(torch.arange(80).view(2, 40), torch.arange(40))
     step = torch.compile(model, fullgraph=True) if compiled else model
     tokens, positions = torch.tensor([[3], [5]]), torch.tensor([[40], [17]])

@@ -17,7 +17,7 @@ import torch
 triton = pytest.importorskip("triton", reason="needs the package triton")
 CHECKS = Path(__file__).with_name("gpu_checks.py")
 QUANTIZED = {4: ("*u8", "*bf16"), 8: ("*i8", "*fp32")}  # bits -> types of weights and scales
-STRIDES = ("q_batch", "q_head", "q_row", "cache_batch", "cache_head", "cache_slot")
+STRIDES = ("q_batch", "q_head", "q_row", "cache_batch", "cache_head", "cache_slot", "scales_batch")
 
 
 def run_checks(**environment: str) -> None:
@@ -49,7 +49,7 @@ def compiled(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
-    def make(kernel, capability: int, warps: int, types: dict[str, str], **constants: int) -> str:
+    def make(kernel, capability: int, warps: int, types: dict[str, str], **constants: int | None) -> str:
         names = kernel.arg_names
         signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
         aligned = {
@@ -96,14 +96,20 @@ def test_more_rows_run_on_the_tensor_cores(compiled, capability, bits):
     assert "st.global.v4" in compiled(gpu._dequantize, capability, 4, types, **shape, BLOCK_N=16, BLOCK_K=256)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_attention_runs_on_the_tensor_cores(compiled, capability):
+@pytest.mark.parametrize(
+    ("capability", "cached", "S"),
+    [(80, "*bf16", 1), (90, "*bf16", 1), (80, "*i8", 1), (90, "*i8", 1), (90, "*i8", 6), (90, "*fp8e4nv", 1)],
+)
+def test_attention_runs_on_the_tensor_cores(compiled, capability, cached, S):
     from kernels import gpu_attention
 
     found = {"sums_ptr": "*fp32", "peaks_ptr": "*fp32", "totals_ptr": "*fp32"}
-    types = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "positions_ptr": "*i64", "scale": "fp32", **found}
-    shape = {"KV": 8, "HEADS": 4, "S": 1, "D": 128, "BLOCK_D": 128, "SPLITS": 64}
-    ptx = compiled(gpu_attention._attend_share, capability, 4, types, **shape, WINDOW=0, ROWS=16, BLOCK=64)
+    types = {"q_ptr": "*bf16", "k_ptr": cached, "v_ptr": cached, "positions_ptr": "*i64", "scale": "fp32", **found}
+    shape = {"KV": 8, "HEADS": 4, "S": S, "D": 128, "BLOCK_D": 128, "SPLITS": 64}
+    scales = dict.fromkeys(("k_scales_ptr", "v_scales_ptr"), None if cached == "*bf16" else "*fp32")
+    absent = scales if cached == "*bf16" else {}
+    kernel, rows = gpu_attention._attend_share, 16 if S == 1 else 32
+    ptx = compiled(kernel, capability, 4, types | scales, **shape, **absent, WINDOW=0, ROWS=rows, BLOCK=64)
     assert "mma.sync" in ptx
     assert "cp.async" in ptx
     compiled(gpu_attention._join_shares, capability, 4, {**found, "y_ptr": "*bf16"}, **shape)

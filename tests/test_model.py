@@ -14,7 +14,7 @@ from conftest import FAMILIES
 from transformers import AutoConfig
 
 from checkpoint import load_model
-from model import PRESETS, ModelArgs, RopeScaling, Transformer
+from model import KV_DTYPES, PRESETS, KVCache, ModelArgs, RopeScaling, Transformer, quantize_kv
 
 LENGTH = 24  # longer than the sliding windows
 
@@ -340,6 +340,53 @@ def test_kv_pos_may_hold_more_slots_than_are_valid(load, idx):
 def test_positions_that_do_not_fit_are_an_error(load, rows, positions, message):
     with pytest.raises(ValueError, match=message):
         load("llama")(torch.zeros(rows, 4).long(), positions)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_what_a_quantized_cache_rounds_is_bounded(kv_dtype):
+    x = torch.randn(3, 2, 50, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 50)[:, None]
+    x[0, 0, 0] = 0
+    for vectors in (x, x.bfloat16()):
+        q, scales = quantize_kv(vectors, kv_dtype)
+        exact, greatest = vectors.float(), vectors.float().abs().amax(-1, keepdim=True)
+        error = (q.float() * scales[..., None] - exact).abs()
+        bound = greatest / 254 if kv_dtype == torch.int8 else torch.maximum(exact.abs() / 16, greatest / 448 / 1024)
+        assert (error <= bound * 1.0001).all()
+        assert (error > bound * 0.9).any()
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_attention_over_a_quantized_cache_is_that_over_its_values(load, kv_dtype):
+    attention = load("llama").layers[0].attention
+    cache = attention.kv_cache = KVCache((3, attention.n_kv_heads, 40, attention.head_dim), "cpu", kv_dtype)
+    x, full = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(0)), torch.ones(2, 1, 8)
+    cache.write(torch.arange(30).expand(3, 30), *torch.randn(2, 3, attention.n_kv_heads, 30, attention.head_dim))
+    mask = torch.arange(30) <= torch.tensor([[9], [29]])[:, None, :, None]
+    y = attention(x, full, 0 * full, torch.tensor([[9], [29]]), 30, mask)  # RoPE by an angle of zero
+    k, v, *scales = (t.float() for t in cache.stored(2, 30))
+    k, v = k * scales[0][..., None], v * scales[1][..., None]
+    q = attention.wqkv(x)[..., : attention.qkv_sizes[0]].view(2, attention.n_heads, 1, -1)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    assert_equal_logits(y, attention.wo(expected.view(2, 1, -1)), 1e-5)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("family", ["llama", "llama-mha", "mistral-window"])
+def test_a_quantized_cache_gives_the_same_at_once_or_token_by_token(load, idx, family, kv_dtype):
+    """Near what the float cache gives, not equal to it; a row of its own length in a batch is as it is alone.
+
+    Where a sum's last bit decides which way a value is rounded, a step of the cache shows: hence the bounds.
+    """
+    exact, model = load(family), load(family, 3)
+    model.setup_caches(3, 64, kv_dtype=kv_dtype)
+    whole = model(idx, torch.arange(LENGTH))
+    error = (whole - exact(idx)).norm()
+    assert 1e-3 < error / whole.norm() < (0.02 if kv_dtype == torch.int8 else 0.1)
+    steps = [model(idx[:, i : i + 1], torch.tensor([i])) for i in range(LENGTH)]
+    assert (torch.cat(steps, 1) - whole).norm() < error / 10
+    both = model(idx[:, :2], torch.tensor([[5, 6], [17, 18]]))
+    alone = model(idx[:1, :2], torch.tensor([5, 6]))
+    assert_equal_logits(both[:1], alone, 1e-3)
 
 
 def test_input_pos_without_a_cache_is_an_error(tiny, idx):

@@ -57,6 +57,18 @@ def test_the_demo_has_the_perplexity_that_transformers_finds(excerpt, window, st
     assert found.n_tokens == len(ids) - unscored
 
 
+def test_a_quantized_cache_shows_in_the_perplexity(excerpt):
+    model, ids = load_model(DEMO), load_tokenizer(DEMO).encode(excerpt.read_text(encoding="utf-8"))
+    exact, int8, fp8 = (
+        perplexity(model, ids, 256, 128, kv_dtype=kv_dtype).perplexity
+        for kv_dtype in (None, torch.int8, torch.float8_e4m3fn)
+    )
+    assert int8 != exact
+    assert fp8 != exact
+    assert int8 == pytest.approx(exact, rel=0.005)
+    assert fp8 == pytest.approx(exact, rel=0.005)
+
+
 @pytest.mark.skipif(not WIKITEXT.exists(), reason="WikiText-2 is not at hand")
 def test_wikitext_has_the_perplexity_that_transformers_finds():
     ids = load_tokenizer(DEMO).encode(WIKITEXT.read_text(encoding="utf-8")[:6000])

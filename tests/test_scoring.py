@@ -55,6 +55,17 @@ def assert_as_expected(found: list[tuple[float, bool]], hf_model, requests=REQUE
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
 
 
+def test_scores_through_a_quantized_cache(tiny):
+    """All texts go through it: what shares a beginning and what does not score alike."""
+    model = load_model(tiny("llama")[1], dtype=torch.float32)
+    exact, alone, batched = (
+        Scorer(model, rows, kv_dtype=kv_dtype).score(REQUESTS)
+        for rows, kv_dtype in ((16, None), (1, torch.int8), (16, torch.int8))
+    )
+    assert [value for value, _ in batched] == pytest.approx([value for value, _ in alone], abs=0.01)
+    assert 0.02 < max(abs(a - b) for (a, _), (b, _) in zip(batched, exact, strict=True)) < 0.5
+
+
 @pytest.mark.parametrize("batch_size", [None, 1, 3, 16])
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen2"])
 def test_scores_are_those_of_transformers(tiny, family, batch_size):

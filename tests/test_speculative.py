@@ -100,6 +100,13 @@ def test_greedy_tokens_are_plain_decoding_s(ours, drafted, by, k):
             assert rows_of(steps, [prompt], n) == tokens_of(plain, [prompt], n)
 
 
+def test_greedy_tokens_over_a_quantized_cache(ours, drafted):
+    model, steps = ours("llama"), drafted("itself", 4)
+    for part, spare in ((model, 0), (steps.model, SPARE), (steps.drafter.model, SPARE)):
+        part.setup_caches(1, 64, spare, torch.int8)
+    assert rows_of(steps, [PROMPTS[2]], 24) == tokens_of(build_steps(model, GREEDY), [PROMPTS[2]], 24)
+
+
 @pytest.mark.parametrize("family", ["mistral-window", "qwen3"])
 def test_greedy_tokens_of_other_families(ours, drafted, family):
     expected = tokens_of(build_steps(ours(family), GREEDY), [PROMPTS[2]], 24)
