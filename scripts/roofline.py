@@ -57,7 +57,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
             label = f"{point['batch_size']} x {lengths[0]}" + (f" to {lengths[-1]}" if len(lengths) > 1 else "")
             if point is not alike[0]:
                 continue
-        axes.annotate(label, (intensity, point["gflops_per_s"]), (5, -9), textcoords="offset points", fontsize=7)
+        below = 9 + (8 * list(COLOURS).index(point["mode"]) if kind == "prefill" else 0)  # modes lie side by side
+        axes.annotate(label, (intensity, point["gflops_per_s"]), (5, -below), textcoords="offset points", fontsize=7)
     axes.set(xlabel="operations per byte", ylabel="GFLOP/s")
     axes.set_title(f"{result['model']}, {result['hardware']}, torch {result['torch']}, {result['date']}", fontsize=9)
     for scale in (axes.yaxis, axes.xaxis):
