@@ -249,7 +249,7 @@ class Decode:
             "operations": n_operations,
             "bytes": nbytes,
             "gflops_per_s": n_operations / seconds / 1e9,
-            "gb_per_s": median(n / s for s, n, _ in self.stretches) / 1e9,
+            "gb_per_s": nbytes / seconds / 1e9,
             "bandwidth_gb_per_s": bandwidths / 1e9,
             "share": spread([n / s / bandwidth for s, n, bandwidth in self.stretches], outside=10),
             "layer_bytes_us": median(n / bandwidth for _, n, bandwidth in self.stretches) / args.n_layers * 1e6,
