@@ -7,7 +7,6 @@ Without `--checkpoint_path` the embedded demo model is evaluated. Tasks need the
 """
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,21 +182,13 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     ranks = Ranks.from_torchrun()
-    try:
+
+    def work() -> None:
         args = build_parser().parse_args(argv)
         with torch.no_grad(), ranks.joined(args.device):
             run(args, ranks)
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        ranks.complain("")
-        return ranks.leave(141) if ranks.world_size > 1 else 0
-    except (ValueError, OSError, ImportError) as error:
-        ranks.complain(f"error: {error}")
-        return ranks.leave(2)
-    except KeyboardInterrupt:
-        ranks.complain("\nstopped")
-        return ranks.leave(130)
-    return 0
+
+    return ranks.exit_code(work)
 
 
 if __name__ == "__main__":

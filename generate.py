@@ -190,9 +190,9 @@ def set_up(
     """Caches of `room` positions, and the steps, compiled for these batches as asked; the seconds that took."""
     if draft is not None and room > draft.args.context_length:
         raise ValueError(f"the draft model takes {draft.args.context_length} positions, fewer than {room}")
+    spare, kv_dtype = SPARE if args.speculate_k else 0, resolve_kv_dtype(args)
     for part in (model, draft):
         if part is not None:
-            spare, kv_dtype = SPARE if args.speculate_k else 0, resolve_kv_dtype(args)
             part.setup_caches(max(map(len, batches)), room, spare, kv_dtype)
     plain = build_steps(model, sampling, args.compile, args.compile_prefill)
     all_steps = candidates(args.speculate_k, plain, draft, sampling, args.compile) if args.speculate_k else []
@@ -414,21 +414,13 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     ranks = Ranks.from_torchrun()
-    try:
+
+    def work() -> None:
         args = build_parser().parse_args(argv)
         with torch.no_grad(), ranks.joined(args.device):
             run(args, ranks)
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        ranks.complain("")
-        return ranks.leave(141) if ranks.world_size > 1 else 0  # 0 would not end the other ranks
-    except (ValueError, OSError, ImportError) as error:
-        ranks.complain(f"error: {error}")
-        return ranks.leave(2)
-    except KeyboardInterrupt:
-        ranks.complain("\nstopped")
-        return ranks.leave(130)
-    return 0
+
+    return ranks.exit_code(work)
 
 
 if __name__ == "__main__":

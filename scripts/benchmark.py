@@ -47,6 +47,7 @@ from linear import GROUP_SIZES, kernels_missing
 from metrics import peak_memory, write_json
 from model import ModelArgs
 from sampling import Sampling
+from tp import ALONE
 
 
 def scheme_of(args: argparse.Namespace, mode: str) -> dict[str, Any] | None:
@@ -270,16 +271,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        with torch.no_grad():
-            run(build_parser().parse_args(argv), argv)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    return 0
+    with torch.no_grad():
+        return ALONE.exit_code(lambda: run(build_parser().parse_args(argv), argv))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from decoding import set_compile_flags
 from generate import DEMO, resolve_device
 from metrics import write_json
 from model import ModelArgs, Transformer
+from tp import ALONE
 
 Item = list[tuple[None, list[int], list[int]]]  # four requests as the harness hands them to a model, tokens only
 
@@ -119,7 +120,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, help="a preset of model.py, such as tinyllama-1.1b")
@@ -131,17 +132,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
     add("--json_path", type=Path, help="write the figures to this file too")
     args = parser.parse_args(argv)
-    try:
-        if min(args.items, args.per_turn) < 1:
-            raise ValueError("--items and --per_turn must be at least 1")
-        with torch.no_grad():
-            result = measure(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    if min(args.items, args.per_turn) < 1:
+        raise ValueError("--items and --per_turn must be at least 1")
+    with torch.no_grad():
+        result = measure(args)
     print(f"{result['model']}, {result['dtype']}, {result['hardware']}, torch {result['torch']}")
     print(f"HFLM, batch size 1   {result['hflm_items_per_s']:.3f} items/s")
     print(f"ours                 {result['ours_items_per_s']:.3f} items/s, {result['ratio']:.2f} times as many")
@@ -152,7 +146,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.json_path:
         write_json(args.json_path, result)
     print(json.dumps(result))
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return ALONE.exit_code(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from speculative import (
     speculate,
     warm_up_speculation,
 )
+from tp import ALONE
 
 SCHEMES = {"none": None, "int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
 
@@ -165,16 +166,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        with torch.no_grad():
-            run(build_parser().parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    return 0
+    with torch.no_grad():
+        return ALONE.exit_code(lambda: run(build_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

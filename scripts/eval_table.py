@@ -24,6 +24,7 @@ import quantize
 from checkpoint import open_checkpoint
 from generate import DEMO
 from linear import LINEARS
+from tp import ALONE
 
 TASKS = DEMO.parent / "tasks"
 DEMO_FLAGS = ["--perplexity", str(DEMO.parent / "heldout.txt"), "--include_path", str(TASKS), "--tasks"]
@@ -70,29 +71,25 @@ def describe(quantization: dict[str, Any] | None, args: argparse.Namespace) -> s
     return quantization["mode"] + (f", groups of {groupsize}" if groupsize else "")
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("checkpoints", type=Path, nargs="*", help="as eval.py's --checkpoint_path; its flags follow")
     args, flags = parser.parse_known_args(argv)
-    try:
-        if args.checkpoints:
-            rows = [row_of(path, flags) for path in args.checkpoints]
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                rows = [row_of(path, DEMO_FLAGS + flags) for path in make_demo_checkpoints(Path(folder))]
-            for row in rows:
-                del row["checkpoint"]  # in a folder that is gone
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    if args.checkpoints:
+        rows = [row_of(path, flags) for path in args.checkpoints]
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = [row_of(path, DEMO_FLAGS + flags) for path in make_demo_checkpoints(Path(folder))]
+        for row in rows:
+            del row["checkpoint"]  # in a folder that is gone
     columns = list(dict.fromkeys(column for row in rows for column in row))
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
         print(f"| {' | '.join(row.get(column, '') for column in columns)} |")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return ALONE.exit_code(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from checkpoint import check_device, load_model, open_checkpoint
 from demo.corpus import read_documents, split_corpus
 from perplexity import perplexity
 from tokenizer import load_tokenizer, read_text
+from tp import ALONE
 
 ROOT = Path(__file__).resolve().parent.parent
 GPTQ = {"percdamp": 0.01, "blocksize": 128, "act_order": False}
@@ -93,16 +94,8 @@ def stored_bytes(stored) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        with torch.no_grad():
-            run(build_parser().parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    return 0
+    with torch.no_grad():
+        return ALONE.exit_code(lambda: run(build_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":
