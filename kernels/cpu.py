@@ -53,7 +53,7 @@ def load() -> str | None:
 
 
 def is_fast() -> bool:
-    """Whether this processor has the instructions that the kernels are written for; without, they are plain loops."""
+    """Whether this processor has AVX-512 with bf16, without which there is no attention here."""
     return load() is None and torch.ops.fast.variant("") == "avx512"
 
 

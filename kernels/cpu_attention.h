@@ -5,40 +5,37 @@
 // is loaded. Both products multiply pairs of 16 bits and add to 32: bf16 as it is; an int8 cache as int16, with queries
 // and weights rounded to int16 by a scale per row, because int8 to bf16 takes five instructions and to int16 one.
 
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma")))
-#define INLINE_VNNI VNNI __attribute__((always_inline)) inline
-
 constexpr int64_t TILE = 32;    // slots whose values are added up in registers
 
 template <class T>
 constexpr bool quantized = sizeof(T) == 1;
 
 // While keys are read the values of the same slots are on their way, and with values the keys of the next chunk.
-INLINE_VNNI void fetch_ahead(const void* x) { _mm_prefetch((const char*)x, _MM_HINT_T1); }
+INLINE_AVX512 void fetch_ahead(const void* x) { _mm_prefetch((const char*)x, _MM_HINT_T1); }
 
-INLINE_VNNI __m512i elements(const bf16* x) { return _mm512_loadu_si512(x); }  // 32 of a slot
-INLINE_VNNI __m512i elements(const int8_t* x) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)x)); }
+INLINE_AVX512 __m512i elements(const bf16* x) { return _mm512_loadu_si512(x); }  // 32 of a slot
+INLINE_AVX512 __m512i elements(const int8_t* x) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)x)); }
 
 template <class T>
-INLINE_VNNI __m512i add_products(__m512i sums, __m512i a, __m512i b) {
+INLINE_AVX512 __m512i add_products(__m512i sums, __m512i a, __m512i b) {
   if constexpr (quantized<T>) return _mm512_dpwssd_epi32(sums, a, b);
   return (__m512i)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
 }
 
 template <class T>
-INLINE_VNNI __m512i add(__m512i a, __m512i b) {
+INLINE_AVX512 __m512i add(__m512i a, __m512i b) {
   if constexpr (quantized<T>) return _mm512_add_epi32(a, b);
   return (__m512i)_mm512_add_ps((__m512)a, (__m512)b);
 }
 
 template <class T>
-INLINE_VNNI __m512 floats(__m512i sums) {
+INLINE_AVX512 __m512 floats(__m512i sums) {
   if constexpr (quantized<T>) return _mm512_cvtepi32_ps(sums);
   return (__m512)sums;
 }
 
 // Four slots' 32 elements change places so that a register has 8 of each, slot by slot.
-INLINE_VNNI void exchange(__m512i (&x)[4]) {
+INLINE_AVX512 void exchange(__m512i (&x)[4]) {
   const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[0], x[1], 0xEE);
   const __m512i c = _mm512_shuffle_i32x4(x[2], x[3], 0x44), d = _mm512_shuffle_i32x4(x[2], x[3], 0xEE);
   x[0] = _mm512_shuffle_i32x4(a, c, 0x88), x[1] = _mm512_shuffle_i32x4(a, c, 0xDD);
@@ -47,7 +44,7 @@ INLINE_VNNI void exchange(__m512i (&x)[4]) {
 
 // Scores of M rows and 16 slots from `slot` on; past `last` it is the last one again.
 template <int M, class T>
-VNNI void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int64_t D, const bf16* rows, int64_t first,
+AVX512 void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int64_t D, const bf16* rows, int64_t first,
                   float* out, const T* others) {
   __m512i sums[4][M];  // four slots each: a lane of 128 bits has four parts of one slot's sum
   rows += first * D, out += first * CHUNK;
@@ -84,7 +81,7 @@ VNNI void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int64
 // To sums [M, D] the values of a tile of slots times their weights [M, CHUNK]. Of 32 elements the first 16 lanes have
 // 0-3, 8-11, 16-19, 24-27, as unpacking leaves them.
 template <int M, class T>
-VNNI void add_values(const T* values, int64_t stride, int64_t slot, int64_t last, int64_t D, const bf16* weights,
+AVX512 void add_values(const T* values, int64_t stride, int64_t slot, int64_t last, int64_t D, const bf16* weights,
                        int64_t first, __m512i* out, const T* others) {
   const int64_t ahead = others - values;
   weights += first * CHUNK, out += first * D / LANES;
@@ -106,7 +103,7 @@ VNNI void add_values(const T* values, int64_t stride, int64_t slot, int64_t last
 }
 
 // 2^x for x <= 0, to 3e-6 of the result: the whole part by the exponent, the rest by a Taylor series.
-INLINE_VNNI __m512 power_of_2(__m512 x) {
+INLINE_AVX512 __m512 power_of_2(__m512 x) {
   x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
   const __m512 whole = _mm512_roundscale_ps(x, 0), rest = _mm512_sub_ps(x, whole);
   __m512 y = _mm512_set1_ps(1.3333558e-3f);
@@ -130,7 +127,7 @@ struct Row {
 // A row's scores [CHUNK] of n slots become the weights of its values, of 16 bits; (what the row has so far is now worth,
 // what a weight of 1 stands for).
 template <class T>
-INLINE_VNNI std::pair<float, float> weigh(const Attention& c, float* scores, int64_t first, int64_t n, int64_t position,
+INLINE_AVX512 std::pair<float, float> weigh(const Attention& c, float* scores, int64_t first, int64_t n, int64_t position,
                                             const float* k_scales, const float* v_scales, Row& row, bf16* weights) {
   const __m512 none = _mm512_set1_ps(-INFINITY);
   __m512 greatest = none, sum = _mm512_setzero_ps(), top = _mm512_setzero_ps();
@@ -182,7 +179,7 @@ inline void round_queries(const Attention& c, const bf16* q, bf16* rounded, Row*
 // Slots begin .. end - 1 of a key head of batch row b: for each of its rows the greatest score, the sum of the weights
 // and the weighted values, best [M], total [M], out [M, D].
 template <class T>
-VNNI void attend_avx512(const Attention& c, int64_t b, int64_t head, int64_t begin, int64_t end, float* best, float* total,
+AVX512 void attend_avx512(const Attention& c, int64_t b, int64_t head, int64_t begin, int64_t end, float* best, float* total,
                           float* out) {
   const bf16* q = c.q + (b * c.KV + head) * c.M * c.D;
   const T* keys = (const T*)c.k + b * c.k_strides[0] + head * c.k_strides[1];

@@ -1,6 +1,6 @@
 // The products with AVX-512 and its bf16 dot product; a part of cpu.cpp, which explains the layouts and includes it.
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma")))
 #define INLINE_AVX512 AVX512 __attribute__((always_inline)) inline
 
 INLINE_AVX512 __m512bh pairs_at(const void* x) { return (__m512bh)_mm512_loadu_si512(x); }
@@ -20,8 +20,6 @@ INLINE_AVX512 __m512bh int8_pairs(const uint8_t* q) {
   return _mm512_cvtne2ps_pbh(high, low);
 }
 
-INLINE_AVX512 __m512bh bf16_pairs(const uint8_t* w) { return (__m512bh)_mm512_loadu_si512(w); }
-
 // bf16 or int8: M rows of x, `x [K / 2, M]` pairs, with one panel.
 template <int M, bool INT8>
 INLINE_AVX512 void plain_rows(const Call& c, const bf16* x, const uint8_t* panel, float* out) {
@@ -32,7 +30,7 @@ INLINE_AVX512 void plain_rows(const Call& c, const bf16* x, const uint8_t* panel
     for (auto& sum : chain) sum = _mm512_setzero_ps();
   const int64_t pairs = c.K / 2;
   const auto add = [&](int64_t i, __m512* to) AVX512 {
-    const __m512bh w = INT8 ? int8_pairs(panel + BYTES * i) : bf16_pairs(panel + BYTES * i);
+    const __m512bh w = INT8 ? int8_pairs(panel + BYTES * i) : pairs_at(panel + BYTES * i);
     for (int m = 0; m < M; ++m) to[m] = _mm512_dpbf16_ps(to[m], w, pair_everywhere(x + 2 * (i * M + m)));
   };
   int64_t i = 0;
@@ -169,9 +167,7 @@ AVX512 void many_avx512(const Call& c, int64_t begin, int64_t end) {
         if (KIND == INT8) int8_unpack(panel + LANES * k, n, half);
         if (KIND == INT4) int4_unpack(panel + panel_bytes(INT4, k, c.G), n, c.G, half);
       }
-      int64_t m = 0;
-      for (; m + 8 <= c.M; m += 8) pairs_rows<8>(c, c.x + m * c.K + k, pairs, n, out.data() + m * LANES);
-      for (; m < c.M; ++m) pairs_rows<1>(c, c.x + m * c.K + k, pairs, n, out.data() + m * LANES);
+      UP_TO_8_ROWS(pairs_rows, c, c.x + m * c.K + k, pairs, n, out.data() + m * LANES)
     }
     for (int64_t h = 0; h < std::min<int64_t>(2, end - p); ++h) {
       float* half = out.data() + h * c.M * LANES;
