@@ -36,14 +36,13 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.has_kernel = False
+        self.has_kernel, self.has_collective = False, False  # as in a `model.Linear`
         self.packed: Tensor | None = None  # for a CPU's kernel; a GPU's take the stored form
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.has_kernel:
             return F.linear(x, self.dequantize(x.dtype), self.bias)
-        y = self.multiply(x.flatten(0, -2)).view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        return self.multiply(x.flatten(0, -2), self.bias).unflatten(0, x.shape[:-1])
 
     def pack(self, dtype: torch.dtype) -> None:
         """Use this device's kernel, if there is one for activations in `dtype`, and take the layout it asks for."""
@@ -85,10 +84,10 @@ class Int8Linear(QuantizedLinear):
     def pack_for_cpu(self) -> Tensor:
         return cpu.pack_int8(self.weight, self.scales)
 
-    def multiply(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, *around: Any) -> Tensor:
         if self.packed is None:
-            return torch.ops.fast_gpu.int8_linear(x, self.weight, self.scales)
-        return torch.ops.fast.int8_linear(x, self.packed, self.out_features)
+            return torch.ops.fast_gpu.int8_linear(x, self.weight, self.scales, *around)
+        return torch.ops.fast.int8_linear(x, self.packed, self.out_features, *around)
 
 
 class Int4Linear(QuantizedLinear):
@@ -131,10 +130,10 @@ class Int4Linear(QuantizedLinear):
     def pack_for_cpu(self) -> Tensor:
         return cpu.pack_int4(self.weight, self.scales, self.zeros)
 
-    def multiply(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, *around: Any) -> Tensor:
         if self.packed is None:
-            return torch.ops.fast_gpu.int4_linear(x, self.weight, self.scales, self.zeros)
-        return torch.ops.fast.int4_linear(x, self.packed, self.out_features, self.groupsize)
+            return torch.ops.fast_gpu.int4_linear(x, self.weight, self.scales, self.zeros, *around)
+        return torch.ops.fast.int4_linear(x, self.packed, self.out_features, self.groupsize, *around)
 
 
 LINEARS: dict[str, type[Int8Linear] | type[Int4Linear]] = {

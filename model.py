@@ -254,7 +254,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `x [B, S, H, D]`, pairing element i with i + D/2 as Hugging Face does; `cos`, `sin` `[B, S, D/2]`."""
     left, right = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+    halves = left * cos - right * sin, right * cos + left * sin
+    return torch.cat([half.to(x.dtype) for half in halves], dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -304,20 +305,28 @@ class Linear(nn.Linear):
     """`nn.Linear`, but on a CPU its products of a few rows stream the weight at the memory's speed.
 
     There `F.linear` reaches about 55 % of the read bandwidth in bfloat16. Whoever loads the model may have a
-    `kernel(x [M, K], packed, out_features) -> [M, N]` that reaches all of it, and sets `packed` in the weight's place.
-    Without one a compiled product of one row is a multiply-and-sum that Inductor fuses, for about 85 %.
+    `kernel(x [M, K], packed, out_features, ...) -> [M, N]` that reaches all of it, and sets `packed` in the weight's
+    place. Without one a compiled product of one row is a multiply-and-sum that Inductor fuses, for about 85 %.
     """
 
-    kernel: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    kernel: Callable[..., Tensor] | None = None
+    has_collective = False  # what follows the module under tensor parallelism; a kernel cannot go past it
 
     def __init__(self, in_features: int, out_features: int, bias: bool, sharding: Sharding):
         super().__init__(in_features, out_features, bias)
         self.sharding = sharding
 
+    @property
+    def has_kernel(self) -> bool:
+        return self.kernel is not None
+
+    def multiply(self, x: Tensor, *around: Any) -> Tensor:
+        """The kernel's product for `x [M, K]`; `around` as for `project`."""
+        return self.kernel(x, self.packed, self.out_features, *around)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel is not None:
-            y = self.kernel(x.flatten(0, -2), self.packed, self.out_features).view(*x.shape[:-1], self.out_features)
-            return y if self.bias is None else y + self.bias
+        if self.has_kernel:
+            return self.multiply(x.flatten(0, -2), self.bias).unflatten(0, x.shape[:-1])
         if x.device.type == "cpu" and torch.compiler.is_compiling() and x.numel() == self.in_features:
             # Inductor stores what as_strided sees: x is made once, not again for every output.
             row = x.reshape(-1).as_strided((self.in_features,), (1,))
@@ -327,6 +336,26 @@ class Linear(nn.Linear):
             y = products.sum(-1).sum(-1).view(*x.shape[:-1], -1)
             return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
         return F.linear(x, self.weight, self.bias)
+
+
+def project(
+    linear: nn.Module, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None, gated: bool = False
+) -> Tensor:
+    """`residual + linear(norm(x))`, or `gated`, half as wide: `silu(gate) * up`, what the Linear gives being gate, up.
+
+    A Linear with a kernel does it all in there: at batch size one what happens between the products takes 10 % of the
+    time of quantised weights.
+    """
+    if linear.has_kernel and not linear.has_collective:
+        scale, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        before = None if residual is None else residual.flatten(0, -2)
+        y = linear.multiply(x.flatten(0, -2), linear.bias, scale, eps, before, gated)
+        return y.unflatten(0, x.shape[:-1])
+    y = linear(x if norm is None else norm(x))
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    return y if residual is None else residual + y
 
 
 def divisor(n: int, at_most: int) -> int:
@@ -403,10 +432,18 @@ class Attention(nn.Module):
         self.kv_cache: KVCache | None = None
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, n_slots: int, mask: Tensor | None
+        self,
+        x: Tensor,
+        norm: RMSNorm,
+        cos: Tensor,
+        sin: Tensor,
+        input_pos: Tensor | None,
+        n_slots: int,
+        mask: Tensor | None,
     ) -> Tensor:
+        """`x [B, S, dim]` plus what attention over `norm(x)` adds to it."""
         B, S, _ = x.shape
-        q, k, v = self.wqkv(x).split(self.qkv_sizes, dim=-1)
+        q, k, v = project(self.wqkv, x, norm).split(self.qkv_sizes, dim=-1)
         q = q.view(B, S, self.n_heads, self.head_dim)
         k = k.view(B, S, self.n_kv_heads, self.head_dim)
         v = v.view(B, S, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, KV, S, D]
@@ -429,7 +466,7 @@ class Attention(nn.Module):
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             else:
                 y = grouped_attention(q, k, v, mask)
-        return self.wo(y.transpose(1, 2).reshape(B, S, -1))
+        return project(self.wo, y.transpose(1, 2).reshape(B, S, -1), residual=x)
 
 
 def attention_mask(args: ModelArgs, positions: Tensor, kv_pos: Tensor) -> Tensor | None:
@@ -470,16 +507,15 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """The gated feed-forward `w2(silu(gate(x)) * up(x))` (SwiGLU, Shazeer 2020); `w13` is gate above up."""
+    """`x + w2(silu(gate(norm(x))) * up(norm(x)))` (SwiGLU, Shazeer 2020); `w13` is gate above up."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.w13 = Linear(args.dim, 2 * args.hidden_dim, args.mlp_bias, Sharding(parts=(args.hidden_dim,) * 2))
         self.w2 = Linear(args.hidden_dim, args.dim, args.mlp_bias, Sharding(collective="sum"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        return project(self.w2, project(self.w13, x, norm, gated=True), residual=x)
 
 
 class TransformerBlock(nn.Module):
@@ -492,8 +528,8 @@ class TransformerBlock(nn.Module):
 
     @torch.compiler.nested_compile_region  # the blocks are alike: a compiler translates the first and reuses it
     def forward(self, x, cos, sin, input_pos, n_slots, mask):
-        x = x + self.attention(self.attention_norm(x), cos, sin, input_pos, n_slots, mask)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x = self.attention(x, self.attention_norm, cos, sin, input_pos, n_slots, mask)
+        return self.feed_forward(x, self.ffn_norm)
 
 
 class Transformer(nn.Module):
@@ -575,7 +611,7 @@ class Transformer(nn.Module):
             x = layer(x, cos, sin, cached_at, n_slots, mask)
         if logits_at is not None:
             x = x.gather(1, logits_at[:, :, None].expand(-1, -1, x.shape[-1]))
-        return self.output(self.norm(x))
+        return project(self.output, x, self.norm)
 
     def _check_positions(self, idx: Tensor, input_pos: Tensor) -> int:
         """The number of cache slots in use after `input_pos`; ValueError where it does not fit the cache."""

@@ -83,6 +83,7 @@ def connect(whole: nn.Module, local: nn.Module, ranks: "Ranks") -> dict[str, Sha
         if hasattr(module, "first_id") and is_divided:
             module.first_id = shares[f"{name}.weight"].ranges[0][0]
         if collective := COLLECTIVES.get((sharding.collective, is_divided)):
+            module.has_collective = True
             module.register_forward_hook(lambda _, __, y, do=collective: do(y, ranks.world_size))
     return shares
 

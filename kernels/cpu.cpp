@@ -22,6 +22,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -117,6 +118,48 @@ INLINE void int4_values(const uint8_t* panel, int64_t K, int64_t G, bf16* out) {
     }
   }
 }
+
+// ---- What comes before and after a product, a row at a time: plain loops that the compiler makes vectors of.
+
+INLINE float power_of_2(float x) {
+  x = std::min(std::max(x, -126.f), 126.f);
+  const float shifted = x + 12582912.f, f = x - (shifted - 12582912.f);  // 1.5 * 2^23: the last bits are x rounded
+  float p = 0.00133335581f;                                             // 2^f on [-1/2, 1/2], Taylor
+  p = p * f + 0.00961812911f;
+  p = p * f + 0.0555041087f;
+  p = p * f + 0.240226507f;
+  p = p * f + 0.693147181f;
+  p = p * f + 1.f;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23));
+}
+
+INLINE void normalize(const bf16* x, const bf16* weight, float eps, int64_t n, bf16* y) {  // RMSNorm; n is even
+  float sums[LANES] = {0};
+  for (int64_t i = 0; i + LANES <= n; i += LANES)
+    for (int64_t r = 0; r < LANES; ++r) sums[r] += to_float(x[i + r]) * to_float(x[i + r]);
+  for (int64_t i = n / LANES * LANES; i < n; ++i) sums[0] += to_float(x[i]) * to_float(x[i]);
+  float sum = 0;
+  for (float lane : sums) sum += lane;
+  const float factor = 1 / std::sqrt(sum / n + eps);
+  for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(to_float(x[i]) * factor * to_float(weight[i]));
+}
+
+INLINE void add(const bf16* x, int64_t n, bf16* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(to_float(y[i]) + to_float(x[i]));
+}
+
+INLINE void gate(const bf16* x, int64_t n, bf16* y) {  // SiLU of the first n, times the n behind them
+  for (int64_t i = 0; i < n; ++i) {
+    const float a = to_float(x[i]);
+    y[i] = to_bf16(a / (1 + power_of_2(a * -1.44269504f)) * to_float(x[n + i]));
+  }
+}
+
+#define ROWS(name, target)                                                                    \
+  target void normalize_##name(const bf16* x, const bf16* weight, float eps, int64_t n, bf16* y) { normalize(x, weight, eps, n, y); } \
+  target void add_##name(const bf16* x, int64_t n, bf16* y) { add(x, n, y); }                 \
+  target void gate_##name(const bf16* x, int64_t n, bf16* y) { gate(x, n, y); }
+#define ROW_FUNCTIONS(name) normalize_##name, add_##name, gate_##name
 
 // ---- Portable products of M rows of x, `x [K / 2, M]` pairs, with one panel, whose 16 rows are the lanes of PARTS
 // vectors as wide as the processor's.
@@ -243,7 +286,10 @@ AVX2 void int4_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_R
 AVX2 void bf16_values_avx2(const uint8_t* panel, int64_t K, int64_t, bf16* out) { bf16_values(panel, K, out); }
 AVX2 void int8_values_avx2(const uint8_t* panel, int64_t K, int64_t, bf16* out) { int8_values(panel, K, out); }
 AVX2 void int4_values_avx2(const uint8_t* panel, int64_t K, int64_t G, bf16* out) { int4_values(panel, K, G, out); }
+ROWS(avx512, AVX512)
+ROWS(avx2, AVX2)
 #endif
+ROWS(portable, )
 
 void bf16_portable(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<4>::bf16_rows, FEW_ROWS) }
 void int8_portable(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<4>::int8_rows, FEW_ROWS) }
@@ -260,6 +306,9 @@ struct Functions {
   void (*few[3])(const Call&, const uint8_t*, float*);  // by kind: few rows, one panel
   void (*many[3])(const Call&, int64_t, int64_t);       // many rows, a range of panels; null: the values for at::mm
   void (*values[3])(const uint8_t*, int64_t, int64_t, bf16*);
+  void (*normalize)(const bf16*, const bf16*, float, int64_t, bf16*);
+  void (*add)(const bf16*, int64_t, bf16*);
+  void (*gate)(const bf16*, int64_t, bf16*);
   void (*attend[2])(const Attention&, int64_t, int64_t, int64_t, int64_t, float*, float*, float*);  // bf16, int8
 };
 
@@ -270,13 +319,14 @@ const std::vector<Functions>& available() {  // the best comes first
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
       list.push_back({"avx512", 8, {bf16_avx512, int8_avx512, int4_avx512},
-                      {many_avx512<BF16>, many_avx512<INT8>, many_avx512<INT4>}, {},
+                      {many_avx512<BF16>, many_avx512<INT8>, many_avx512<INT4>}, {}, ROW_FUNCTIONS(avx512),
                       {attend_avx512<bf16>, attend_avx512<int8_t>}});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      list.push_back({"avx2", 4, {bf16_avx2, int8_avx2, int4_avx2}, {}, {bf16_values_avx2, int8_values_avx2, int4_values_avx2}, {}});
+      list.push_back({"avx2", 4, {bf16_avx2, int8_avx2, int4_avx2}, {}, {bf16_values_avx2, int8_values_avx2, int4_values_avx2},
+                      ROW_FUNCTIONS(avx2), {}});
 #endif
     list.push_back({"portable", 4, {bf16_portable, int8_portable, int4_portable}, {},
-                    {bf16_values_portable, int8_values_portable, int4_values_portable}, {}});
+                    {bf16_values_portable, int8_values_portable, int4_values_portable}, ROW_FUNCTIONS(portable), {}});
     return list;
   }();
   return found;
@@ -367,30 +417,79 @@ void many_rows(Kind kind, Call c) {
   }
 }
 
-at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed, int64_t N, int64_t G) {
+// `work(m)` for every row m; few rows are not worth a second thread.
+template <class Work>
+void by_rows(int64_t n_rows, int64_t columns, const Work& work) {
+  at::parallel_for(0, n_rows, std::max<int64_t>(1, 32768 / columns), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) work(m);
+  });
+}
+
+// What a Linear's neighbours ask of its kernel beside the product; the Python modules in model.py say what it means.
+struct Around {
+  const std::optional<at::Tensor>&bias, &norm;  // [N], [K]
+  double eps;
+  const std::optional<at::Tensor>& residual;  // [M, N]
+  bool gated;
+};
+
+const bf16* bf16_data(const at::Tensor& x, at::IntArrayRef sizes, const char* name) {
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.is_contiguous() && x.sizes() == sizes, name, " must be bfloat16 ", sizes,
+              ", contiguous, not ", x.scalar_type(), " ", x.sizes());
+  return static_cast<const bf16*>(x.const_data_ptr());
+}
+
+at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed, int64_t N, int64_t G, const Around& around) {
   TORCH_CHECK(x_any.dim() == 2 && x_any.scalar_type() == at::kBFloat16, "x must be bfloat16 [M, K]");
-  const at::Tensor x = x_any.contiguous();
-  const int64_t M = x.size(0), K = x.size(1), expected = panels(N) * panel_bytes(kind, K, G);
+  const int64_t M = x_any.size(0), K = x_any.size(1), expected = panels(N) * panel_bytes(kind, K, G);
   TORCH_CHECK(packed.scalar_type() == at::kByte, "the weight is ", packed.scalar_type(), ", not packed in bytes");
   TORCH_CHECK(packed.is_contiguous() && int64_t(packed.nbytes()) == expected, "the weight has ", packed.nbytes(),
               " bytes, not ", expected);
-  at::Tensor y = at::empty({M, N}, x.options());
-  const Call c{static_cast<const bf16*>(x.const_data_ptr()), static_cast<const uint8_t*>(packed.const_data_ptr()),
-               static_cast<bf16*>(y.data_ptr()), nullptr, nullptr, M, N, K, G};
+  TORCH_CHECK(!around.gated || (N % 2 == 0 && !around.residual), "gates are as many as what they let through, with no residual");
+  at::Tensor x = x_any.contiguous(), y = at::empty({M, N}, x.options());
+  if (around.norm) {
+    const bf16 *weight = bf16_data(*around.norm, {K}, "the norm"), *from = static_cast<const bf16*>(x.const_data_ptr());
+    x = at::empty({M, K}, x.options());
+    bf16* to = static_cast<bf16*>(x.data_ptr());
+    by_rows(M, K, [&](int64_t m) { chosen.normalize(from + m * K, weight, float(around.eps), K, to + m * K); });
+  }
+  bf16* out = static_cast<bf16*>(y.data_ptr());
+  const Call c{static_cast<const bf16*>(x.const_data_ptr()), static_cast<const uint8_t*>(packed.const_data_ptr()), out,
+               nullptr, nullptr, M, N, K, G};
   if (M <= MAX_ROWS)
     few_rows(kind, c);
   else if (chosen.many[kind])
     many_rows(kind, c);
   else
     by_matrices(kind, c, x, y);
-  return y;
+  if (around.bias) {
+    const bf16* bias = bf16_data(*around.bias, {N}, "the bias");
+    by_rows(M, N, [&](int64_t m) { chosen.add(bias, N, out + m * N); });
+  }
+  if (around.residual) {
+    const bf16* residual = bf16_data(*around.residual, {M, N}, "the residual");
+    by_rows(M, N, [&](int64_t m) { chosen.add(residual + m * N, N, out + m * N); });
+  }
+  if (!around.gated) return y;
+  at::Tensor gated = at::empty({M, N / 2}, x.options());
+  bf16* to = static_cast<bf16*>(gated.data_ptr());
+  by_rows(M, N, [&](int64_t m) { chosen.gate(out + m * N, N / 2, to + m * (N / 2)); });
+  return gated;
 }
 
-at::Tensor bf16_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N) { return multiply(BF16, x, packed, N, 32); }
-at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N) { return multiply(INT8, x, packed, N, 32); }
-at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, int64_t G) {
+using Maybe = std::optional<at::Tensor>;
+at::Tensor bf16_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, const Maybe& bias, const Maybe& norm, double eps,
+                       const Maybe& residual, bool gated) {
+  return multiply(BF16, x, packed, N, 32, {bias, norm, eps, residual, gated});
+}
+at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, const Maybe& bias, const Maybe& norm, double eps,
+                       const Maybe& residual, bool gated) {
+  return multiply(INT8, x, packed, N, 32, {bias, norm, eps, residual, gated});
+}
+at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, int64_t G, const Maybe& bias, const Maybe& norm,
+                       double eps, const Maybe& residual, bool gated) {
   TORCH_CHECK(G > 0 && G % 32 == 0 && x.size(-1) % G == 0, x.size(-1), " inputs do not fall into groups of ", G);
-  return multiply(INT4, x, packed, N, G);
+  return multiply(INT4, x, packed, N, G, {bias, norm, eps, residual, gated});
 }
 
 // Plain rows of bf16 [N, K] as panels; the rows that the last one lacks are zeros. It is done in squares of 16 pairs.
@@ -511,9 +610,10 @@ std::string variant(const std::string& name) {  // choose by name, "" for the be
 
 TORCH_LIBRARY(fast, m) {
   m.def("pack_bf16(Tensor weight, Tensor(a!) out) -> ()");
-  m.def("int8_linear(Tensor x, Tensor packed, int n_out) -> Tensor");
-  m.def("int4_linear(Tensor x, Tensor packed, int n_out, int groupsize) -> Tensor");
-  m.def("bf16_linear(Tensor x, Tensor packed, int n_out) -> Tensor");
+  const std::string around = ", Tensor? bias=None, Tensor? norm=None, float eps=0, Tensor? residual=None, bool gated=False) -> Tensor";
+  m.def(("bf16_linear(Tensor x, Tensor packed, int n_out" + around).c_str());
+  m.def(("int8_linear(Tensor x, Tensor packed, int n_out" + around).c_str());
+  m.def(("int4_linear(Tensor x, Tensor packed, int n_out, int groupsize" + around).c_str());
   m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor positions, int window=0, Tensor? k_scales=None, "
         "Tensor? v_scales=None) -> Tensor");
   m.def("variant(str name) -> str", variant);

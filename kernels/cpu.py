@@ -5,7 +5,8 @@
         y = torch.ops.fast.int4_linear(x, packed, n_out, groupsize)
 
 `bf16_linear`, `int8_linear` and `int4_linear` take x bfloat16 `[M, K]` and give `[M, N]`: one row at the speed of
-memory, up to 16 without reading a weight twice, more as a product of matrices. `cpu.cpp` says how panels lie.
+memory, up to 16 without reading a weight twice, more as a product of matrices. They also do what surrounds a product
+(`model.project`). `cpu.cpp` says how panels lie.
 `decode_attention` is attention of a few positions over a long cache, for processors where `is_fast()`.
 """
 
@@ -47,7 +48,8 @@ def load() -> str | None:
         torch.ops.load_library(library)
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return f"the CPU's kernels cannot be built, without them quantised weights run slowly: {lines[0]}"
+        reason = next((line for line in lines if "error" in line), lines[0])
+        return f"the CPU's kernels cannot be built, without them quantised weights run slowly: {reason}"
     _register_fakes()
     return None
 
@@ -80,11 +82,12 @@ def _build(source: Path, library: Path) -> None:
 def _register_fakes() -> None:
     """Tell a compiler what the operators return."""
 
-    def linear(x: Tensor, packed: Tensor, n_out: int, groupsize: int = 0) -> Tensor:
-        return x.new_empty(x.shape[0], n_out)
+    def linear(x, packed, n_out, bias=None, norm=None, eps=0.0, residual=None, gated=False):
+        return x.new_empty(x.shape[0], n_out // 2 if gated else n_out)
 
-    for name in ("bf16_linear", "int8_linear", "int4_linear"):
+    for name in ("bf16_linear", "int8_linear"):
         torch.library.register_fake(f"fast::{name}", linear)
+    torch.library.register_fake("fast::int4_linear", lambda x, w, n, groupsize, *around: linear(x, w, n, *around))
     torch.library.register_fake("fast::decode_attention", lambda q, *others: q.new_empty(q.shape))
 
 

@@ -132,7 +132,7 @@ def build(config: dict[str, Any], dropout: float) -> Transformer:
         return F.dropout(output, dropout, module.training)
 
     if dropout:
-        for module in [model.tok_embeddings, *(m for x in model.layers for m in (x.attention, x.feed_forward))]:
+        for module in [model.tok_embeddings, *(m for x in model.layers for m in (x.attention.wo, x.feed_forward.w2))]:
             module.register_forward_hook(drop)
     return model
 

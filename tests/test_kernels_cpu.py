@@ -7,6 +7,7 @@ bfloat16, which alone is an error of up to 0.4 %.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from checkpoint import load_model
 from kernels import cpu
 from linear import Int4Linear, Int8Linear
-from model import KVCache
+from model import KVCache, Linear, RMSNorm, Sharding, project
 
 ROOT = Path(cpu.__file__).parent.parent
 pytestmark = pytest.mark.skipif(cpu.load() is not None, reason=str(cpu.load()))
@@ -90,6 +91,37 @@ def test_products(variant, rows, threads):
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("rows", [1, 6, 40])
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_surrounds_a_product(variant, rows, gated):
+    """Norm, bias, gates and residual by the kernels, beside `project` without any in float32."""
+    x, weight, bias = 30 * normal(rows, 200).bfloat16(), normal(88, 200).bfloat16(), normal(88).bfloat16()
+    weight, x = F.pad(weight, (0, 24)), F.pad(x, (0, 24))  # 224 inputs, for groups of 32
+    norm = RMSNorm(224, eps=1.0).requires_grad_(False)
+    norm.weight.data = normal(224).bfloat16().float()
+    residual = None if gated else normal(rows, 88).bfloat16()
+    int8, int4 = Int8Linear.from_float(weight), Int4Linear.from_float(weight, groupsize=32)
+    around = bias, norm.weight.bfloat16(), norm.eps, residual, gated
+    for exact, y in (
+        (weight.float(), torch.ops.fast.bf16_linear(x, cpu.pack_bf16(weight), 88, *around)),
+        (int8.dequantize(torch.float32), torch.ops.fast.int8_linear(x, pack(int8), 88, *around)),
+        (int4.dequantize(torch.float32), torch.ops.fast.int4_linear(x, pack(int4), 88, 32, *around)),
+    ):
+        linear = Linear(224, 88, True, Sharding()).requires_grad_(False)
+        linear.weight.data, linear.bias.data = exact, bias.float()
+        expected = project(linear, x.float(), norm, None if gated else residual.float(), gated)
+        assert y.shape == (rows, 44 if gated else 88)
+        assert float((y.float() - expected).norm() / expected.norm()) < 0.008  # rounded at each step
+
+
+def test_gates_far_from_zero(variant):
+    gates = torch.tensor([-1e30, -200, -90, -20, -1, 0, 1, 20, 90, 200, 1e30]).bfloat16()
+    weight = torch.zeros(22, 2, dtype=torch.bfloat16)
+    weight[:11, 0], weight[11:, 0] = gates, 1
+    y = torch.ops.fast.bf16_linear(torch.tensor([[1.0, 0.0]]).bfloat16(), cpu.pack_bf16(weight), 22, gated=True)
+    assert torch.allclose(y[0].float(), F.silu(gates.float()), rtol=0.01, atol=1e-7)
+
+
 def test_rows_are_what_they_are_alone(variant):
     """A row of a batch, or of a verified draft, is what it is on its own, but for rounding."""
     x, weight = normal(6, 256).bfloat16(), normal(48, 256)
@@ -127,6 +159,20 @@ def test_a_weight_of_another_size_is_refused():
 def test_a_weight_of_another_type_is_refused():
     with pytest.raises(RuntimeError, match="the weight is BFloat16, not packed in bytes"):
         torch.ops.fast.bf16_linear(normal(1, 64).bfloat16(), normal(40, 64).bfloat16(), 40)
+
+
+@pytest.mark.parametrize(
+    ("around", "message"),
+    [
+        ({"norm": torch.ones(63).bfloat16()}, "the norm must be bfloat16 [64], contiguous, not BFloat16 [63]"),
+        ({"bias": torch.ones(40)}, "the bias must be bfloat16 [40], contiguous, not Float [40]"),
+        ({"residual": torch.ones(1, 20).bfloat16()}, "the residual must be bfloat16 [1, 40]"),
+        ({"residual": torch.ones(1, 20).bfloat16(), "gated": True}, "with no residual"),
+    ],
+)
+def test_surroundings_that_do_not_fit_are_refused(around, message):
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        torch.ops.fast.bf16_linear(normal(1, 64).bfloat16(), cpu.pack_bf16(normal(40, 64).bfloat16()), 40, **around)
 
 
 @pytest.mark.parametrize("groupsize", [0, 64])

@@ -357,17 +357,18 @@ def test_what_a_quantized_cache_rounds_is_bounded(kv_dtype):
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_attention_over_a_quantized_cache_is_that_over_its_values(load, kv_dtype):
-    attention = load("llama").layers[0].attention
+    layer = load("llama").layers[0]
+    attention, norm = layer.attention, layer.attention_norm
     cache = attention.kv_cache = KVCache((3, attention.n_kv_heads, 40, attention.head_dim), "cpu", kv_dtype)
     x, full = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(0)), torch.ones(2, 1, 8)
     cache.write(torch.arange(30).expand(3, 30), *torch.randn(2, 3, attention.n_kv_heads, 30, attention.head_dim))
     mask = torch.arange(30) <= torch.tensor([[9], [29]])[:, None, :, None]
-    y = attention(x, full, 0 * full, torch.tensor([[9], [29]]), 30, mask)  # RoPE by an angle of zero
+    y = attention(x, norm, full, 0 * full, torch.tensor([[9], [29]]), 30, mask)  # RoPE by an angle of zero
     k, v, *scales = (t.float() for t in cache.stored(2, 30))
     k, v = k * scales[0][..., None], v * scales[1][..., None]
-    q = attention.wqkv(x)[..., : attention.qkv_sizes[0]].view(2, attention.n_heads, 1, -1)
+    q = attention.wqkv(norm(x))[..., : attention.qkv_sizes[0]].view(2, attention.n_heads, 1, -1)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    assert_equal_logits(y, attention.wo(expected.view(2, 1, -1)), 1e-5)
+    assert_equal_logits(y, x + attention.wo(expected.view(2, 1, -1)), 1e-5)
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
