@@ -8,6 +8,10 @@ weight once: up to 4 rows by multiply-adds in float32, up to 16 on the tensor co
 weights are written out as numbers for `F.linear`. K is a multiple of 32. No sum depends on which program comes first:
 equal inputs give equal bits.
 
+They also do what surrounds a product (`model.project`): a layer of 7B int4 weights is read in some 25 us, and a kernel
+of its own for norm, gates or residual costs one or two. Bias, gates and residual join the sums where these end. Of the
+norm (2 rows at most) the weight multiplies the inputs on their way in, and what divides them all waits for the end.
+
 Worth knowing: nothing here has been measured on a GPU. Triton's interpreter proves the numbers on a CPU; tile sizes
 follow from what the compiler makes of the kernels for an H100 (16-byte loads, no spills, four instructions a weight).
 """
@@ -26,6 +30,7 @@ from torch import Tensor
 
 MAX_ROWS = 16  # of x; above it is a prefill
 FEW_ROWS = 4  # of x, up to which a multiply-add per weight and row costs less than what the tensor cores ask for
+NORM_ROWS = 2  # of x, up to which a kernel has registers for the norm's weight
 SMS = 132  # multiprocessors of an H100, where there is none to ask
 
 
@@ -57,18 +62,28 @@ def _plus(tensors, i: tl.constexpr, more):
 
 
 @triton.jit
+def _gate(gate, up):
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
 def _multiply_few(
     x_ptr,  # [rows, K]
     words_ptr,  # [N, K * BITS / 32], the stored weights as 32-bit words
     scales_ptr,  # int8: [N]; int4: [N, K / GROUP]
     zeros_ptr,  # int4: [N, K / GROUP]
-    y_ptr,  # [rows, N]
+    bias_ptr,  # [N] or None
+    norm_ptr,  # [K] or None
+    residual_ptr,  # like y, or None
+    y_ptr,  # [rows, N], or of gates and what they let through [rows, N / 2]
     rows,
     n_out,
     exponent,  # the bits of the float 2^BITS
+    eps,
     n_chunks: tl.constexpr,  # of 16 bytes in a row of weights
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    GATED: tl.constexpr,  # 1: N is N, 2: every second of a program's outputs belongs to the gate before it
     ROWS: tl.constexpr,  # rows, rounded up to a power of two
     BLOCK_N: tl.constexpr,
     CHUNKS: tl.constexpr,  # of a row that are read at once: one per thread
@@ -82,35 +97,46 @@ def _multiply_few(
     PER_WORD: tl.constexpr = 32 // BITS
     OFFSET: tl.constexpr = 24 if BITS == 4 else 384  # 2^b, and what u lies above the signed value
     exponent = exponent.to(tl.uint32, bitcast=True)
-    first_n = tl.program_id(0) * BLOCK_N
+    n_y = n_out // GATED
+    first_n = tl.program_id(0) * (BLOCK_N // GATED)
     # One tensor for each output and row, so that a thread keeps its chunk: nothing changes hands before the last sum.
     totals = (tl.zeros((CHUNKS,), tl.float32),) * (BLOCK_N * ROWS)
+    squares = (tl.zeros((CHUNKS,), tl.float32),) * ROWS
     for first in range(0, n_chunks, CHUNKS):
         chunk = first + tl.arange(0, CHUNKS)
         words = ()
         for b in tl.static_range(BLOCK_N):
-            at = ((first_n + b) * n_chunks + chunk)[:, None] * 4 + tl.arange(0, 4)[None, :]
-            ok = chunk < tl.where(first_n + b < n_out, n_chunks, 0)
+            n = first_n + b // GATED + b % GATED * n_y
+            at = (n * n_chunks + chunk)[:, None] * 4 + tl.arange(0, 4)[None, :]
+            ok = chunk < tl.where(first_n + b // GATED < n_y, n_chunks, 0)
             stored = tl.load(words_ptr + at, mask=ok[:, None], other=0)
             stored = stored.to(tl.uint32, bitcast=True)
             words = words + _four(stored if BITS == 4 else stored ^ 0x80808080)  # 4 times [CHUNKS]
         dots = (tl.zeros((CHUNKS,), tl.float32),) * (BLOCK_N * ROWS)
         x_sums = (tl.zeros((CHUNKS,), tl.float32),) * ROWS
         for i in tl.static_range(4):
+            k = (chunk * 4 + i)[:, None] * PER_WORD + tl.arange(0, PER_WORD)[None, :]
+            if norm_ptr is not None:
+                norm = tl.load(norm_ptr + k, mask=(chunk < n_chunks)[:, None], other=0.0).to(tl.float32)
+                norm = _eight(norm) if BITS == 4 else _four(norm)
             for r in tl.static_range(ROWS):
-                x_at = ((r * n_chunks + chunk) * 4 + i)[:, None] * PER_WORD + tl.arange(0, PER_WORD)[None, :]
                 ok = chunk < tl.where(r < rows, n_chunks, 0)
-                x = tl.load(x_ptr + x_at, mask=ok[:, None], other=0.0).to(tl.float32)
+                x = tl.load(x_ptr + r * (n_chunks * 4 * PER_WORD) + k, mask=ok[:, None], other=0.0).to(tl.float32)
                 x = _eight(x) if BITS == 4 else _four(x)  # PER_WORD times [CHUNKS]
                 for j in tl.static_range(PER_WORD):
-                    x_sums = _plus(x_sums, r, x[j])
+                    x_j = x[j]
+                    if norm_ptr is not None:
+                        squares = _plus(squares, r, x_j * x_j)
+                        x_j *= norm[j]
+                    x_sums = _plus(x_sums, r, x_j)
                     for b in tl.static_range(BLOCK_N):
                         w = ((words[4 * b + i] >> (j * BITS)) & ((1 << BITS) - 1)) << (23 - BITS) | exponent
-                        dots = _plus(dots, b * ROWS + r, w.to(tl.float32, bitcast=True) * x[j])
+                        dots = _plus(dots, b * ROWS + r, w.to(tl.float32, bitcast=True) * x_j)
         for b in tl.static_range(BLOCK_N):
             if BITS == 4:
-                group = (first_n + b) * (n_chunks * 32 // GROUP) + chunk * 32 // GROUP
-                ok = chunk < tl.where(first_n + b < n_out, n_chunks, 0)
+                n = first_n + b // GATED + b % GATED * n_y
+                group = n * (n_chunks * 32 // GROUP) + chunk * 32 // GROUP
+                ok = chunk < tl.where(first_n + b // GATED < n_y, n_chunks, 0)
                 scales = tl.load(scales_ptr + group, mask=ok, other=0.0).to(tl.float32)
                 zeros = tl.load(zeros_ptr + group, mask=ok, other=0.0).to(tl.float32)
                 for r in tl.static_range(ROWS):
@@ -119,13 +145,30 @@ def _multiply_few(
             else:
                 for r in tl.static_range(ROWS):
                     totals = _plus(totals, b * ROWS + r, dots[b * ROWS + r] - OFFSET * x_sums[r])
-    for b in tl.static_range(BLOCK_N):
-        if first_n + b < n_out:
-            for r in tl.static_range(ROWS):
-                y = tl.sum(totals[b * ROWS + r])
-                if BITS == 8:
-                    y *= tl.load(scales_ptr + first_n + b)
-                tl.store(y_ptr + r * n_out + first_n + b, y.to(y_ptr.dtype.element_ty), mask=r < rows)
+    for r in tl.static_range(ROWS):
+        factor = 1.0
+        if norm_ptr is not None:
+            factor = tl.rsqrt(tl.sum(squares[r]) / (n_chunks * 4 * PER_WORD) + eps)
+        for b in tl.static_range(0, BLOCK_N, GATED):
+            n = first_n + b // GATED
+            if n < n_y:
+                y = _whole(totals[b * ROWS + r], factor, scales_ptr, bias_ptr, n, BITS)
+                if GATED == 2:
+                    y = _gate(y, _whole(totals[(b + 1) * ROWS + r], factor, scales_ptr, bias_ptr, n_y + n, BITS))
+                if residual_ptr is not None:
+                    y += tl.load(residual_ptr + r * n_y + n, mask=r < rows, other=0.0).to(tl.float32)
+                tl.store(y_ptr + r * n_y + n, y.to(y_ptr.dtype.element_ty), mask=r < rows)
+
+
+@triton.jit
+def _whole(total, factor, scales_ptr, bias_ptr, n, BITS: tl.constexpr):
+    """Output n of a row, from its threads' parts."""
+    y = tl.sum(total) * factor
+    if BITS == 8:
+        y *= tl.load(scales_ptr + n)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n).to(tl.float32)
+    return y
 
 
 @triton.jit
@@ -170,18 +213,28 @@ def _multiply_more(
     weight_ptr,  # [N, K * BITS / 8], as stored
     scales_ptr,
     zeros_ptr,
-    y_ptr,  # [rows, N]
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
     rows,
     n_out,
     n_in: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """`y = x W^T` for up to 16 rows on the tensor cores. Each of a program's SPLITS warps sums over a share of K."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """`y = x W^T` for up to 16 rows on the tensor cores. Each of a program's SPLITS warps sums over a share of K.
+
+    Bias, gates and residual as in `_multiply_few`, but the outputs of all gates come before those of what they let
+    through.
+    """
+    WIDTH: tl.constexpr = BLOCK_N // GATED  # outputs of y
+    n_y = n_out // GATED
+    lane = tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) * WIDTH + lane % WIDTH + lane // WIDTH * n_y
     row = tl.arange(0, 16)[None, :, None]
     steps: tl.constexpr = (n_in + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -195,9 +248,17 @@ def _multiply_more(
     y = tl.sum(total, 0)  # [BLOCK_N, 16]
     if BITS == 8:
         y *= tl.load(scales_ptr + n, mask=n < n_out, other=0.0)[:, None]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=n < n_out, other=0.0).to(tl.float32)[:, None]
+    if GATED == 2:
+        gate, up = tl.split(tl.permute(tl.reshape(y, (2, WIDTH, 16)), (1, 2, 0)))
+        y = _gate(gate, up)
+    n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     row = tl.arange(0, 16)
-    ok = (n < n_out)[:, None] & (row < rows)[None, :]
-    tl.store(y_ptr + row[None, :] * n_out + n[:, None], y.to(dtype), mask=ok)
+    at, ok = row[None, :] * n_y + n[:, None], (n < n_y)[:, None] & (row < rows)[None, :]
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(dtype), mask=ok)
 
 
 @triton.jit
@@ -240,49 +301,93 @@ def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
 
 
 @torch.library.custom_op("fast_gpu::int8_linear", mutates_args=())
-def int8_linear(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """`x W^T`, `[M, N]`, for x `[M, K]` and int8 weights `[N, K]` with scales `[N]`."""
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """`x W^T`, `[M, N]`, for x `[M, K]` and int8 weights `[N, K]` with scales `[N]`; the rest as in `model.project`."""
     with torch.cuda.device_of(x):
-        return _linear(x, weight, scales, scales, bits=8)
+        return _linear(x, weight, scales, scales, 8, bias, norm, eps, residual, gated)
 
 
 @torch.library.custom_op("fast_gpu::int4_linear", mutates_args=())
-def int4_linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """`x W^T`, `[M, N]`, for x `[M, K]` and 4-bit weights `[N, K / 2]` with scales and zeros `[N, K / G]`."""
+def int4_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """`x W^T` for x `[M, K]` and 4-bit weights `[N, K / 2]`, scales and zeros `[N, K / G]`; else as `int8_linear`."""
     with torch.cuda.device_of(x):
-        return _linear(x, weight, scales, zeros, bits=4)
+        return _linear(x, weight, scales, zeros, 4, bias, norm, eps, residual, gated)
 
 
 @int8_linear.register_fake
+def _int8_fake(x, weight, scales, bias=None, norm=None, eps=0.0, residual=None, gated=False):
+    return x.new_empty(x.shape[0], weight.shape[0] // (2 if gated else 1))
+
+
 @int4_linear.register_fake
-def _fake(x: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _int4_fake(x, weight, scales, zeros, *around, **named):
+    return _int8_fake(x, weight, scales, *around, **named)
 
 
-def _linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+) -> Tensor:
     (rows, n_in), n_out = x.shape, weight.shape[0]
     if weight.shape[1] * 8 != n_in * bits or n_in % 32:
         raise ValueError(f"x has {n_in} columns, the weight {weight.shape[1] * 8 // bits}, and 32 must divide them")
-    x = x.contiguous()
+    if gated and n_out % 2:
+        raise ValueError(f"gates are as many as what they let through, not half of {n_out}")
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    if norm is not None and rows > NORM_ROWS:
+        x, norm = F.rms_norm(x, (n_in,), norm, eps), None
     shape = {"BITS": bits, "GROUP": n_in // scales.shape[1] if bits == 4 else 32}
     if rows > MAX_ROWS:
         w = x.new_empty(n_out, n_in)
         _dequantize[-(-n_out // 16), -(-n_in // 256)](
             weight, scales, zeros, w, n_out, n_in, **shape, BLOCK_N=16, BLOCK_K=256
         )
-        return F.linear(x, w)
-    y = x.new_empty(rows, n_out)
+        y = F.linear(x, w, bias)
+        if gated:
+            gate, up = y.chunk(2, dim=-1)
+            y = F.silu(gate) * up
+        return y if residual is None else y.add_(residual)
+    shape["GATED"] = 2 if gated else 1
+    y = x.new_empty(rows, n_out // shape["GATED"])
     if rows <= FEW_ROWS:
         n_chunks = n_in * bits // 128
         warps, block = few_rows_tiles(n_out, n_chunks, multiprocessors(x.device))
+        block = max(block, shape["GATED"])
         _multiply_few[-(-n_out // block),](
-            x, weight.view(torch.int32), scales, zeros, y, rows, n_out, (127 + bits) << 23, n_chunks, **shape,
-            ROWS=1 << (rows - 1).bit_length(), BLOCK_N=block, CHUNKS=32 * warps, num_warps=warps,
+            x, weight.view(torch.int32), scales, zeros, bias, norm, residual, y, rows, n_out, (127 + bits) << 23, eps,
+            n_chunks, **shape, ROWS=1 << (rows - 1).bit_length(), BLOCK_N=block, CHUNKS=32 * warps, num_warps=warps,
         )  # fmt: skip
     else:
         warps = 8 if n_in >= 2048 else 2
         _multiply_more[-(-n_out // 16),](
-            x, weight, scales, zeros, y, rows, n_out, n_in, **shape,
+            x, weight, scales, zeros, bias, residual, y, rows, n_out, n_in, **shape,
             BLOCK_N=16, BLOCK_K=128, SPLITS=warps, num_warps=warps,
         )  # fmt: skip
     return y

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from kernels import gpu, gpu_attention  # noqa: F401
 from linear import GROUP_SIZES, Int4Linear, Int8Linear
-from model import KVCache, ModelArgs, Transformer, grouped_attention
+from model import KVCache, Linear, ModelArgs, RMSNorm, Sharding, Transformer, grouped_attention, project
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.bfloat16, torch.float16]
@@ -67,6 +67,29 @@ def test_more_rows(dtype, rows, n, k):
 @pytest.mark.parametrize(("n", "k"), [(40, 192), (17, 1056), (3, 256)])
 def test_a_prefill(dtype, n, k):
     assert all_are_right(normal(20, k).to(dtype), normal(n, k))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(1, 18, 96), (1, 6, 1056), (2, 4, 192), (3, 2, 256), (6, 40, 96), (16, 18, 1056), (20, 40, 96)]
+)
+def test_what_surrounds_a_product(rows, n, k, gated):
+    """Norm, bias, gates and residual by the kernels, beside `project` without any in float32."""
+    x, bias, around = 30 * normal(rows, k).half(), normal(n).half(), {"gated": True} if gated else {}
+    norm = RMSNorm(k, eps=1.0).to(DEVICE).requires_grad_(False)
+    norm.weight.data = normal(k).half()
+    if not gated:
+        around["residual"] = normal(1, rows, n).half()
+    for module in (Int8Linear.from_float(normal(n, k), bias), Int4Linear.from_float(normal(n, k), bias, groupsize=32)):
+        linear = Linear(k, n, True, Sharding()).requires_grad_(False)
+        linear.weight.data, linear.bias.data = module.dequantize(torch.float32), bias.float()
+        exact = project(
+            linear, x[None].float(), norm, **{k: v if k == "gated" else v.float() for k, v in around.items()}
+        )
+        module.has_kernel = True
+        y = project(module, x[None], norm, **around)
+        assert (y.dtype, y.shape) == (x.dtype, exact.shape)
+        assert float((y.float() - exact).norm() / exact.norm()) < 2 * torch.finfo(x.dtype).eps
 
 
 def test_large_offsets_do_not_cancel():

