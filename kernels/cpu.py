@@ -1,4 +1,4 @@
-"""The CPU's kernels for products of a few rows: built once from `cpu.cpp`, found again by every later process.
+"""The CPU's kernels for products of a few rows: built once from `cpu*.cpp`, found again by every later process.
 
     if cpu.load() is None:
         packed = cpu.pack_int4(weight, scales, zeros)
@@ -6,7 +6,7 @@
 
 `bf16_linear`, `int8_linear` and `int4_linear` take x bfloat16 `[M, K]` and give `[M, N]`: one row at the speed of
 memory, up to 16 without reading a weight twice, more as a product of matrices. They also do what surrounds a product
-(`model.project`). `cpu.cpp` says how panels lie.
+(`model.project`). `cpu_kernels.cpp` says how panels lie.
 `decode_attention` is attention of a few positions over a long cache, for processors where `is_fast()`.
 """
 
@@ -19,6 +19,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from torch import Tensor
 LANES = 16  # rows of a panel
 HUGE_PAGE = 1 << 21  # bytes
 PANELS_AT_ONCE = 64  # packed together: what that takes beside the result is small
-FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-w")
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-w")
 
 
 @functools.cache
@@ -37,14 +39,13 @@ def load() -> str | None:
     The library lies in TORCH_EXTENSIONS_DIR, by default `~/.cache/torch_extensions`, under a name that depends on the
     source and on the version of torch.
     """
-    source = Path(__file__).with_suffix(".cpp")
-    content = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("cpu_*.h"))))
+    content = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("cpu*.[ch]*")))
     key = hashlib.sha256(content + f"{torch.__version__} {FLAGS}".encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     library = folder / f"fast-{key}.so"
     try:
         if not library.exists():
-            _build(source, library)
+            _build(library)
         torch.ops.load_library(library)
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
@@ -59,24 +60,33 @@ def is_fast() -> bool:
     return load() is None and torch.ops.fast.variant("") == "avx512"
 
 
-def _build(source: Path, library: Path) -> None:
-    """Compile `source`; the library gets its name once it is whole. Raises OSError or CalledProcessError."""
+def _build(library: Path) -> None:
+    """Compile the sources, all at once; the library gets its name once it is whole. Raises OSError or
+    CalledProcessError.
+    """
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         raise OSError(f"no C++ compiler ({compiler}) is installed")
     print("building the CPU's kernels, once ...", file=sys.stderr)
     root = Path(torch.__file__).parent
     library.parent.mkdir(parents=True, exist_ok=True)
-    temporary = library.with_suffix(f".{os.getpid()}.tmp")
     include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    try:
-        command = [compiler, *FLAGS, abi, *include, str(source), "-o", str(temporary), *link]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        os.replace(temporary, library)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        temporary = Path(folder)
+
+        def run(*arguments: str | Path) -> None:
+            subprocess.run([compiler, *FLAGS, *arguments], check=True, capture_output=True, text=True)
+
+        def compile(source: Path) -> Path:
+            run(abi, *include, "-c", source, "-o", target := temporary / f"{source.stem}.o")
+            return target
+
+        with ThreadPoolExecutor() as pool:
+            objects = list(pool.map(compile, Path(__file__).parent.glob("cpu*.cpp")))
+        run("-shared", *objects, "-o", whole := temporary / library.name, *link)
+        os.replace(whole, library)
 
 
 def _register_fakes() -> None:

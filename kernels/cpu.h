@@ -1,0 +1,72 @@
+// What the CPU's operators (cpu.cpp) and its kernels (cpu_kernels.cpp) share. They are two translation units because
+// PyTorch's headers take as long to compile as the kernels, and so both compile at once.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+constexpr int64_t LANES = 16;
+constexpr int64_t CHUNK = 256;  // slots of a cache at a time; 512 would overflow a sum of int8 values
+using bf16 = uint16_t;
+#define INLINE __attribute__((always_inline)) inline
+
+inline float to_float(bf16 x) {
+  uint32_t bits = uint32_t(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+inline bf16 to_bf16(float x) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bf16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+enum Kind { BF16, INT8, INT4 };
+
+struct Call {
+  const bf16* x;        // [M, K]
+  const uint8_t* w;     // panels
+  bf16* y;              // [M, N]
+  const bf16* pairs;    // few rows: x again, for each `rows_at_once` (or the rest) [K / 2, rows] pairs of neighbours
+  const float* sums;    // int4, few rows: of each group of x, [M, K / G]
+  int64_t M, N, K, G;
+};
+
+struct Attention {
+  const bf16* q;        // [B, KV, M, D], the M rows being query heads times positions
+  const void *k, *v;    // bf16 or int8 [B, KV, L, D], by their strides
+  const float *k_scales, *v_scales;  // of int8 [B, KV, L], by their strides
+  const int64_t* positions;          // [B, S]
+  int64_t KV, M, S, L, D, window, k_strides[3], v_strides[3], scale_strides[2];
+  float scale;          // of a score, for powers of 2
+};
+
+inline int64_t panel_bytes(Kind kind, int64_t K, int64_t G) {
+  return kind == BF16 ? LANES * K * 2 : kind == INT8 ? LANES * K + LANES * 4 : LANES * K / 2 + K / G * LANES * 4;
+}
+
+// What was computed for a panel, out [M, 16], goes to its columns of y.
+INLINE void store(const Call& c, int64_t panel, const float* out) {
+  const int64_t n = std::min(LANES, c.N - panel * LANES);
+  for (int64_t m = 0; m < c.M; ++m)
+    for (int64_t r = 0; r < n; ++r) c.y[m * c.N + panel * LANES + r] = to_bf16(out[m * LANES + r]);
+}
+
+struct Functions {  // what a processor has
+  const char* name;
+  int64_t rows_at_once;                                 // of x, in `few`
+  void (*few[3])(const Call&, const uint8_t*, float*);  // by kind: few rows, one panel
+  void (*many[3])(const Call&, int64_t, int64_t);       // many rows, a range of panels; null: the values for at::mm
+  void (*values[3])(const uint8_t*, int64_t, int64_t, bf16*);
+  void (*normalize)(const bf16*, const bf16*, float, int64_t, bf16*);
+  void (*add)(const bf16*, int64_t, bf16*);
+  void (*gate)(const bf16*, int64_t, bf16*);
+  void (*attend[2])(const Attention&, int64_t, int64_t, int64_t, int64_t, float*, float*, float*);  // bf16, int8
+};
+
+const std::vector<Functions>& available();  // the best comes first

@@ -1,0 +1,258 @@
+// Products of a few rows with bf16, int8 and int4 weights on a CPU, at the speed at which memory delivers the weights.
+//
+// Weights lie in panels of 16 rows, one row per lane: a register of weights meets a broadcast input, and no sum runs
+// across lanes. Each thread reads one stream of panels from its first byte to its last, the scales inside it. Up to
+// 8 rows of x share what is read of a panel, 16 take it twice, the second time from the cache; with more rows (prefill)
+// a panel is first unpacked to bf16, or without AVX-512 a cache's worth of panels to plain rows for at::mm.
+//
+// A panel of bf16:  K/2 times 64 bytes: row r's inputs 2i, 2i+1 at 4r.
+// A panel of int8:  K/2 times 32 bytes: row r's inputs 2i, 2i+1 at 2r, 2r+1.  Then 16 float32 scales.
+// A panel of int4:  K/8 times 16 words of 32 bits, row r's in word r: inputs 0, 2, 4, 6 in its low half from the lowest
+//                   four bits up, inputs 1, 3, 5, 7 in its high half.  After each group 16 pairs of bf16, (scale, zero).
+
+#include "cpu.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <bit>
+#include <cmath>
+#include <utility>
+
+namespace {
+
+// ---- The weights of one panel as numbers: for prefill, and all there is on processors without a kernel below.
+
+INLINE void bf16_values(const uint8_t* panel, int64_t K, bf16* out) {  // out [16, K]
+  for (int64_t i = 0; i < K / 2; ++i)
+    for (int64_t r = 0; r < LANES; ++r) std::memcpy(out + r * K + 2 * i, panel + 4 * (LANES * i + r), 4);
+}
+
+INLINE void int8_values(const uint8_t* panel, int64_t K, bf16* out) {
+  float scales[LANES];
+  std::memcpy(scales, panel + LANES * K, sizeof scales);
+  for (int64_t r = 0; r < LANES; ++r)
+    for (int64_t i = 0; i < K / 2; ++i) {
+      const int8_t* q = reinterpret_cast<const int8_t*>(panel) + 2 * (LANES * i + r);
+      out[r * K + 2 * i] = to_bf16(q[0] * scales[r]);
+      out[r * K + 2 * i + 1] = to_bf16(q[1] * scales[r]);
+    }
+}
+
+INLINE void int4_values(const uint8_t* panel, int64_t K, int64_t G, bf16* out) {
+  for (int64_t g = 0; g < K / G; ++g, panel += LANES * G / 2 + LANES * 4) {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(panel);
+    const bf16* pairs = reinterpret_cast<const bf16*>(panel + LANES * G / 2);
+    for (int64_t r = 0; r < LANES; ++r) {
+      const float scale = to_float(pairs[2 * r]), zero = to_float(pairs[2 * r + 1]);
+      bf16* row = out + r * K + g * G;
+      for (int64_t i = 0; i < G / 8; ++i)
+        for (int64_t j = 0; j < 8; ++j) {
+          const int q = (words[LANES * i + r] >> (4 * (j / 2) + 16 * (j % 2))) & 0xF;
+          row[8 * i + j] = to_bf16(float(q - 8) * scale + zero);
+        }
+    }
+  }
+}
+
+// ---- What comes before and after a product, a row at a time: plain loops that the compiler makes vectors of.
+
+INLINE float power_of_2(float x) {
+  x = std::min(std::max(x, -126.f), 126.f);
+  const float shifted = x + 12582912.f, f = x - (shifted - 12582912.f);  // 1.5 * 2^23: the last bits are x rounded
+  float p = 0.00133335581f;                                             // 2^f on [-1/2, 1/2], Taylor
+  p = p * f + 0.00961812911f;
+  p = p * f + 0.0555041087f;
+  p = p * f + 0.240226507f;
+  p = p * f + 0.693147181f;
+  p = p * f + 1.f;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23));
+}
+
+INLINE void normalize(const bf16* x, const bf16* weight, float eps, int64_t n, bf16* y) {  // RMSNorm; n is even
+  float sums[LANES] = {0};
+  for (int64_t i = 0; i + LANES <= n; i += LANES)
+    for (int64_t r = 0; r < LANES; ++r) sums[r] += to_float(x[i + r]) * to_float(x[i + r]);
+  for (int64_t i = n / LANES * LANES; i < n; ++i) sums[0] += to_float(x[i]) * to_float(x[i]);
+  float sum = 0;
+  for (float lane : sums) sum += lane;
+  const float factor = 1 / std::sqrt(sum / n + eps);
+  for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(to_float(x[i]) * factor * to_float(weight[i]));
+}
+
+INLINE void add(const bf16* x, int64_t n, bf16* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(to_float(y[i]) + to_float(x[i]));
+}
+
+INLINE void gate(const bf16* x, int64_t n, bf16* y) {  // SiLU of the first n, times the n behind them
+  for (int64_t i = 0; i < n; ++i) {
+    const float a = to_float(x[i]);
+    y[i] = to_bf16(a / (1 + power_of_2(a * -1.44269504f)) * to_float(x[n + i]));
+  }
+}
+
+#define ROWS(name, target)                                                                    \
+  target void normalize_##name(const bf16* x, const bf16* weight, float eps, int64_t n, bf16* y) { normalize(x, weight, eps, n, y); } \
+  target void add_##name(const bf16* x, int64_t n, bf16* y) { add(x, n, y); }                 \
+  target void gate_##name(const bf16* x, int64_t n, bf16* y) { gate(x, n, y); }
+#define ROW_FUNCTIONS(name) normalize_##name, add_##name, gate_##name
+
+// ---- Portable products of M rows of x, `x [K / 2, M]` pairs, with one panel, whose 16 rows are the lanes of PARTS
+// vectors as wide as the processor's.
+
+template <int WIDTH>
+struct Vectors;
+#define VECTORS(width)                                                \
+  template <>                                                         \
+  struct Vectors<width> {                                             \
+    using Floats = float __attribute__((vector_size(4 * width)));     \
+    using Words = uint32_t __attribute__((vector_size(4 * width)));   \
+    using Ints = int32_t __attribute__((vector_size(4 * width)));     \
+    using Shorts = int16_t __attribute__((vector_size(2 * width)));   \
+  };
+VECTORS(4)
+VECTORS(8)
+
+template <int WIDTH>
+struct Portable {
+  using Floats = typename Vectors<WIDTH>::Floats;
+  using Words = typename Vectors<WIDTH>::Words;
+  using Ints = typename Vectors<WIDTH>::Ints;
+  using Shorts = typename Vectors<WIDTH>::Shorts;
+  static constexpr int PARTS = LANES / WIDTH;
+
+  template <typename T>
+  static INLINE T at(const uint8_t* panel, int part) {
+    T vector;
+    std::memcpy(&vector, panel + part * sizeof vector, sizeof vector);
+    return vector;
+  }
+
+  static INLINE Floats low(Words pairs) { return (Floats)(pairs << 16); }  // of two bf16 each
+  static INLINE Floats high(Words pairs) { return (Floats)(pairs & 0xFFFF0000); }
+  static INLINE Floats floats(Ints numbers) { return __builtin_convertvector(numbers, Floats); }
+
+  // even, odd: the weights of a pair of inputs.
+  template <int M>
+  static INLINE void add(const bf16* x, Floats even, Floats odd, Floats* sums) {
+    for (int m = 0; m < M; ++m) {
+      sums[m] += to_float(x[2 * m]) * even;
+      sums[m] += to_float(x[2 * m + 1]) * odd;
+    }
+  }
+
+  template <int M>
+  static INLINE void put(const Floats* sums, int part, float* out) {
+    for (int m = 0; m < M; ++m) std::memcpy(out + LANES * m + WIDTH * part, &sums[m], sizeof sums[m]);
+  }
+
+  template <int M>
+  static INLINE void bf16_rows(const Call& c, const bf16* x, const float*, const uint8_t* panel, float* out) {
+    Floats sums[PARTS][M] = {};
+    for (int64_t i = 0; i < c.K / 2; ++i, x += 2 * M, panel += 64)
+      for (int part = 0; part < PARTS; ++part) {
+        const Words pairs = at<Words>(panel, part);
+        add<M>(x, low(pairs), high(pairs), sums[part]);
+      }
+    for (int part = 0; part < PARTS; ++part) put<M>(sums[part], part, out);
+  }
+
+  template <int M>
+  static INLINE void int8_rows(const Call& c, const bf16* x, const float*, const uint8_t* panel, float* out) {
+    Floats sums[PARTS][M] = {};
+    for (int64_t i = 0; i < c.K / 2; ++i, x += 2 * M, panel += 32)
+      for (int part = 0; part < PARTS; ++part) {
+        const Ints pairs = __builtin_convertvector(at<Shorts>(panel, part), Ints);
+        add<M>(x, floats(pairs << 24 >> 24), floats(pairs >> 8), sums[part]);
+      }
+    for (int part = 0; part < PARTS; ++part) {
+      for (Floats& sum : sums[part]) sum *= at<Floats>(panel, part);
+      put<M>(sums[part], part, out);
+    }
+  }
+
+  template <int M>
+  static INLINE void int4_rows(const Call& c, const bf16* x, const float* x_sums, const uint8_t* panel, float* out) {
+    const int64_t n_groups = c.K / c.G;
+    Floats totals[PARTS][M] = {};
+    for (int64_t g = 0; g < n_groups; ++g, panel += 64) {
+      Floats sums[PARTS][M] = {};
+      for (int64_t i = 0; i < c.G; i += 8, x += 8 * M, panel += 64)
+        for (int part = 0; part < PARTS; ++part) {
+          const Words words = at<Words>(panel, part);
+          for (int j = 0; j < 4; ++j)
+            add<M>(x + 2 * M * j, floats((Ints)(words >> (4 * j) & 0xF)), floats((Ints)(words >> (4 * j + 16) & 0xF)), sums[part]);
+        }
+      for (int part = 0; part < PARTS; ++part) {
+        const Words pairs = at<Words>(panel, part);
+        const Floats scales = low(pairs), lowest = high(pairs) - 8 * scales;  // what q = 0 stands for
+        for (int m = 0; m < M; ++m) totals[part][m] += scales * sums[part][m] + lowest * x_sums[m * n_groups + g];
+      }
+    }
+    for (int part = 0; part < PARTS; ++part) put<M>(totals[part], part, out);
+  }
+};
+
+// `function<rows>(...)` for up to so many rows at a time; the first is m.
+#define UP_TO_4(function, ...)               \
+  case 1: function<1>(__VA_ARGS__); break;   \
+  case 2: function<2>(__VA_ARGS__); break;   \
+  case 3: function<3>(__VA_ARGS__); break;   \
+  case 4: function<4>(__VA_ARGS__); break;
+#define UP_TO_4_ROWS(function, ...) \
+  for (int64_t m = 0; m < c.M; m += 4) switch (std::min<int64_t>(c.M - m, 4)) { UP_TO_4(function, __VA_ARGS__) }
+#define UP_TO_8_ROWS(function, ...)                                             \
+  for (int64_t m = 0; m < c.M; m += 8) switch (std::min<int64_t>(c.M - m, 8)) { \
+      UP_TO_4(function, __VA_ARGS__)                                            \
+      case 5: function<5>(__VA_ARGS__); break;                                  \
+      case 6: function<6>(__VA_ARGS__); break;                                  \
+      case 7: function<7>(__VA_ARGS__); break;                                  \
+      case 8: function<8>(__VA_ARGS__); break;                                  \
+    }
+#define FEW_ROWS c, c.pairs + m * c.K, c.sums + m * (c.K / c.G), panel, out + m * LANES
+
+#if defined(__x86_64__)
+#include "cpu_avx512.h"
+#include "cpu_attention.h"
+
+#define AVX2 __attribute__((target("avx2,fma")))
+AVX2 void bf16_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<8>::bf16_rows, FEW_ROWS) }
+AVX2 void int8_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<8>::int8_rows, FEW_ROWS) }
+AVX2 void int4_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<8>::int4_rows, FEW_ROWS) }
+AVX2 void bf16_values_avx2(const uint8_t* panel, int64_t K, int64_t, bf16* out) { bf16_values(panel, K, out); }
+AVX2 void int8_values_avx2(const uint8_t* panel, int64_t K, int64_t, bf16* out) { int8_values(panel, K, out); }
+AVX2 void int4_values_avx2(const uint8_t* panel, int64_t K, int64_t G, bf16* out) { int4_values(panel, K, G, out); }
+ROWS(avx512, AVX512)
+ROWS(avx2, AVX2)
+#endif
+ROWS(portable, )
+
+void bf16_portable(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<4>::bf16_rows, FEW_ROWS) }
+void int8_portable(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<4>::int8_rows, FEW_ROWS) }
+void int4_portable(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<4>::int4_rows, FEW_ROWS) }
+void bf16_values_portable(const uint8_t* panel, int64_t K, int64_t, bf16* out) { bf16_values(panel, K, out); }
+void int8_values_portable(const uint8_t* panel, int64_t K, int64_t, bf16* out) { int8_values(panel, K, out); }
+void int4_values_portable(const uint8_t* panel, int64_t K, int64_t G, bf16* out) { int4_values(panel, K, G, out); }
+
+}  // namespace
+
+const std::vector<Functions>& available() {
+  static const std::vector<Functions> found = [] {
+    std::vector<Functions> list;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+      list.push_back({"avx512", 8, {bf16_avx512, int8_avx512, int4_avx512},
+                      {many_avx512<BF16>, many_avx512<INT8>, many_avx512<INT4>}, {}, ROW_FUNCTIONS(avx512),
+                      {attend_avx512<bf16>, attend_avx512<int8_t>}});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      list.push_back({"avx2", 4, {bf16_avx2, int8_avx2, int4_avx2}, {}, {bf16_values_avx2, int8_values_avx2, int4_values_avx2},
+                      ROW_FUNCTIONS(avx2), {}});
+#endif
+    list.push_back({"portable", 4, {bf16_portable, int8_portable, int4_portable}, {},
+                    {bf16_values_portable, int8_values_portable, int4_values_portable}, ROW_FUNCTIONS(portable), {}});
+    return list;
+  }();
+  return found;
+}
