@@ -104,6 +104,7 @@ def measure_startup(args: argparse.Namespace, argv: list[str]) -> list[dict[str,
             if not compiled:
                 runs, times = [fresh_process(argv, mode, None)], {}
             else:
+                os.mkdir(f"{cache}/{mode}")  # a TMPDIR that is not there is not used
                 runs = [fresh_process(argv, mode, f"{cache}/{mode}") for _ in range(2)]
                 times = {"compile_cold_s": runs[0]["seconds"], "compile_warm_s": runs[1]["seconds"]}
             alone.append({"mode": mode, **times, "peak_memory_bytes": runs[-1]["peak_memory_bytes"]})
