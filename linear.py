@@ -47,7 +47,7 @@ class QuantizedLinear(nn.Module):
     def pack(self, dtype: torch.dtype) -> None:
         """Use this device's kernel, if there is one for activations in `dtype`, and take the layout it asks for."""
         device, names = self.weight.device, list(self._buffers)
-        if kernels_missing(device, dtype) is not None or (device.type == "cuda" and self.in_features % 32):
+        if kernels_missing(device, dtype) is not None or self.in_features % (32 if device.type == "cuda" else 4):
             return
         self.has_kernel = True
         if device.type == "cuda":

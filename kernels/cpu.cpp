@@ -72,22 +72,24 @@ void by_matrices(Kind kind, const Call& c, const at::Tensor& x, at::Tensor& y) {
 }
 
 void few_rows(Kind kind, Call c) {
-  std::vector<bf16> pairs(c.M > 1 ? c.M * c.K : 0);
-  for (int64_t first = 0; first < c.M && c.M > 1; first += chosen.rows_at_once) {
+  const bool rounds = kind != BF16 && chosen.round;
+  std::vector<bf16> inputs(c.M > 1 || rounds ? c.M * c.K : 0);
+  std::vector<Group> groups(kind == BF16 ? 0 : c.M * n_groups(c.K, c.G));
+  for (int64_t first = 0; first < c.M; first += chosen.rows_at_once) {
     const int64_t n = std::min(chosen.rows_at_once, c.M - first);
-    for (int64_t i = 0; i < c.K / 2; ++i)
-      for (int64_t m = 0; m < n; ++m)
-        std::memcpy(&pairs[first * c.K + 2 * (i * n + m)], c.x + (first + m) * c.K + 2 * i, 4);
+    for (int64_t m = 0; m < n; ++m) {
+      const bf16* x = c.x + (first + m) * c.K;
+      Group* row = groups.data() + (first + m) * n_groups(c.K, c.G);
+      if (rounds) {
+        chosen.round(x, c.K, c.G, n, row, reinterpret_cast<int8_t*>(&inputs[first * c.K]) + 8 * m);
+        continue;
+      }
+      for (int64_t i = 0; i < c.K / 2 && c.M > 1; ++i) std::memcpy(&inputs[first * c.K + 2 * (i * n + m)], x + 2 * i, 4);
+      for (int64_t i = 0; i < c.K && kind != BF16; ++i) row[i / c.G].sum += to_float(x[i]);
+    }
   }
-  c.pairs = c.M > 1 ? pairs.data() : c.x;
-  std::vector<float> sums(kind == INT4 ? c.M * (c.K / c.G) : 0);
-  for (size_t g = 0; g < sums.size(); ++g) {
-    float lanes[LANES] = {0};  // 16 sums side by side, or each addition waits for the one before
-    for (int64_t i = 0; i < c.G; i += LANES)
-      for (int64_t r = 0; r < LANES; ++r) lanes[r] += to_float(c.x[g * c.G + i + r]);
-    for (float lane : lanes) sums[g] += lane;
-  }
-  c.sums = sums.data();
+  c.inputs = inputs.empty() ? c.x : inputs.data();
+  c.groups = groups.data();
   share_out(panels(c.N), [&](int64_t p) {
     float out[MAX_ROWS * LANES];
     chosen.few[kind](c, c.w + p * panel_bytes(kind, c.K, c.G), out);
@@ -170,7 +172,8 @@ at::Tensor bf16_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N,
 }
 at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, const Maybe& bias, const Maybe& norm, double eps,
                        const Maybe& residual, bool gated) {
-  return multiply(INT8, x, packed, N, 32, {bias, norm, eps, residual, gated});
+  TORCH_CHECK(x.size(-1) % 4 == 0, x.size(-1), " inputs are not a multiple of 4");
+  return multiply(INT8, x, packed, N, 256, {bias, norm, eps, residual, gated});
 }
 at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, int64_t G, const Maybe& bias, const Maybe& norm,
                        double eps, const Maybe& residual, bool gated) {

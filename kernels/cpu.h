@@ -28,12 +28,19 @@ inline bf16 to_bf16(float x) {  // to nearest, ties to even
 
 enum Kind { BF16, INT8, INT4 };
 
+struct Group {    // of G inputs in a row of x
+  float sum;      // of what the products see
+  float scale;    // what an integer 1 stands for, where inputs become integers
+  int32_t total;  // the sum of these
+};
+
 struct Call {
   const bf16* x;        // [M, K]
   const uint8_t* w;     // panels
   bf16* y;              // [M, N]
-  const bf16* pairs;    // few rows: x again, for each `rows_at_once` (or the rest) [K / 2, rows] pairs of neighbours
-  const float* sums;    // int4, few rows: of each group of x, [M, K / G]
+  const bf16* inputs;   // few rows: x again, for each `rows_at_once` (or the rest) [K / 2, rows] pairs of neighbours,
+                        // or for a variant that has `round`, with int8 and int4, [K / 4, rows] times 4 high, 4 low bytes
+  const Group* groups;  // int8 and int4, few rows: [M, n_groups(K, G)]
   int64_t M, N, K, G;
 };
 
@@ -45,6 +52,8 @@ struct Attention {
   int64_t KV, M, S, L, D, window, k_strides[3], v_strides[3], scale_strides[2];
   float scale;          // of a score, for powers of 2
 };
+
+inline int64_t n_groups(int64_t K, int64_t G) { return (K + G - 1) / G; }
 
 inline int64_t panel_bytes(Kind kind, int64_t K, int64_t G) {
   return kind == BF16 ? LANES * K * 2 : kind == INT8 ? LANES * K + LANES * 4 : LANES * K / 2 + K / G * LANES * 4;
@@ -63,6 +72,7 @@ struct Functions {  // what a processor has
   void (*few[3])(const Call&, const uint8_t*, float*);  // by kind: few rows, one panel
   void (*many[3])(const Call&, int64_t, int64_t);       // many rows, a range of panels; null: the values for at::mm
   void (*values[3])(const uint8_t*, int64_t, int64_t, bf16*);
+  void (*round)(const bf16*, int64_t, int64_t, int64_t, Group*, int8_t*);  // a row as integers; null: there are none
   void (*normalize)(const bf16*, const bf16*, float, int64_t, bf16*);
   void (*add)(const bf16*, int64_t, bf16*);
   void (*gate)(const bf16*, int64_t, bf16*);

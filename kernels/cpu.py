@@ -109,21 +109,22 @@ def pack_bf16(weight: Tensor) -> Tensor:
 
 
 def pack_int8(weight: Tensor, scales: Tensor) -> Tensor:
-    """int8 `[N, K]`, K even, and float32 `[N]` as panels, uint8 `[ceil(N / 16), 16 K + 64]`."""
+    """int8 `[N, K]`, 4 dividing K, and float32 `[N]` as panels, uint8 `[ceil(N / 16), 16 K + 64]`."""
 
     def panels(weight: Tensor, scales: Tensor) -> Tensor:
-        pairs = weight.unflatten(1, (-1, 2)).unflatten(0, (-1, LANES)).transpose(1, 2)  # [P, K / 2, 16, 2]
+        above = weight.view(torch.uint8) ^ 0x80
+        fours = above.unflatten(1, (-1, 4)).unflatten(0, (-1, LANES)).transpose(1, 2)  # [P, K / 4, 16, 4]
         scales = scales.unflatten(0, (-1, LANES))
-        return torch.cat((pairs.flatten(1).contiguous().view(torch.uint8), scales.view(torch.uint8)), dim=1)
+        return torch.cat((fours.flatten(1), scales.view(torch.uint8)), dim=1)
 
     return _by_panels(panels, weight, scales)
 
 
 def unpack_int8(packed: Tensor, n_out: int, n_in: int) -> tuple[Tensor, Tensor]:
     """The inverse of `pack_int8`."""
-    pairs, scales = packed[:, : LANES * n_in].view(torch.int8), packed[:, LANES * n_in :].contiguous()
-    weight = pairs.reshape(-1, n_in // 2, LANES, 2).transpose(1, 2).reshape(-1, n_in)
-    return weight[:n_out], scales.view(torch.float32).flatten()[:n_out]
+    fours, scales = packed[:, : LANES * n_in], packed[:, LANES * n_in :].contiguous()
+    above = fours.reshape(-1, n_in // 4, LANES, 4).transpose(1, 2).reshape(-1, n_in)
+    return (above[:n_out] ^ 0x80).view(torch.int8), scales.view(torch.float32).flatten()[:n_out]
 
 
 def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -132,9 +133,8 @@ def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     def panels(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         n_groups = scales.shape[1]
         a, b, c, d = weight.unflatten(1, (-1, 4)).unbind(2)  # each [rows, K / 8], an even input below an odd one
-        even = a & 0xF | b << 4, c & 0xF | d << 4
-        odd = a >> 4 | b & 0xF0, c >> 4 | d & 0xF0
-        words = torch.stack((*even, *odd), dim=2).unflatten(0, (-1, LANES)).transpose(1, 2)  # [P, K / 8, 16, 4]
+        fours = torch.stack((a & 0xF | c << 4, a >> 4 | c & 0xF0, b & 0xF | d << 4, b >> 4 | d & 0xF0), dim=2)
+        words = fours.unflatten(0, (-1, LANES)).transpose(1, 2)  # [P, K / 8, 16, 4]
         pairs = torch.stack((scales, zeros), dim=2).unflatten(0, (-1, LANES)).transpose(1, 2)  # [P, K / G, 16, 2]
         words = words.reshape(len(words), n_groups, -1)
         pairs = pairs.contiguous().view(torch.uint8).reshape(len(words), n_groups, -1)
@@ -148,7 +148,7 @@ def unpack_int4(packed: Tensor, n_out: int, n_in: int, groupsize: int) -> tuple[
     n_groups, n_panels = n_in // groupsize, len(packed)
     words, pairs = packed.view(n_panels, n_groups, -1).split((LANES * groupsize // 2, LANES * 4), dim=2)
     e, f, g, h = words.reshape(n_panels, n_in // 8, LANES, 4).transpose(1, 2).reshape(-1, n_in // 8, 4).unbind(2)
-    weight = torch.stack((e & 0xF | g << 4, e >> 4 | g & 0xF0, f & 0xF | h << 4, f >> 4 | h & 0xF0), dim=2)
+    weight = torch.stack((e & 0xF | f << 4, g & 0xF | h << 4, e >> 4 | f & 0xF0, g >> 4 | h & 0xF0), dim=2)
     pairs = pairs.contiguous().view(torch.bfloat16).view(n_panels, n_groups, LANES, 2).transpose(1, 2)
     scales, zeros = pairs.reshape(-1, n_groups, 2).unbind(2)
     return weight.flatten(1)[:n_out], scales[:n_out].contiguous(), zeros[:n_out].contiguous()

@@ -6,9 +6,9 @@
 // a panel is first unpacked to bf16, or without AVX-512 a cache's worth of panels to plain rows for at::mm.
 //
 // A panel of bf16:  K/2 times 64 bytes: row r's inputs 2i, 2i+1 at 4r.
-// A panel of int8:  K/2 times 32 bytes: row r's inputs 2i, 2i+1 at 2r, 2r+1.  Then 16 float32 scales.
-// A panel of int4:  K/8 times 16 words of 32 bits, row r's in word r: inputs 0, 2, 4, 6 in its low half from the lowest
-//                   four bits up, inputs 1, 3, 5, 7 in its high half.  After each group 16 pairs of bf16, (scale, zero).
+// A panel of int8:  K/4 times 64 bytes: 128 + row r's inputs 4i .. 4i+3 at 4r .. 4r+3.  Then 16 float32 scales.
+// A panel of int4:  K/8 times 64 bytes: byte 4r+j has row r's input j in its low four bits, input j+4 in the high ones.
+//                   After each group 16 pairs of bf16, (scale, zero).
 
 #include "cpu.h"
 
@@ -33,23 +33,18 @@ INLINE void int8_values(const uint8_t* panel, int64_t K, bf16* out) {
   float scales[LANES];
   std::memcpy(scales, panel + LANES * K, sizeof scales);
   for (int64_t r = 0; r < LANES; ++r)
-    for (int64_t i = 0; i < K / 2; ++i) {
-      const int8_t* q = reinterpret_cast<const int8_t*>(panel) + 2 * (LANES * i + r);
-      out[r * K + 2 * i] = to_bf16(q[0] * scales[r]);
-      out[r * K + 2 * i + 1] = to_bf16(q[1] * scales[r]);
-    }
+    for (int64_t i = 0; i < K; ++i) out[r * K + i] = to_bf16((panel[LANES * (i / 4 * 4) + 4 * r + i % 4] - 128) * scales[r]);
 }
 
 INLINE void int4_values(const uint8_t* panel, int64_t K, int64_t G, bf16* out) {
   for (int64_t g = 0; g < K / G; ++g, panel += LANES * G / 2 + LANES * 4) {
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(panel);
     const bf16* pairs = reinterpret_cast<const bf16*>(panel + LANES * G / 2);
     for (int64_t r = 0; r < LANES; ++r) {
       const float scale = to_float(pairs[2 * r]), zero = to_float(pairs[2 * r + 1]);
       bf16* row = out + r * K + g * G;
       for (int64_t i = 0; i < G / 8; ++i)
         for (int64_t j = 0; j < 8; ++j) {
-          const int q = (words[LANES * i + r] >> (4 * (j / 2) + 16 * (j % 2))) & 0xF;
+          const int q = (panel[4 * (LANES * i + r) + j % 4] >> (j / 4 * 4)) & 0xF;
           row[8 * i + j] = to_bf16(float(q - 8) * scale + zero);
         }
     }
@@ -109,7 +104,6 @@ struct Vectors;
     using Floats = float __attribute__((vector_size(4 * width)));     \
     using Words = uint32_t __attribute__((vector_size(4 * width)));   \
     using Ints = int32_t __attribute__((vector_size(4 * width)));     \
-    using Shorts = int16_t __attribute__((vector_size(2 * width)));   \
   };
 VECTORS(4)
 VECTORS(8)
@@ -119,7 +113,6 @@ struct Portable {
   using Floats = typename Vectors<WIDTH>::Floats;
   using Words = typename Vectors<WIDTH>::Words;
   using Ints = typename Vectors<WIDTH>::Ints;
-  using Shorts = typename Vectors<WIDTH>::Shorts;
   static constexpr int PARTS = LANES / WIDTH;
 
   template <typename T>
@@ -131,7 +124,10 @@ struct Portable {
 
   static INLINE Floats low(Words pairs) { return (Floats)(pairs << 16); }  // of two bf16 each
   static INLINE Floats high(Words pairs) { return (Floats)(pairs & 0xFFFF0000); }
-  static INLINE Floats floats(Ints numbers) { return __builtin_convertvector(numbers, Floats); }
+  // The number of so many bits that begins with the given one, in each word.
+  static INLINE Floats bits(Words words, int first, uint32_t mask) {
+    return __builtin_convertvector((Ints)(words >> first & mask), Floats);
+  }
 
   // even, odd: the weights of a pair of inputs.
   template <int M>
@@ -148,7 +144,7 @@ struct Portable {
   }
 
   template <int M>
-  static INLINE void bf16_rows(const Call& c, const bf16* x, const float*, const uint8_t* panel, float* out) {
+  static INLINE void bf16_rows(const Call& c, const bf16* x, const Group*, const uint8_t* panel, float* out) {
     Floats sums[PARTS][M] = {};
     for (int64_t i = 0; i < c.K / 2; ++i, x += 2 * M, panel += 64)
       for (int part = 0; part < PARTS; ++part) {
@@ -159,35 +155,38 @@ struct Portable {
   }
 
   template <int M>
-  static INLINE void int8_rows(const Call& c, const bf16* x, const float*, const uint8_t* panel, float* out) {
+  static INLINE void int8_rows(const Call& c, const bf16* x, const Group* groups, const uint8_t* panel, float* out) {
     Floats sums[PARTS][M] = {};
-    for (int64_t i = 0; i < c.K / 2; ++i, x += 2 * M, panel += 32)
+    for (int64_t i = 0; i < c.K; i += 4, x += 4 * M, panel += 64)
       for (int part = 0; part < PARTS; ++part) {
-        const Ints pairs = __builtin_convertvector(at<Shorts>(panel, part), Ints);
-        add<M>(x, floats(pairs << 24 >> 24), floats(pairs >> 8), sums[part]);
+        const Words words = at<Words>(panel, part);
+        for (int j = 0; j < 4; j += 2) add<M>(x + M * j, bits(words, 8 * j, 0xFF), bits(words, 8 * j + 8, 0xFF), sums[part]);
       }
-    for (int part = 0; part < PARTS; ++part) {
-      for (Floats& sum : sums[part]) sum *= at<Floats>(panel, part);
-      put<M>(sums[part], part, out);
+    for (int m = 0; m < M; ++m) {
+      float sum = 0;
+      for (int64_t g = 0; g < n_groups(c.K, c.G); ++g) sum += groups[m * n_groups(c.K, c.G) + g].sum;
+      for (int part = 0; part < PARTS; ++part) sums[part][m] = (sums[part][m] - 128 * sum) * at<Floats>(panel, part);
     }
+    for (int part = 0; part < PARTS; ++part) put<M>(sums[part], part, out);
   }
 
   template <int M>
-  static INLINE void int4_rows(const Call& c, const bf16* x, const float* x_sums, const uint8_t* panel, float* out) {
-    const int64_t n_groups = c.K / c.G;
+  static INLINE void int4_rows(const Call& c, const bf16* x, const Group* groups, const uint8_t* panel, float* out) {
     Floats totals[PARTS][M] = {};
-    for (int64_t g = 0; g < n_groups; ++g, panel += 64) {
+    for (int64_t g = 0; g < c.K / c.G; ++g, panel += 64) {
       Floats sums[PARTS][M] = {};
       for (int64_t i = 0; i < c.G; i += 8, x += 8 * M, panel += 64)
         for (int part = 0; part < PARTS; ++part) {
           const Words words = at<Words>(panel, part);
-          for (int j = 0; j < 4; ++j)
-            add<M>(x + 2 * M * j, floats((Ints)(words >> (4 * j) & 0xF)), floats((Ints)(words >> (4 * j + 16) & 0xF)), sums[part]);
+          for (int j = 0; j < 8; j += 2) {
+            const int first = 8 * (j % 4) + 4 * (j / 4);
+            add<M>(x + M * j, bits(words, first, 0xF), bits(words, first + 8, 0xF), sums[part]);
+          }
         }
       for (int part = 0; part < PARTS; ++part) {
         const Words pairs = at<Words>(panel, part);
         const Floats scales = low(pairs), lowest = high(pairs) - 8 * scales;  // what q = 0 stands for
-        for (int m = 0; m < M; ++m) totals[part][m] += scales * sums[part][m] + lowest * x_sums[m * n_groups + g];
+        for (int m = 0; m < M; ++m) totals[part][m] += scales * sums[part][m] + lowest * groups[m * (c.K / c.G) + g].sum;
       }
     }
     for (int part = 0; part < PARTS; ++part) put<M>(totals[part], part, out);
@@ -210,7 +209,7 @@ struct Portable {
       case 7: function<7>(__VA_ARGS__); break;                                  \
       case 8: function<8>(__VA_ARGS__); break;                                  \
     }
-#define FEW_ROWS c, c.pairs + m * c.K, c.sums + m * (c.K / c.G), panel, out + m * LANES
+#define FEW_ROWS c, c.inputs + m * c.K, c.groups + m * n_groups(c.K, c.G), panel, out + m * LANES
 
 #if defined(__x86_64__)
 #include "cpu_avx512.h"
@@ -244,14 +243,15 @@ const std::vector<Functions>& available() {
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
       list.push_back({"avx512", 8, {bf16_avx512, int8_avx512, int4_avx512},
-                      {many_avx512<BF16>, many_avx512<INT8>, many_avx512<INT4>}, {}, ROW_FUNCTIONS(avx512),
+                      {many_avx512<BF16>, many_avx512<INT8>, many_avx512<INT4>}, {}, round_avx512, ROW_FUNCTIONS(avx512),
                       {attend_avx512<bf16>, attend_avx512<int8_t>}});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       list.push_back({"avx2", 4, {bf16_avx2, int8_avx2, int4_avx2}, {}, {bf16_values_avx2, int8_values_avx2, int4_values_avx2},
-                      ROW_FUNCTIONS(avx2), {}});
+                      nullptr, ROW_FUNCTIONS(avx2), {}});
 #endif
     list.push_back({"portable", 4, {bf16_portable, int8_portable, int4_portable}, {},
-                    {bf16_values_portable, int8_values_portable, int4_values_portable}, ROW_FUNCTIONS(portable), {}});
+                    {bf16_values_portable, int8_values_portable, int4_values_portable}, nullptr,
+                    ROW_FUNCTIONS(portable), {}});
     return list;
   }();
   return found;
