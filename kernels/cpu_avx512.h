@@ -37,12 +37,7 @@ AVX512 void bf16_rows(const Call& c, const bf16* x, const Group*, const uint8_t*
   }
 }
 
-// With int8 and int4 weights the products are of integers, a quarter of the instructions that it takes to make bf16 of
-// int8. Inputs become 16 bits, a scale per group: where the greatest of 256 numbers is 16 times their root mean square,
-// the most that it can be, all of that errs by 1.4e-4, a fourteenth of a bf16's rounding. The instruction multiplies
-// unsigned by signed bytes, so an input is 256 * high + low, and weights are above what they stand for by 128 or 8.
-constexpr float GREATEST = 32639;  // 127 * 256 + 127
-
+// The instruction multiplies unsigned by signed bytes, so an input is 256 times a high and a low one, signed both.
 AVX512 void round_avx512(const bf16* x, int64_t K, int64_t G, int64_t rows, Group* groups, int8_t* out) {
   const auto inputs = [&](int64_t i) AVX512 {  // 16, or what is left of them
     const __mmask16 lanes = K - i >= LANES ? 0xFFFF : (1 << (K - i)) - 1;

@@ -1,0 +1,91 @@
+// The products with int8 and int4 weights with AVX2; a part of cpu_kernels.cpp, which explains the layouts.
+//
+// They are of integers as with AVX-512, but of 16 bits: an input need not be cut into bytes, and four lie in the order
+// 0, 2, 1, 3, for the bytes 0 and 2 of a word are two numbers of 16 bits under one mask, 1 and 3 under one shift.
+
+#define AVX2 __attribute__((target("avx2,fma")))
+#define INLINE_AVX2 AVX2 __attribute__((always_inline)) inline
+
+AVX2 void round_avx2(const bf16* x, int64_t K, int64_t G, int64_t rows, Group* groups, int8_t* out) {
+  std::vector<int32_t> q(G);
+  for (int64_t g = 0; g < K; g += G, ++groups) {
+    const int64_t n = std::min(K - g, G);
+    float top = 1e-30f;
+    for (int64_t i = 0; i < n; ++i) top = std::max(top, std::abs(to_float(x[g + i])));
+    int32_t total = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const float shifted = to_float(x[g + i]) * (GREATEST / top) + 12582912.f;  // its last bits are a whole number
+      q[i] = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(12582912.f);
+      total += q[i];
+    }
+    for (int64_t i = 0; i < n; i += 4) {
+      const int16_t four[4] = {int16_t(q[i]), int16_t(q[i + 2]), int16_t(q[i + 1]), int16_t(q[i + 3])};
+      std::memcpy(out + 2 * rows * (g + i), four, 8);
+    }
+    *groups = {total * (top / GREATEST), top / GREATEST, total};
+  }
+}
+
+// Adds the products of bytes, 32 weights with 4 inputs of each row, to their sums.
+template <int M>
+INLINE_AVX2 void add_bytes(__m256i weights, const int8_t* x, __m256i (&sums)[M]) {
+  const __m256i even = _mm256_and_si256(weights, _mm256_set1_epi32(0x00FF00FF)), odd = _mm256_srli_epi16(weights, 8);
+  for (int m = 0; m < M; ++m) {
+    int32_t pairs[2];
+    std::memcpy(pairs, x + 8 * m, 8);
+    sums[m] = _mm256_add_epi32(sums[m], _mm256_madd_epi16(even, _mm256_set1_epi32(pairs[0])));
+    sums[m] = _mm256_add_epi32(sums[m], _mm256_madd_epi16(odd, _mm256_set1_epi32(pairs[1])));
+  }
+}
+
+template <int M>
+INLINE_AVX2 void int8_rows_avx2(const Call& c, const bf16* inputs, const Group* groups, const uint8_t* panel, float* out) {
+  const int8_t* x = reinterpret_cast<const int8_t*>(inputs);
+  const int64_t n = n_groups(c.K, c.G);
+  __m256 totals[2][M] = {};
+  for (int64_t g = 0; g < n; ++g) {
+    __m256i sums[2][M];
+    for (int part = 0; part < 2; ++part)
+      for (int m = 0; m < M; ++m) sums[part][m] = _mm256_set1_epi32(-128 * groups[m * n + g].total);
+    for (int64_t i = g * c.G; i < std::min(c.K, (g + 1) * c.G); i += 4, x += 8 * M, panel += 64)
+      for (int part = 0; part < 2; ++part) add_bytes<M>(_mm256_loadu_si256((const __m256i*)panel + part), x, sums[part]);
+    for (int part = 0; part < 2; ++part)
+      for (int m = 0; m < M; ++m)
+        totals[part][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[part][m]), _mm256_set1_ps(groups[m * n + g].scale), totals[part][m]);
+  }
+  for (int part = 0; part < 2; ++part)
+    for (int m = 0; m < M; ++m)
+      _mm256_storeu_ps(out + m * LANES + 8 * part, _mm256_mul_ps(totals[part][m], _mm256_loadu_ps((const float*)panel + 8 * part)));
+}
+
+template <int M>
+INLINE_AVX2 void int4_rows_avx2(const Call& c, const bf16* inputs, const Group* groups, const uint8_t* panel, float* out) {
+  const int8_t* x = reinterpret_cast<const int8_t*>(inputs);
+  const __m256i four_bits = _mm256_set1_epi8(0xF);
+  const int64_t n = c.K / c.G;
+  __m256 totals[2][M] = {};
+  for (int64_t g = 0; g < n; ++g) {
+    __m256i sums[2][M];
+    for (int part = 0; part < 2; ++part)
+      for (int m = 0; m < M; ++m) sums[part][m] = _mm256_set1_epi32(-8 * groups[m * n + g].total);
+    for (int64_t i = 0; i < c.G; i += 8, x += 16 * M, panel += 64)
+      for (int part = 0; part < 2; ++part) {
+        const __m256i bytes = _mm256_loadu_si256((const __m256i*)panel + part);
+        add_bytes<M>(_mm256_and_si256(bytes, four_bits), x, sums[part]);
+        add_bytes<M>(_mm256_and_si256(_mm256_srli_epi32(bytes, 4), four_bits), x + 8 * M, sums[part]);
+      }
+    for (int part = 0; part < 2; ++part, panel += 32) {
+      const __m256i pairs = _mm256_loadu_si256((const __m256i*)panel);
+      const __m256 scales = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+      const __m256 zeros = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int32_t(0xFFFF0000))));
+      for (int m = 0; m < M; ++m) {
+        const Group& group = groups[m * n + g];
+        const __m256 scaled = _mm256_mul_ps(scales, _mm256_set1_ps(group.scale));
+        totals[part][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[part][m]), scaled, totals[part][m]);
+        totals[part][m] = _mm256_fmadd_ps(zeros, _mm256_set1_ps(group.sum), totals[part][m]);
+      }
+    }
+  }
+  for (int part = 0; part < 2; ++part)
+    for (int m = 0; m < M; ++m) _mm256_storeu_ps(out + m * LANES + 8 * part, totals[part][m]);
+}
