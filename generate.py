@@ -359,7 +359,12 @@ def chat(
     room: int,
     ranks: Ranks,
 ) -> None:
-    """Converse until Ctrl-D. The KV cache stays between turns: only what it does not hold yet is prefilled."""
+    """Converse until Ctrl-D. The KV cache stays between turns: only what it does not hold yet is prefilled.
+
+    Ctrl-C ends an answer. Several ranks would each stop at another token of it and wait for the others for ever, and
+    torchrun hears it as well: there it ends the conversation.
+    """
+    caught = (KeyboardInterrupt,) if ranks.world_size == 1 else ()
     blank = [[0] * max(1, min(64, room // 4))]
     steps, _ = set_up(args, sampling, model, draft, [blank], room, ranks)
     if args.compile or args.compile_prefill:  # a turn after the first
@@ -371,7 +376,7 @@ def chat(
         print("this model has no chat template: it goes on from what you write")
     history = [{"role": "system", "content": args.system}] if args.system is not None else []
     text, cached = "", []  # the conversation so far, as text where there is no template; what the cache holds
-    while (line := ranks.share(_ask)) is not None:
+    while (line := ranks.share(lambda: _ask(caught))) is not None:
         if not line.strip():
             continue
         if tokenizer.has_chat_template:
@@ -385,7 +390,7 @@ def chat(
             history, text, cached = history[: args.system is not None], "", []
             continue
         row = Row(tokenizer, prompt, min(args.max_new_tokens, room), args.stop)
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(*caught):
             run_rows(steps, [row], min(args.max_new_tokens, room), _print_now, _common_prefix(cached, prompt[:-1]))
         print()
         cached = prompt + row.tokens[:-1] if row.tokens else []  # interrupted before that, the prefill is not whole
@@ -393,14 +398,14 @@ def chat(
         history += [{"role": "user", "content": line}, {"role": "assistant", "content": row.text}]
 
 
-def _ask() -> str | None:
+def _ask(caught: tuple[type[BaseException], ...]) -> str | None:
     while True:
         try:
             return input("> ")
         except EOFError:
             print()
             return None
-        except KeyboardInterrupt:
+        except caught:
             print("\n(Ctrl-D ends)")
 
 

@@ -85,7 +85,8 @@ void few_rows(Kind kind, Call c) {
         continue;
       }
       for (int64_t i = 0; i < c.K / 2 && c.M > 1; ++i) std::memcpy(&inputs[first * c.K + 2 * (i * n + m)], x + 2 * i, 4);
-      for (int64_t i = 0; i < c.K && kind != BF16; ++i) row[i / c.G].sum += to_float(x[i]);
+      for (int64_t g = 0; g < c.K && kind != BF16; g += c.G, ++row)
+        for (int64_t i = g; i < std::min(c.K, g + c.G); ++i) row->sum += to_float(x[i]);
     }
   }
   c.inputs = inputs.empty() ? c.x : inputs.data();
