@@ -174,7 +174,7 @@ at::Tensor bf16_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N,
 at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, const Maybe& bias, const Maybe& norm, double eps,
                        const Maybe& residual, bool gated) {
   TORCH_CHECK(x.size(-1) % 4 == 0, x.size(-1), " inputs are not a multiple of 4");
-  return multiply(INT8, x, packed, N, 256, {bias, norm, eps, residual, gated});
+  return multiply(INT8, x, packed, N, SCALED, {bias, norm, eps, residual, gated});
 }
 at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, int64_t G, const Maybe& bias, const Maybe& norm,
                        double eps, const Maybe& residual, bool gated) {

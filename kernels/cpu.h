@@ -9,7 +9,8 @@
 #include <vector>
 
 constexpr int64_t LANES = 16;
-constexpr int64_t CHUNK = 256;  // slots of a cache at a time; 512 would overflow a sum of int8 values
+constexpr int64_t SCALED = 256;  // inputs that become integers by one scale, a multiple of every group size
+constexpr int64_t CHUNK = 256;   // slots of a cache at a time; 512 would overflow a sum of int8 values
 using bf16 = uint16_t;
 #define INLINE __attribute__((always_inline)) inline
 
@@ -28,10 +29,9 @@ inline bf16 to_bf16(float x) {  // to nearest, ties to even
 
 enum Kind { BF16, INT8, INT4 };
 
-struct Group {    // of G inputs in a row of x
-  float sum;      // of what the products see
-  float scale;    // what an integer 1 stands for, where inputs become integers
-  int32_t total;  // the sum of these
+struct Group {  // of G inputs in a row of x
+  float sum;
+  float scale;  // where inputs become integers: what a 1 of them and of their sum stands for
 };
 
 struct Call {

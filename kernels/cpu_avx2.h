@@ -7,22 +7,24 @@
 #define INLINE_AVX2 AVX2 __attribute__((always_inline)) inline
 
 AVX2 void round_avx2(const bf16* x, int64_t K, int64_t G, int64_t rows, Group* groups, int8_t* out) {
-  std::vector<int32_t> q(G);
-  for (int64_t g = 0; g < K; g += G, ++groups) {
-    const int64_t n = std::min(K - g, G);
+  for (int64_t first = 0; first < K; first += SCALED) {
+    const int64_t last = std::min(K, first + SCALED);
     float top = 1e-30f;
-    for (int64_t i = 0; i < n; ++i) top = std::max(top, std::abs(to_float(x[g + i])));
-    int32_t total = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const float shifted = to_float(x[g + i]) * (GREATEST / top) + 12582912.f;  // its last bits are a whole number
-      q[i] = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(12582912.f);
-      total += q[i];
+    for (int64_t i = first; i < last; ++i) top = std::max(top, std::abs(to_float(x[i])));
+    int32_t q[SCALED];
+    for (int64_t i = first; i < last; ++i) {
+      const float shifted = to_float(x[i]) * (GREATEST / top) + 12582912.f;  // its last bits are a whole number
+      q[i - first] = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(12582912.f);
     }
-    for (int64_t i = 0; i < n; i += 4) {
+    for (int64_t g = 0; g < last - first; g += G, ++groups) {
+      int32_t total = 0;
+      for (int64_t i = g; i < std::min(last - first, g + G); ++i) total += q[i];
+      *groups = {float(total), top / GREATEST};
+    }
+    for (int64_t i = 0; i < last - first; i += 4) {
       const int16_t four[4] = {int16_t(q[i]), int16_t(q[i + 2]), int16_t(q[i + 1]), int16_t(q[i + 3])};
-      std::memcpy(out + 2 * rows * (g + i), four, 8);
+      std::memcpy(out + 2 * rows * (first + i), four, 8);
     }
-    *groups = {total * (top / GREATEST), top / GREATEST, total};
   }
 }
 
@@ -44,18 +46,19 @@ INLINE_AVX2 void int8_rows_avx2(const Call& c, const bf16* inputs, const Group* 
   const int64_t n = n_groups(c.K, c.G);
   __m256 totals[2][M] = {};
   for (int64_t g = 0; g < n; ++g) {
-    __m256i sums[2][M];
-    for (int part = 0; part < 2; ++part)
-      for (int m = 0; m < M; ++m) sums[part][m] = _mm256_set1_epi32(-128 * groups[m * n + g].total);
+    __m256i sums[2][M] = {};
     for (int64_t i = g * c.G; i < std::min(c.K, (g + 1) * c.G); i += 4, x += 8 * M, panel += 64)
       for (int part = 0; part < 2; ++part) add_bytes<M>(_mm256_loadu_si256((const __m256i*)panel + part), x, sums[part]);
-    for (int part = 0; part < 2; ++part)
-      for (int m = 0; m < M; ++m)
-        totals[part][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[part][m]), _mm256_set1_ps(groups[m * n + g].scale), totals[part][m]);
-  }
-  for (int part = 0; part < 2; ++part)
     for (int m = 0; m < M; ++m)
-      _mm256_storeu_ps(out + m * LANES + 8 * part, _mm256_mul_ps(totals[part][m], _mm256_loadu_ps((const float*)panel + 8 * part)));
+      for (int part = 0; part < 2; ++part) {
+        const Group& group = groups[m * n + g];
+        const __m256 sum = _mm256_sub_ps(_mm256_cvtepi32_ps(sums[part][m]), _mm256_set1_ps(128 * group.sum));
+        totals[part][m] = _mm256_fmadd_ps(sum, _mm256_set1_ps(group.scale), totals[part][m]);
+      }
+  }
+  for (int part = 0; part < 2; ++part, panel += 32)
+    for (int m = 0; m < M; ++m)
+      _mm256_storeu_ps(out + m * LANES + 8 * part, _mm256_mul_ps(totals[part][m], _mm256_loadu_ps((const float*)panel)));
 }
 
 template <int M>
@@ -64,27 +67,31 @@ INLINE_AVX2 void int4_rows_avx2(const Call& c, const bf16* inputs, const Group* 
   const __m256i four_bits = _mm256_set1_epi8(0xF);
   const int64_t n = c.K / c.G;
   __m256 totals[2][M] = {};
-  for (int64_t g = 0; g < n; ++g) {
-    __m256i sums[2][M];
-    for (int part = 0; part < 2; ++part)
-      for (int m = 0; m < M; ++m) sums[part][m] = _mm256_set1_epi32(-8 * groups[m * n + g].total);
-    for (int64_t i = 0; i < c.G; i += 8, x += 16 * M, panel += 64)
-      for (int part = 0; part < 2; ++part) {
-        const __m256i bytes = _mm256_loadu_si256((const __m256i*)panel + part);
-        add_bytes<M>(_mm256_and_si256(bytes, four_bits), x, sums[part]);
-        add_bytes<M>(_mm256_and_si256(_mm256_srli_epi32(bytes, 4), four_bits), x + 8 * M, sums[part]);
-      }
-    for (int part = 0; part < 2; ++part, panel += 32) {
-      const __m256i pairs = _mm256_loadu_si256((const __m256i*)panel);
-      const __m256 scales = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-      const __m256 zeros = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int32_t(0xFFFF0000))));
-      for (int m = 0; m < M; ++m) {
-        const Group& group = groups[m * n + g];
-        const __m256 scaled = _mm256_mul_ps(scales, _mm256_set1_ps(group.scale));
-        totals[part][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[part][m]), scaled, totals[part][m]);
-        totals[part][m] = _mm256_fmadd_ps(zeros, _mm256_set1_ps(group.sum), totals[part][m]);
+  for (int64_t g = 0; g < n;) {
+    const Group* first = groups + g;
+    __m256 scaled[2][M] = {};  // the totals of what has this scale
+    for (const int64_t end = std::min(n, g + SCALED / c.G); g < end; ++g) {
+      __m256i sums[2][M] = {};
+      for (int64_t i = 0; i < c.G; i += 8, x += 16 * M, panel += 64)
+        for (int part = 0; part < 2; ++part) {
+          const __m256i bytes = _mm256_loadu_si256((const __m256i*)panel + part);
+          add_bytes<M>(_mm256_and_si256(bytes, four_bits), x, sums[part]);
+          add_bytes<M>(_mm256_and_si256(_mm256_srli_epi32(bytes, 4), four_bits), x + 8 * M, sums[part]);
+        }
+      for (int part = 0; part < 2; ++part, panel += 32) {
+        const __m256i pairs = _mm256_loadu_si256((const __m256i*)panel);
+        const __m256 scales = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+        const __m256 zeros = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int32_t(0xFFFF0000))));
+        const __m256 lowest = _mm256_fnmadd_ps(scales, _mm256_set1_ps(8.f), zeros);  // what q = 0 stands for
+        for (int m = 0; m < M; ++m) {
+          scaled[part][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[part][m]), scales, scaled[part][m]);
+          scaled[part][m] = _mm256_fmadd_ps(lowest, _mm256_set1_ps(groups[m * n + g].sum), scaled[part][m]);
+        }
       }
     }
+    for (int part = 0; part < 2; ++part)
+      for (int m = 0; m < M; ++m)
+        totals[part][m] = _mm256_fmadd_ps(scaled[part][m], _mm256_set1_ps(first[m * n].scale), totals[part][m]);
   }
   for (int part = 0; part < 2; ++part)
     for (int m = 0; m < M; ++m) _mm256_storeu_ps(out + m * LANES + 8 * part, totals[part][m]);

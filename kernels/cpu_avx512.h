@@ -39,28 +39,30 @@ AVX512 void bf16_rows(const Call& c, const bf16* x, const Group*, const uint8_t*
 
 // The instruction multiplies unsigned by signed bytes, so an input is 256 times a high and a low one, signed both.
 AVX512 void round_avx512(const bf16* x, int64_t K, int64_t G, int64_t rows, Group* groups, int8_t* out) {
-  const auto inputs = [&](int64_t i) AVX512 {  // 16, or what is left of them
-    const __mmask16 lanes = K - i >= LANES ? 0xFFFF : (1 << (K - i)) - 1;
+  const auto inputs = [&](int64_t i, int64_t end) AVX512 {  // 16, or what is left of them
+    const __mmask16 lanes = end - i >= LANES ? 0xFFFF : (1 << (end - i)) - 1;
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x + i)), 16));
   };
-  for (int64_t g = 0; g < K; g += G, ++groups) {
-    const int64_t end = std::min(K, g + G);
+  for (int64_t first = 0; first < K; first += SCALED) {
+    const int64_t last = std::min(K, first + SCALED);
     __m512 greatest = _mm512_setzero_ps();
-    for (int64_t i = g; i < end; i += LANES) greatest = _mm512_max_ps(greatest, _mm512_abs_ps(inputs(i)));
+    for (int64_t i = first; i < last; i += LANES) greatest = _mm512_max_ps(greatest, _mm512_abs_ps(inputs(i, last)));
     const float top = std::max(_mm512_reduce_max_ps(greatest), 1e-30f);
-    __m512i total = _mm512_setzero_si512();
-    for (int64_t i = g; i < end; i += LANES) {
-      const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(inputs(i), _mm512_set1_ps(GREATEST / top)));
-      total = _mm512_add_epi32(total, q);
-      const __m128i low = _mm512_cvtepi32_epi8(q);
-      const __m128i high = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(q, _mm512_cvtepi8_epi32(low)), 8));
-      alignas(16) int64_t quads[4];
-      _mm_store_si128((__m128i*)quads, _mm_unpacklo_epi32(high, low));
-      _mm_store_si128((__m128i*)quads + 1, _mm_unpackhi_epi32(high, low));
-      for (int64_t t = 0; t < std::min<int64_t>(4, (end - i) / 4); ++t) std::memcpy(out + 8 * rows * (i / 4 + t), quads + t, 8);
+    for (int64_t g = first; g < last; g += G, ++groups) {
+      const int64_t end = std::min(last, g + G);
+      __m512i total = _mm512_setzero_si512();
+      for (int64_t i = g; i < end; i += LANES) {
+        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(inputs(i, end), _mm512_set1_ps(GREATEST / top)));
+        total = _mm512_add_epi32(total, q);
+        const __m128i low = _mm512_cvtepi32_epi8(q);
+        const __m128i high = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(q, _mm512_cvtepi8_epi32(low)), 8));
+        alignas(16) int64_t fours[4];
+        _mm_store_si128((__m128i*)fours, _mm_unpacklo_epi32(high, low));
+        _mm_store_si128((__m128i*)fours + 1, _mm_unpackhi_epi32(high, low));
+        for (int64_t t = 0; t < std::min<int64_t>(4, (end - i) / 4); ++t) std::memcpy(out + 8 * rows * (i / 4 + t), fours + t, 8);
+      }
+      *groups = {float(_mm512_reduce_add_epi32(total)), top / GREATEST};
     }
-    const int32_t sum = _mm512_reduce_add_epi32(total);
-    *groups = {sum * (top / GREATEST), top / GREATEST, sum};
   }
 }
 
@@ -75,11 +77,6 @@ INLINE_AVX512 void add_bytes(__m512i weights, const int8_t* x, __m512i (&sums)[2
     }
 }
 
-template <int M>
-INLINE_AVX512 void start(const Group* groups, int64_t stride, int32_t above, __m512i (&sums)[2][M]) {
-  for (int m = 0; m < M; ++m) sums[0][m] = _mm512_setzero_si512(), sums[1][m] = _mm512_set1_epi32(-above * groups[m * stride].total);
-}
-
 INLINE_AVX512 __m512 whole(__m512i high, __m512i low) {
   return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
 }
@@ -88,17 +85,18 @@ template <int M>
 AVX512 void int8_rows(const Call& c, const bf16* inputs, const Group* groups, const uint8_t* panel, float* out) {
   const int8_t* x = reinterpret_cast<const int8_t*>(inputs);
   const int64_t n = n_groups(c.K, c.G);
-  __m512 totals[M];
-  for (auto& total : totals) total = _mm512_setzero_ps();
+  __m512 totals[M] = {};
   for (int64_t g = 0; g < n; ++g) {
-    __m512i sums[2][M];
-    start<M>(groups + g, n, 128, sums);
+    __m512i sums[2][M] = {};
     for (int64_t i = g * c.G; i < std::min(c.K, (g + 1) * c.G); i += 4, x += 8 * M, panel += 64) {
       fetch(panel);
       add_bytes<M>(_mm512_loadu_si512(panel), x, sums);
     }
-    for (int m = 0; m < M; ++m)
-      totals[m] = _mm512_fmadd_ps(whole(sums[0][m], sums[1][m]), _mm512_set1_ps(groups[m * n + g].scale), totals[m]);
+    for (int m = 0; m < M; ++m) {
+      const Group& group = groups[m * n + g];
+      const __m512 sum = _mm512_sub_ps(whole(sums[0][m], sums[1][m]), _mm512_set1_ps(128 * group.sum));
+      totals[m] = _mm512_fmadd_ps(sum, _mm512_set1_ps(group.scale), totals[m]);
+    }
   }
   const __m512 scales = _mm512_loadu_ps(panel);
   for (int m = 0; m < M; ++m) _mm512_storeu_ps(out + m * LANES, _mm512_mul_ps(totals[m], scales));
@@ -106,34 +104,33 @@ AVX512 void int8_rows(const Call& c, const bf16* inputs, const Group* groups, co
 
 template <int M>
 AVX512 void int4_rows(const Call& c, const bf16* inputs, const Group* groups, const uint8_t* panel, float* out) {
-  constexpr int CHAINS = M > 2 ? 1 : 2;  // enough sums at once to hide the latency of adding to one
   const int8_t* x = reinterpret_cast<const int8_t*>(inputs);
   const __m512i four_bits = _mm512_set1_epi8(0xF);
   const int64_t n = c.K / c.G;
-  __m512 totals[M];
-  for (auto& total : totals) total = _mm512_setzero_ps();
-  for (int64_t g = 0; g < n; ++g) {
-    __m512i chains[CHAINS][2][M] = {};
-    auto& sums = chains[0];
-    start<M>(groups + g, n, 8, sums);
-    for (int64_t i = 0; i < c.G; i += 8, x += 16 * M, panel += 64) {
-      fetch(panel);
-      const __m512i bytes = _mm512_loadu_si512(panel);
-      add_bytes<M>(_mm512_and_si512(bytes, four_bits), x, sums);
-      add_bytes<M>(_mm512_and_si512(_mm512_srli_epi32(bytes, 4), four_bits), x + 8 * M, chains[CHAINS - 1]);
+  __m512 totals[M] = {};
+  for (int64_t g = 0; g < n;) {
+    const Group* first = groups + g;
+    __m512 scaled[M] = {};  // the totals of what has this scale
+    for (const int64_t end = std::min(n, g + SCALED / c.G); g < end; ++g) {
+      __m512i sums[2][M] = {};
+      for (int64_t i = 0; i < c.G; i += 8, x += 16 * M, panel += 64) {
+        fetch(panel);
+        const __m512i bytes = _mm512_loadu_si512(panel);
+        add_bytes<M>(_mm512_and_si512(bytes, four_bits), x, sums);
+        add_bytes<M>(_mm512_and_si512(_mm512_srli_epi32(bytes, 4), four_bits), x + 8 * M, sums);
+      }
+      const __m512i pairs = _mm512_loadu_si512(panel);
+      panel += 64;
+      const __m512 scales = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+      const __m512 zeros = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xFFFF0000))));
+      const __m512 lowest = _mm512_fnmadd_ps(scales, _mm512_set1_ps(8.f), zeros);  // what q = 0 stands for
+      for (int m = 0; m < M; ++m) {
+        scaled[m] = _mm512_fmadd_ps(whole(sums[0][m], sums[1][m]), scales, scaled[m]);
+        scaled[m] = _mm512_fmadd_ps(lowest, _mm512_set1_ps(groups[m * n + g].sum), scaled[m]);
+      }
     }
-    for (int m = 0; m < M && CHAINS > 1; ++m)
-      for (int part = 0; part < 2; ++part) sums[part][m] = _mm512_add_epi32(sums[part][m], chains[CHAINS - 1][part][m]);
-    const __m512i pairs = _mm512_loadu_si512(panel);
-    panel += 64;
-    const __m512 scales = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    const __m512 zeros = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xFFFF0000))));
-    for (int m = 0; m < M; ++m) {
-      const Group& group = groups[m * n + g];
-      const __m512 scaled = _mm512_mul_ps(scales, _mm512_set1_ps(group.scale));
-      totals[m] = _mm512_fmadd_ps(whole(sums[0][m], sums[1][m]), scaled, totals[m]);
-      totals[m] = _mm512_fmadd_ps(zeros, _mm512_set1_ps(group.sum), totals[m]);
-    }
+    for (int m = 0; m < M; ++m)
+      totals[m] = _mm512_fmadd_ps(scaled[m], _mm512_set1_ps(first[m * n].scale), totals[m]);
   }
   for (int m = 0; m < M; ++m) _mm512_storeu_ps(out + m * LANES, totals[m]);
 }

@@ -212,7 +212,7 @@ struct Portable {
 #define FEW_ROWS c, c.inputs + m * c.K, c.groups + m * n_groups(c.K, c.G), panel, out + m * LANES
 
 // With int8 and int4 weights the products are of integers: with AVX-512 that takes a quarter of the instructions that
-// making bf16 of int8 takes. Inputs become 16 bits, a scale per group. Where the greatest of 256 numbers is 16 times
+// making bf16 of int8 takes. Inputs become 16 bits, a scale for each 256. Where the greatest of 256 numbers is 16 times
 // their root mean square, the most that it can be, all of that errs by 1.4e-4, a fourteenth of a bf16's rounding. The
 // stored bytes are above what they stand for by 128 or 8, which the sum of a group's inputs takes off again.
 constexpr float GREATEST = 32639;  // 127 * 256 + 127
