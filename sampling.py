@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+TIES = 64  # of the k-th likeliest token that compete beside it
+
 
 def top_k(logits: Tensor, k: int) -> Tensor:
     """Rule out all but the `k` likeliest tokens (Fan et al. 2018)."""
@@ -67,4 +69,10 @@ class Sampling:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Token ids `[...]`: the exact argmax at temperature 0, else a sample of `probs`."""
-        return logits.float().argmax(dim=-1) if self.temperature == 0 else draw(self.probs(logits))
+        if self.temperature == 0:
+            return logits.float().argmax(dim=-1)
+        if self.top_k is None:
+            return draw(self.probs(logits))
+        # A draw takes noise for each of a vocabulary's ids, and nearly all of them are ruled out.
+        likeliest, ids = logits.topk(min(self.top_k + TIES, logits.shape[-1]))
+        return ids.gather(-1, draw(self.probs(likeliest))[..., None])[..., 0]

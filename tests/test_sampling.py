@@ -128,6 +128,15 @@ def test_the_draw_is_unbiased(options):
     assert statistic < critical
 
 
+def test_equals_of_the_last_that_top_k_keeps_compete():
+    torch.manual_seed(0)
+    logits = torch.zeros(1000)
+    logits[[7, 400, 900]] = 2.0
+    counts = Sampling(temperature=1.0, top_k=1)(logits.expand(3000, 1000)).bincount(minlength=1000)
+    assert counts.sum() == counts[[7, 400, 900]].sum()
+    assert counts[[7, 400, 900]].min() > 900
+
+
 def test_the_chi_square_test_sees_a_bias():
     torch.manual_seed(0)
     probs = torch.tensor([0.5, 0.3, 0.2])

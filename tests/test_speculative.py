@@ -394,7 +394,7 @@ def test_a_conversation_may_speculate(main, monkeypatch):
     answers = []
     for flags in ((), ("--speculate_k", 3), ("--prompt_lookup",)):
         lines = iter(["The list of", " names", " and the"])
-        monkeypatch.setattr(generate, "_ask", lambda lines=lines: next(lines, None))
+        monkeypatch.setattr(generate, "_ask", lambda _, lines=lines: next(lines, None))
         code, out, err = main("--interactive", *flags)
         assert (code, err) == (0, "")
         answers.append(out.partition("what you write\n")[2])
