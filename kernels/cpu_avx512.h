@@ -89,7 +89,7 @@ AVX512 void int8_rows(const Call& c, const bf16* inputs, const Group* groups, co
   for (int64_t g = 0; g < n; ++g) {
     __m512i sums[2][M] = {};
     for (int64_t i = g * c.G; i < std::min(c.K, (g + 1) * c.G); i += 4, x += 8 * M, panel += 64) {
-      fetch(panel);
+      if (M > 1) fetch(panel);
       add_bytes<M>(_mm512_loadu_si512(panel), x, sums);
     }
     for (int m = 0; m < M; ++m) {
