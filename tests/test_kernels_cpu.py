@@ -6,6 +6,7 @@ Worth knowing: the reference is float32 arithmetic on the dequantised weights; t
 bfloat16, which alone is an error of up to 0.4 %.
 """
 
+import mmap
 import os
 import re
 import subprocess
@@ -68,6 +69,16 @@ def test_packing_int4_is_undone(n, k, groupsize):
     assert packed.shape == (-(-n // 16), 8 * k + 64 * k // groupsize)
     for found, expected in zip(cpu.unpack_int4(packed, n, k, groupsize), tensors, strict=True):
         assert found.equal(expected)
+
+
+def test_tensors_in_huge_pages_lie_side_by_side(monkeypatch):
+    monkeypatch.setattr(cpu, "_mapping", None)
+    tensors = [cpu.in_huge_pages(*shape).fill_(i) for i, shape in enumerate(((3, 7), (0, 5), (1 << 20,), (2, 65)))]
+    assert [tuple(t.shape) for t in tensors] == [(3, 7), (0, 5), (1 << 20,), (2, 65)]
+    assert all((t == i).all() and (t.data_ptr() % cpu.CACHE_LINE == 0) for i, t in enumerate(tensors))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert tensors[3].data_ptr() - tensors[2].data_ptr() == 1 << 20
+    assert cpu.in_huge_pages(300 << 20).nbytes == 300 << 20  # more than a mapping has
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 9, 16, 17, 40, 300])
