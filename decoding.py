@@ -76,6 +76,7 @@ def set_compile_flags(device: str) -> None:
     if device == "cpu":
         torch._inductor.config.cpp.enable_floating_point_contract_flag = "fast"  # fused multiply-add
         torch._inductor.config.cpp.vec_isa_ok = True  # or a probe is compiled for every instruction set
+        torch._inductor.config.cpp.min_chunk_size = 8192  # of a loop for each thread: waiting for another takes longer
         os.environ.setdefault("TORCH_WARM_POOL", "0")  # or processes that only Triton needs start beside the compiler
     else:
         torch._inductor.config.coordinate_descent_tuning = True  # also what lowers a one-row product to a GEMV
