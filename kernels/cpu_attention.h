@@ -49,25 +49,31 @@ AVX512 void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int
   __m512i sums[4][M];  // four slots each: a lane of 128 bits has four parts of one slot's sum
   rows += first * D, out += first * CHUNK;
   const int64_t ahead = others - keys;
+  constexpr int64_t FOURS = M > 2 ? 2 : 1;  // of slots, which share what is loaded of the rows
 #pragma GCC unroll 4
-  for (int64_t i = 0; i < 4; ++i) {
-    const T* places[4];
-    for (int64_t j = 0; j < 4; ++j) places[j] = keys + std::min(slot + 4 * i + j, last) * stride;
-    __m512i parts[M];
-    for (auto& part : parts) part = _mm512_setzero_si512();
+  for (int64_t i = 0; i < 4; i += FOURS) {
+    const T* places[FOURS][4];
+    for (int64_t j = 0; j < 4 * FOURS; ++j) places[j / 4][j % 4] = keys + std::min(slot + 4 * i + j, last) * stride;
+    __m512i parts[FOURS][M];
+    for (auto& four : parts)
+      for (auto& part : four) part = _mm512_setzero_si512();
     for (int64_t d = 0; d < D; d += 32) {
-      __m512i x[4];
+      __m512i x[FOURS][4];
+#pragma GCC unroll 2
+      for (int64_t f = 0; f < FOURS; ++f) {
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < 4; ++j) x[j] = elements(places[j] + d), fetch_ahead(places[j] + ahead + d);
-      exchange(x);
+        for (int64_t j = 0; j < 4; ++j) x[f][j] = elements(places[f][j] + d), fetch_ahead(places[f][j] + ahead + d);
+        exchange(x[f]);
+      }
 #pragma GCC unroll 4
       for (int64_t j = 0; j < 4; ++j)
         for (int m = 0; m < M; ++m) {
           const __m512i q = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(rows + m * D + d + 8 * j)));
-          parts[m] = add_products<T>(parts[m], x[j], q);
+          for (int64_t f = 0; f < FOURS; ++f) parts[f][m] = add_products<T>(parts[f][m], x[f][j], q);
         }
     }
-    for (int m = 0; m < M; ++m) sums[i][m] = parts[m];
+    for (int64_t f = 0; f < FOURS; ++f)
+      for (int m = 0; m < M; ++m) sums[i + f][m] = parts[f][m];
   }
   const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
   for (int m = 0; m < M; ++m) {
@@ -129,22 +135,24 @@ struct Row {
 template <class T>
 INLINE_AVX512 std::pair<float, float> weigh(const Attention& c, float* scores, int64_t first, int64_t n, int64_t position,
                                             const float* k_scales, const float* v_scales, Row& row, bf16* weights) {
-  const __m512 none = _mm512_set1_ps(-INFINITY);
-  __m512 greatest = none, sum = _mm512_setzero_ps(), top = _mm512_setzero_ps();
+  __m512 greatest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps(), top = _mm512_setzero_ps();
+  const bool all = first + n <= position + 1 && (!c.window || first > position - c.window);
+  const auto lanes_at = [&](int64_t i) { return all ? __mmask16(0xFFFF) : seen(c, first + i, position); };
   for (int64_t i = 0; i < n; i += LANES) {
-    const __mmask16 lanes = seen(c, first + i, position);
-    __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(row.scale));
-    if (quantized<T>) score = _mm512_mul_ps(score, _mm512_maskz_loadu_ps(lanes, k_scales + first + i));
-    score = _mm512_mask_blend_ps(lanes, none, score);
-    greatest = _mm512_max_ps(greatest, score);
-    _mm512_storeu_ps(scores + i, score);
+    const __mmask16 lanes = lanes_at(i);
+    __m512 score = _mm512_loadu_ps(scores + i);
+    if (quantized<T>) {
+      score = _mm512_mul_ps(score, _mm512_maskz_loadu_ps(lanes, k_scales + first + i));
+      _mm512_storeu_ps(scores + i, score);
+    }
+    greatest = _mm512_mask_max_ps(greatest, lanes, greatest, score);
   }
   const float before = row.best;
-  row.best = std::max(before, _mm512_reduce_max_ps(greatest));
+  row.best = std::max(before, _mm512_reduce_max_ps(greatest) * row.scale);
   const __m512 base = _mm512_set1_ps(row.best == -INFINITY ? 0.f : row.best);
   for (int64_t i = 0; i < n; i += LANES) {
-    const __mmask16 lanes = seen(c, first + i, position);
-    __m512 weight = power_of_2(_mm512_sub_ps(_mm512_loadu_ps(scores + i), base));
+    const __mmask16 lanes = lanes_at(i);
+    __m512 weight = power_of_2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(row.scale), base));
     weight = _mm512_maskz_mov_ps(lanes, weight);
     sum = _mm512_add_ps(sum, weight);
     if (quantized<T>) {
