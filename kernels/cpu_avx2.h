@@ -9,8 +9,9 @@
 AVX2 void round_avx2(const bf16* x, int64_t K, int64_t G, int64_t rows, Group* groups, int8_t* out) {
   for (int64_t first = 0; first < K; first += SCALED) {
     const int64_t last = std::min(K, first + SCALED);
-    float top = 1e-30f;
-    for (int64_t i = first; i < last; ++i) top = std::max(top, std::abs(to_float(x[i])));
+    bf16 greatest = 0;  // by its bits, as which NaN is above all numbers and so is kept
+    for (int64_t i = first; i < last; ++i) greatest = std::max<bf16>(greatest, x[i] & 0x7FFF);
+    const float top = std::max(to_float(greatest), 1e-30f);
     int32_t q[SCALED];
     for (int64_t i = first; i < last; ++i) {
       const float shifted = to_float(x[i]) * (GREATEST / top) + 12582912.f;  // its last bits are a whole number

@@ -45,9 +45,10 @@ AVX512 void round_avx512(const bf16* x, int64_t K, int64_t G, int64_t rows, Grou
   };
   for (int64_t first = 0; first < K; first += SCALED) {
     const int64_t last = std::min(K, first + SCALED);
-    __m512 greatest = _mm512_setzero_ps();
-    for (int64_t i = first; i < last; i += LANES) greatest = _mm512_max_ps(greatest, _mm512_abs_ps(inputs(i, last)));
-    const float top = std::max(_mm512_reduce_max_ps(greatest), 1e-30f);
+    __m512i greatest = _mm512_setzero_si512();  // by its bits, as which NaN is above all numbers and so is kept
+    for (int64_t i = first; i < last; i += LANES)
+      greatest = _mm512_max_epi32(greatest, _mm512_castps_si512(_mm512_abs_ps(inputs(i, last))));
+    const float top = std::max(std::bit_cast<float>(_mm512_reduce_max_epi32(greatest)), 1e-30f);
     for (int64_t g = first; g < last; g += G, ++groups) {
       const int64_t end = std::min(last, g + G);
       __m512i total = _mm512_setzero_si512();

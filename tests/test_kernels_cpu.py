@@ -153,6 +153,22 @@ def test_large_offsets_do_not_cancel(variant):
     assert close(y, x.float() @ module.dequantize(torch.float32).T)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_in_its_row_and_is_seen(variant, bad):
+    """Integers have neither; an activation that became one must not come out as a plausible number."""
+    x, weight = normal(3, 512).bfloat16(), normal(16, 512)
+    x[1, 300] = bad
+    for multiply in (
+        lambda x: torch.ops.fast.bf16_linear(x, cpu.pack_bf16(weight.bfloat16()), 16),
+        lambda x: torch.ops.fast.int8_linear(x, pack(Int8Linear.from_float(weight)), 16),
+        lambda x: torch.ops.fast.int4_linear(x, pack(Int4Linear.from_float(weight, groupsize=32)), 16, 32),
+    ):
+        for rows in (x, x[1:2], x.repeat(8, 1)):
+            y = multiply(rows)
+            assert torch.equal(y.isfinite().all(dim=1), rows.isfinite().all(dim=1))
+            assert not y[~rows.isfinite().all(dim=1)].isfinite().any()
+
+
 def test_operators_keep_pytorchs_rules():
     x, module = normal(3, 64).bfloat16(), Int8Linear.from_float(normal(40, 64))
     torch.library.opcheck(torch.ops.fast.int8_linear.default, (x, pack(module), 40))
