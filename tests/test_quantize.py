@@ -266,7 +266,7 @@ def test_an_interrupted_run_leaves_no_file(tmp_path, text):
         time.sleep(0.02)
     run.send_signal(signal.SIGINT)
     err = run.communicate(timeout=60)[1].decode()
-    assert run.returncode == 130
+    assert run.returncode == 130, err
     assert "stopped; nothing was written" in err
     assert "Traceback" not in err
     assert set(tmp_path.iterdir()) == before
