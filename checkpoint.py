@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -219,25 +220,32 @@ def save_checkpoint(
     from torch._subclasses.fake_tensor import FakeTensorMode  # a second's import that loading does not need
 
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with FakeTensorMode():  # a shape and a dtype, no memory
         reserved = {name: torch.empty(tuple(shape), dtype=dtype) for name, (shape, dtype, _) in tensors.items()}
     content = {"format": FORMAT, "config": dataclasses.asdict(args), "quantization": quantization, "model": reserved}
-    try:
-        with open(temporary, "wb") as file:
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent) as folder:
+        temporary = Path(folder) / "archive.pth"  # a name that torch.save repeats in the file
+        try:
             with torch.serialization.skip_data(materialize_fake_tensors=True):
-                torch.save(content, file)
-            file.flush()
-            if hasattr(os, "posix_fallocate"):  # a full disk is an OSError here, but a crash once the file is mapped
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-            with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-                mapped = torch.load(temporary, mmap=True, weights_only=True)["model"]
-            for name, (_, _, fill) in tensors.items():
-                fill(mapped[name])
+                torch.save(content, temporary)  # not to an open file, whose Python methods must not be interrupted
+        except RuntimeError:
+            _reserve(temporary, sum(tensor.nbytes for tensor in reserved.values()))  # says why, if it is the disk
+            raise
+        _reserve(temporary, temporary.stat().st_size)
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            mapped = torch.load(temporary, mmap=True, weights_only=True)["model"]
+        for name, (_, _, fill) in tensors.items():
+            fill(mapped[name])
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _reserve(path: Path, n_bytes: int) -> None:
+    """Give the file `n_bytes` on its disk: a full one is an OSError here, but a crash once the file is mapped."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "ab") as file:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
 
 
 def _skeleton(args: ModelArgs, quantization: dict[str, Any] | None) -> Transformer:
