@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import cpu
 from model import Transformer
 from sampling import Sampling
 
@@ -52,7 +53,13 @@ def build_steps(model: Transformer, sampling: Sampling, compile: bool = False, c
         prefill = compile_step(prefill, dynamic_dims=(1, 0, 0, None))
     if compile:
         decode = compile_step(decode, dynamic_dims=(None, None, 0), mode="reduce-overhead")
-    return Steps(model, prefill, decode, compile_prefill)
+    return Steps(model, prefill, in_a_team(model, decode), compile_prefill)
+
+
+def in_a_team(model: Transformer, step: Callable) -> Callable:
+    """`step` of a few positions, with a CPU's threads held together where its kernels do all the work of `model`."""
+    has_kernels = not model.slots.is_cuda and model.layers[0].attention.kernel is not None
+    return cpu.in_a_team(step) if has_kernels else step
 
 
 def compile_step(step: Callable, dynamic_dims: tuple[int | None, ...], mode: str | None = None) -> Callable:

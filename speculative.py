@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import load_model
-from decoding import Steps, check_fit, compile_step, copy_to_host, kv_slots, lay_out, stream, wait
+from decoding import Steps, check_fit, compile_step, copy_to_host, in_a_team, kv_slots, lay_out, stream, wait
 from metrics import bytes_per_step
 from model import Transformer
 from sampling import Sampling, draw
@@ -205,7 +205,7 @@ def build_speculative_steps(
     if compile:
         draft = compile_step(draft, (None, None, None, None, 0), mode="reduce-overhead")
         verify = compile_step(verify, (None, None, None, None, 0, None), mode="reduce-overhead")
-    return SpeculativeSteps(plain, drafter, draft, verify)
+    return SpeculativeSteps(plain, drafter, in_a_team(model, draft), in_a_team(model, verify))
 
 
 def candidates(

@@ -4,12 +4,16 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <omp.h>
 #include <torch/library.h>
 
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <optional>
 #include <string>
+#include <thread>
+#include <unordered_map>
 #include <utility>
 
 #include "cpu.h"
@@ -23,6 +27,106 @@ constexpr int64_t SCRATCH = 1 << 20;   // elements of the weight that at::mm get
 Functions chosen = available().front();
 
 int64_t panels(int64_t N) { return (N + LANES - 1) / LANES; }
+
+// ---- The threads of a step.
+//
+// Memory idles while Python finds the next operator, or one thread norms and rounds a row. So `in_a_team` holds the
+// threads together for a whole step. One leads it; the others, while it has no work for them, read the beginning of the
+// weights that came next the last time, to have it in their caches. A decoded token of 1.1B weights on two threads takes
+// 4 % less in int4, 2 % in int8 and bf16, of the 7 % and 3 % that one reading thread of two could hide.
+
+constexpr int64_t AHEAD = 1 << 20;       // bytes that a thread reads so: what a core's own cache holds
+constexpr int64_t NAP_AFTER = 1 << 17;   // looks for work, a few milliseconds: a compiler is at work, or somebody else
+constexpr std::chrono::microseconds NAP(50);
+
+struct Weights {
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
+  const uint8_t* begin;
+  int64_t bytes;
+  const Weights* next = nullptr;
+};
+
+struct Span {
+  const uint8_t* begin = nullptr;
+  int64_t bytes = 0;
+};
+
+struct Team {
+  int64_t size = 0;                  // 0 outside a step
+  std::atomic<uint64_t> n_calls{0};  // for work; the last has none, and ends the step
+  std::atomic<int64_t> n_working{0};
+  void (*work)(const void*, int64_t) = nullptr;
+  const void* what = nullptr;
+  Span ahead;  // read by the others during a call, changed between two
+  c10::intrusive_ptr<c10::StorageImpl> held, held_before;  // what it lies in, and what others may still be reading
+  std::unordered_map<const uint8_t*, Weights> known;       // by where they begin
+  Weights* last = nullptr;
+
+  void look_ahead() {
+    held_before = std::move(held);
+    held = last && last->next ? last->next->storage.lock() : nullptr;
+    ahead = held ? Span{last->next->begin, last->next->bytes} : Span{};
+  }
+
+  void multiplies(const at::Tensor& packed) {
+    const auto* begin = static_cast<const uint8_t*>(packed.const_data_ptr());
+    const auto weak = packed.storage().getWeakStorageImpl();
+    Weights& now = known.try_emplace(begin, Weights{weak, begin, 0}).first->second;
+    now.storage = weak, now.bytes = packed.nbytes();
+    if (last) last->next = &now;
+    last = &now;
+    look_ahead();
+  }
+};
+
+thread_local Team team;  // that this thread leads
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// What thread t does until the step ends.
+void follow(Team& led, Span ahead, int64_t t) {
+  uint64_t seen = 0;
+  for (int64_t n_read = 0, n_looks = 0;;) {
+    const int64_t from = ahead.bytes * t / led.size + n_read;  // the thread's own part comes first
+    if (const uint64_t call = led.n_calls.load(std::memory_order_acquire); call != seen) {
+      if (!led.work) return;
+      led.work(led.what, t);
+      ahead = led.ahead, seen = call, n_read = n_looks = 0;
+      led.n_working.fetch_sub(1, std::memory_order_release);
+    } else if (n_read < AHEAD && from + 2048 <= ahead.bytes) {
+      for (int64_t i = 0; i < 2048; i += 64) static_cast<void>(*static_cast<const volatile uint8_t*>(ahead.begin + from + i));
+      n_read += 2048;
+    } else if (++n_looks < NAP_AFTER) {
+      pause();
+    } else {
+      std::this_thread::sleep_for(NAP);
+    }
+  }
+}
+
+// `run(t)` for every t below n, at once.
+template <class Run>
+void together(int64_t n, const Run& run) {
+  if (team.size == 0) {
+    at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) run(t);
+    });
+    return;
+  }
+  const auto part = [&run, n, size = team.size](int64_t t) {
+    for (; t < n; t += size) run(t);
+  };
+  team.work = [](const void* what, int64_t t) { (*static_cast<const decltype(part)*>(what))(t); };
+  team.what = &part;
+  team.n_working = team.size - 1;
+  team.n_calls.fetch_add(1, std::memory_order_release);
+  part(0);
+  while (team.n_working.load(std::memory_order_acquire)) pause();
+}
 
 // `work(i)` for every i below n. Each thread has a range of its own, which it goes through from its first to its last;
 // one that is done takes the second half of what another has left, for cores are never equally fast: a decoded token of
@@ -51,9 +155,7 @@ void share_out(int64_t n, const Work& work) {
       }
     }
   };
-  at::parallel_for(0, n_threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) run(t);
-  });
+  together(n_threads, run);
 }
 
 // y = x W^T of many rows: the panels as bf16 rows, as many as the cache holds, and a product of matrices.
@@ -145,6 +247,7 @@ at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed
   bf16* out = static_cast<bf16*>(y.data_ptr());
   const Call c{static_cast<const bf16*>(x.const_data_ptr()), static_cast<const uint8_t*>(packed.const_data_ptr()), out,
                nullptr, nullptr, M, N, K, G};
+  if (team.size) team.multiplies(packed);
   if (M <= MAX_ROWS)
     few_rows(kind, c);
   else if (chosen.many[kind])
@@ -235,14 +338,13 @@ void attend(const Attention& c, int64_t B, bool is_int8, at::TensorOptions optio
     const int64_t from = std::max(units[h], units[n_heads] * t / n_pieces);
     return std::pair(from - units[h], std::min(units[h + 1], units[n_heads] * (t + 1) / n_pieces) - units[h]);
   };
-  at::parallel_for(0, n_pieces, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t)
-      for (int64_t h = 0; h < n_heads; ++h)
-        if (const auto [from, until] = part(t, h); from < until) {
-          const int64_t b = h / c.KV, i = (t + h) * c.M;
-          const int64_t begin = begins[b] + from * CHUNK, end = std::min(begins[b] + until * CHUNK, ends[b]);
-          chosen.attend[is_int8](c, b, h % c.KV, begin, end, best + i, total + i, out + i * c.D);
-        }
+  together(n_pieces, [&](int64_t t) {
+    for (int64_t h = 0; h < n_heads; ++h)
+      if (const auto [from, until] = part(t, h); from < until) {
+        const int64_t b = h / c.KV, i = (t + h) * c.M;
+        const int64_t begin = begins[b] + from * CHUNK, end = std::min(begins[b] + until * CHUNK, ends[b]);
+        chosen.attend[is_int8](c, b, h % c.KV, begin, end, best + i, total + i, out + i * c.D);
+      }
   });
   for (int64_t h = 0; h < n_heads; ++h) {
     std::vector<int64_t> parts;
@@ -297,6 +399,30 @@ std::string variant(const std::string& name) {  // choose by name, "" for the be
 }
 
 }  // namespace
+
+// `step()`, which PyTorch's own threads leave to this one and its team.
+extern "C" __attribute__((visibility("default"))) void in_a_team(void (*step)()) {
+  if (team.size || at::get_num_threads() == 1) return step();
+  Team& led = team;
+  led.n_calls = 0;
+  led.look_ahead();
+#pragma omp parallel num_threads(at::get_num_threads())
+  {
+    const Span ahead = led.ahead;
+    const int64_t t = omp_get_thread_num();
+    if (t == 0) led.size = omp_get_num_threads();
+#pragma omp barrier
+    if (t > 0) {
+      follow(led, ahead, t);
+    } else {
+      step();
+      led.work = nullptr;
+      led.n_calls.fetch_add(1, std::memory_order_release);
+    }
+  }
+  led.size = 0;
+  led.held.reset(), led.held_before.reset();
+}
 
 TORCH_LIBRARY(fast, m) {
   m.def("pack_bf16(Tensor weight, Tensor(a!) out) -> ()");

@@ -8,9 +8,11 @@
 memory, up to 16 without reading a weight twice, more as a product of matrices. They also do what surrounds a product
 (`model.project`). `cpu_kernels.cpp` says how panels lie.
 `decode_attention` is attention of a few positions over a long cache, for processors where `is_fast()`.
+`in_a_team` is for steps made of these alone.
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import math
@@ -20,8 +22,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +35,7 @@ CACHE_LINE, HUGE_PAGE = 64, 1 << 21  # bytes
 PANELS_AT_ONCE = 64  # packed together: what that takes beside the result is small
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-w")
 
+_library: ctypes.PyDLL | None = None
 _mapping: mmap.mmap | None = None  # where the next tensor of `in_huge_pages` goes, behind so many bytes
 _taken = 0
 
@@ -42,6 +47,7 @@ def load() -> str | None:
     The library lies in TORCH_EXTENSIONS_DIR, by default `~/.cache/torch_extensions`, under a name that depends on the
     source and on the version of torch.
     """
+    global _library
     content = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("cpu*.[ch]*")))
     key = hashlib.sha256(content + f"{torch.__version__} {FLAGS}".encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
@@ -50,6 +56,7 @@ def load() -> str | None:
         if not library.exists():
             _build(library)
         torch.ops.load_library(library)
+        _library = ctypes.PyDLL(str(library))
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[0])
@@ -61,6 +68,31 @@ def load() -> str | None:
 def is_fast() -> bool:
     """Whether this processor has AVX-512 with bf16, without which there is no attention here."""
     return load() is None and torch.ops.fast.variant("") == "avx512"
+
+
+def in_a_team(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step` with the threads held together from its first kernel to its last: what lies between them costs less.
+
+    Operators that are not of these kernels run on one thread in there.
+    """
+
+    def run(*args: Any) -> Any:
+        result, error = None, KeyboardInterrupt()  # which may come before the first line of `call`
+
+        @ctypes.CFUNCTYPE(None)
+        def call() -> None:
+            nonlocal result, error
+            try:
+                result, error = step(*args), None
+            except BaseException as problem:
+                error = problem
+
+        _library.in_a_team(call)
+        if error is not None:
+            raise error
+        return result
+
+    return step if _library is None else run
 
 
 def _build(library: Path) -> None:

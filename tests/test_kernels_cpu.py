@@ -11,6 +11,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,11 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import load_model
+from decoding import build_steps, stream
 from kernels import cpu
 from linear import Int4Linear, Int8Linear
 from model import KVCache, Linear, RMSNorm, Sharding, project
+from sampling import Sampling
 
 ROOT = Path(cpu.__file__).parent.parent
 pytestmark = pytest.mark.skipif(cpu.load() is not None, reason=str(cpu.load()))
@@ -274,6 +278,83 @@ def test_the_model_attends_with_the_kernel(tiny, compiled, kv_dtype):
         layer.attention.kernel = None
     expected = model(tokens, positions, model.slots[:48])
     assert float((y - expected).float().norm() / expected.float().norm()) < 0.02
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@needs_avx512
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_team_decodes_the_same(tiny, two_threads, monkeypatch, compiled):
+    model = load_model(tiny("llama-head-dim")[1], device="cpu", dtype=torch.bfloat16)
+    model.setup_caches(2, 64)
+    together = build_steps(model, Sampling(temperature=0), compiled)
+    monkeypatch.setattr("decoding.in_a_team", lambda model, step: step)
+    alone = build_steps(model, Sampling(temperature=0))
+    assert together.decode.__qualname__.startswith("in_a_team")
+    texts = [list(stream(steps, [[3, 4], [5]], 40)) for steps in (alone, together)]
+    assert texts[0] == texts[1]
+
+
+def multiply(x, *weights):
+    return [torch.ops.fast.bf16_linear(x, packed, 320) for packed in weights]
+
+
+def test_a_team_whose_weights_go(two_threads):
+    """What it expects to be multiplied next may be freed by then, in the middle of a step as well."""
+    x, weights = normal(1, 320).bfloat16(), [normal(320, 320).bfloat16() for _ in range(6)]
+    expected = [x.float() @ weight.float().T for weight in weights]
+
+    def step(packed: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [multiply(x, packed.pop(0))[0] for _ in range(len(packed))]
+
+    for n in (6, 6, 2, 5, 6):
+        packed = [cpu.pack_bf16(weight) for weight in weights]
+        cpu._mapping = None  # which would be held by what is packed after
+        results = cpu.in_a_team(step)(packed[:n])
+        assert all(close(y, reference) for y, reference in zip(results, expected[:n], strict=True))
+
+
+def test_a_team_inside_a_team_and_beside_another(two_threads):
+    x, weights = normal(3, 320).bfloat16(), [cpu.pack_bf16(normal(320, 320).bfloat16()) for _ in range(4)]
+    expected = multiply(x, *weights)
+    team = cpu.in_a_team(lambda: [cpu.in_a_team(multiply)(x, *weights) for _ in range(50)])
+    with ThreadPoolExecutor(2) as pool:
+        found = [
+            f.result() for f in [pool.submit(team), pool.submit(team), pool.submit(lambda: [multiply(x, *weights)])]
+        ]
+    assert all(torch.equal(a, b) for results in found for ys in results for a, b in zip(ys, expected, strict=True))
+
+
+def test_a_team_that_waits_naps(two_threads):
+    x, packed = normal(1, 320).bfloat16(), cpu.pack_bf16(normal(320, 320).bfloat16())
+
+    def step() -> float:
+        multiply(x, packed)
+        start = time.process_time()
+        time.sleep(0.5)
+        used = time.process_time() - start
+        multiply(x, packed)
+        return used
+
+    assert cpu.in_a_team(step)() < 0.25
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)])
+def test_an_error_leaves_the_team(two_threads, error):
+    def step():
+        multiply(normal(1, 320).bfloat16(), cpu.pack_bf16(normal(320, 320).bfloat16()))
+        raise error
+
+    for _ in range(2):
+        with pytest.raises(type(error)) as raised:
+            cpu.in_a_team(step)()
+        assert raised.value is error
+    assert cpu.in_a_team(lambda *args: args)(1, "a") == (1, "a")
 
 
 def load_in_a_process(folder: Path, **environment: str) -> str:
