@@ -84,10 +84,8 @@ def warm_up_alone(args: argparse.Namespace) -> dict[str, float]:
     return {"seconds": seconds, "peak_memory_bytes": peak_memory(args.device)}
 
 
-def fresh_process(argv: list[str], mode: str, cache: str | None) -> dict[str, float]:
-    """What `warm_up` takes in a new process, which keeps what it compiles, headers too, in `cache`, if given."""
-    names = {"TORCHINDUCTOR_CACHE_DIR": "", "TORCH_EXTENSIONS_DIR": "/extensions", "TMPDIR": ""}
-    env = {name: cache + folder for name, folder in names.items()} if cache else {}
+def fresh_process(argv: list[str], mode: str, env: dict[str, str]) -> dict[str, float]:
+    """What `warm_up` takes in a new process with `env` in its environment, and that process's peak memory."""
     command = [sys.executable, __file__, *argv, "--only_warm_up", mode]
     child = subprocess.run(command, env={**os.environ, **env}, stdout=subprocess.PIPE)
     if child.returncode:
@@ -96,18 +94,24 @@ def fresh_process(argv: list[str], mode: str, cache: str | None) -> dict[str, fl
 
 
 def measure_startup(args: argparse.Namespace, argv: list[str]) -> list[dict[str, Any]]:
-    """Compile times and peak memory of every mode on its own, in fresh processes."""
-    alone, compiled = [], args.compile or args.compile_prefill
+    """Compile times and peak memory of every mode on its own, in fresh processes.
+
+    `first` finds nothing, `cold` the CPU's kernels (on a GPU there are none to build), `warm` all that `cold` left.
+    """
+    alone, names = [], ["first", "cold", "warm"] if resolve_device(args)[0] == "cpu" else ["cold", "warm"]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         for mode in args.mode:
-            print(f"{mode} in a fresh process{', caches empty and filled' if compiled else ''} ...", file=sys.stderr)
-            if not compiled:
-                runs, times = [fresh_process(argv, mode, None)], {}
-            else:
-                os.mkdir(f"{cache}/{mode}")  # a TMPDIR that is not there is not used
-                runs = [fresh_process(argv, mode, f"{cache}/{mode}") for _ in range(2)]
-                times = {"compile_cold_s": runs[0]["seconds"], "compile_warm_s": runs[1]["seconds"]}
-            alone.append({"mode": mode, **times, "peak_memory_bytes": runs[-1]["peak_memory_bytes"]})
+            times, env = {}, {}
+            for name in names if args.compile or args.compile_prefill else [None]:
+                print(f"{mode} in a fresh process{f', {name}' if name else ''} ...", file=sys.stderr)
+                if name:
+                    folder = f"{cache}/{mode}_{'first' if name == 'first' else 'later'}"
+                    os.makedirs(folder, exist_ok=True)  # a TMPDIR that is not there is not used; headers lie in it
+                    env = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TMPDIR"), folder)
+                    env["TORCH_EXTENSIONS_DIR"] = f"{cache}/{mode}_kernels"
+                run = fresh_process(argv, mode, env)
+                times |= {f"compile_{name}_s": run["seconds"]} if name else {}
+            alone.append({"mode": mode, **times, "peak_memory_bytes": run["peak_memory_bytes"]})
     return alone
 
 
@@ -190,7 +194,7 @@ def print_table(r: dict[str, Any]) -> None:
         product = f"{p['us']:.1f} us, {p['gb_per_s']:.1f} GB/s ({p['copies']} copies)"
         row(f"{p['mode']} {p['shape']}, {p['rows']} rows", product, read(p), share(*p["share"]))
     for m in r.get("alone", []):
-        compiled = [f"{name} {m[f'compile_{name}_s']:.1f} s" for name in ("cold", "warm") if f"compile_{name}_s" in m]
+        compiled = [f"{key.split('_')[1]} {m[key]:.1f} s" for key in m if key.startswith("compile_")]
         row(f"{m['mode']} compile, with a first run", ", ".join(compiled) or "-")
         row(f"{m['mode']} peak memory", f"{m['peak_memory_bytes'] / 1e9:.2f} GB")
     print()

@@ -5,14 +5,20 @@
 Worth knowing: tokens are compared in float32 at temperature 0, where a tie of the top two logits does not happen.
 """
 
+import contextlib
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import GREEDY, make_tiny, prompt_of, tokens_of
 
 from checkpoint import load_model
-from decoding import Steps, build_steps, kv_slots, stream, warm_up
+from decoding import Steps, build_steps, kv_slots, missing_compiler, stream, warm_up
 from sampling import Sampling
 
 
@@ -245,6 +251,46 @@ def test_the_layers_are_compiled_once(graphs, tmp_path):
         assert len({call.args[1] for call in calls}) == 1  # the layer's body, by name
         outside = [str(node.target) for node in graph.nodes if node.op == "call_function"]
         assert not [target for target in outside if "scaled_dot_product" in target]
+
+
+FIRST_COMPILE = """
+import tempfile, threading
+from pathlib import Path
+import torch
+from decoding import set_compile_flags
+
+def headers():
+    return len(list(Path(tempfile.gettempdir()).rglob("precompiled_headers/*.[gp]ch")))
+
+set_compile_flags("cpu")
+started = set(threading.enumerate()) - {threading.main_thread()}
+for thread in started:
+    thread.join()
+early = headers()
+torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+before = threading.active_count()
+set_compile_flags("cpu")
+print(len(started), early, headers(), threading.active_count() - before)
+"""
+
+
+@pytest.mark.skipif(missing_compiler() is not None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("openssl", [True, False])
+def test_the_first_compile_finds_its_header_under_way(tmp_path, monkeypatch, openssl):
+    """One header: with flags that are not Inductor's own, it would build another. Without openssl it can build none."""
+    if not openssl:
+        for program in [p for folder in os.get_exec_path() for p in Path(folder).glob("*") if p.name != "openssl"]:
+            with contextlib.suppress(FileExistsError):
+                (tmp_path / program.name).symlink_to(program)
+        monkeypatch.setenv("PATH", str(tmp_path))
+    elif shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    (empty := tmp_path / "empty").mkdir()
+    for name in ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, str(empty))
+    root = Path(__file__).parent.parent
+    child = subprocess.run([sys.executable, "-c", FIRST_COMPILE], cwd=root, capture_output=True, text=True)
+    assert child.stdout.split() == (["1", "1", "1", "0"] if openssl else ["0"] * 4), child.stderr
 
 
 @pytest.mark.cuda
