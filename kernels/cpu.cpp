@@ -1,9 +1,8 @@
 // The CPU's operators: they check what they are given, and share the work of cpu_kernels.cpp out among threads.
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <omp.h>
 #include <torch/library.h>
 
@@ -27,6 +26,9 @@ constexpr int64_t SCRATCH = 1 << 20;   // elements of the weight that at::mm get
 Functions chosen = available().front();
 
 int64_t panels(int64_t N) { return (N + LANES - 1) / LANES; }
+
+// at::empty, whose header takes a sixth of this file's compilation.
+at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype = at::kBFloat16) { return at::detail::empty_cpu(sizes, dtype); }
 
 // ---- The threads of a step.
 //
@@ -161,7 +163,7 @@ void share_out(int64_t n, const Work& work) {
 // y = x W^T of many rows: the panels as bf16 rows, as many as the cache holds, and a product of matrices.
 void by_matrices(Kind kind, const Call& c, const at::Tensor& x, at::Tensor& y) {
   const int64_t bytes = panel_bytes(kind, c.K, c.G), at_once = std::max<int64_t>(1, SCRATCH / (LANES * c.K));
-  at::Tensor scratch = at::empty({std::min(at_once, panels(c.N)) * LANES, c.K}, x.options());
+  at::Tensor scratch = empty({std::min(at_once, panels(c.N)) * LANES, c.K});
   bf16* rows = static_cast<bf16*>(scratch.data_ptr());
   for (int64_t p = 0; p < panels(c.N); p += at_once) {
     const int64_t n = std::min(at_once, panels(c.N) - p);
@@ -169,7 +171,7 @@ void by_matrices(Kind kind, const Call& c, const at::Tensor& x, at::Tensor& y) {
       for (int64_t i = begin; i < end; ++i) chosen.values[kind](c.w + (p + i) * bytes, c.K, c.G, rows + i * LANES * c.K);
     });
     const int64_t n_rows = std::min(n * LANES, c.N - p * LANES);
-    y.narrow(1, p * LANES, n_rows).copy_(at::mm(x, scratch.narrow(0, 0, n_rows).t()));
+    y.narrow(1, p * LANES, n_rows).copy_(x.mm(scratch.narrow(0, 0, n_rows).t()));
   }
 }
 
@@ -237,10 +239,10 @@ at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed
   TORCH_CHECK(packed.is_contiguous() && int64_t(packed.nbytes()) == expected, "the weight has ", packed.nbytes(),
               " bytes, not ", expected);
   TORCH_CHECK(!around.gated || (N % 2 == 0 && !around.residual), "gates are as many as what they let through, with no residual");
-  at::Tensor x = x_any.contiguous(), y = at::empty({M, N}, x.options());
+  at::Tensor x = x_any.contiguous(), y = empty({M, N});
   if (around.norm) {
     const bf16 *weight = bf16_data(*around.norm, {K}, "the norm"), *from = static_cast<const bf16*>(x.const_data_ptr());
-    x = at::empty({M, K}, x.options());
+    x = empty({M, K});
     bf16* to = static_cast<bf16*>(x.data_ptr());
     by_rows(M, K, [&](int64_t m) { chosen.normalize(from + m * K, weight, float(around.eps), K, to + m * K); });
   }
@@ -263,7 +265,7 @@ at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed
     by_rows(M, N, [&](int64_t m) { chosen.add(residual + m * N, N, out + m * N); });
   }
   if (!around.gated) return y;
-  at::Tensor gated = at::empty({M, N / 2}, x.options());
+  at::Tensor gated = empty({M, N / 2});
   bf16* to = static_cast<bf16*>(gated.data_ptr());
   by_rows(M, N, [&](int64_t m) { chosen.gate(out + m * N, N / 2, to + m * (N / 2)); });
   return gated;
@@ -322,7 +324,7 @@ void put_together(const std::vector<int64_t>& pieces, int64_t m, int64_t M, int6
 
 // All chunks of all key heads in a row are cut into as many equal pieces as there are threads. The part of head h in
 // piece t has the number t + h, which no other part has, as no two pieces share more than one head.
-void attend(const Attention& c, int64_t B, bool is_int8, at::TensorOptions options, bf16* y) {
+void attend(const Attention& c, int64_t B, bool is_int8, bf16* y) {
   const int64_t n_heads = B * c.KV;
   std::vector<int64_t> begins(B), ends(B), units(n_heads + 1);
   for (int64_t h = 0; h < n_heads; ++h) {
@@ -332,7 +334,7 @@ void attend(const Attention& c, int64_t B, bool is_int8, at::TensorOptions optio
     units[h + 1] = units[h] + (ends[b] - begins[b] + CHUNK - 1) / CHUNK;
   }
   const int64_t n_pieces = std::min<int64_t>(units[n_heads], at::get_num_threads()), n_parts = n_pieces + n_heads - 1;
-  at::Tensor found = at::empty({n_parts * c.M * (c.D + 2)}, options.dtype(at::kFloat));
+  at::Tensor found = empty({n_parts * c.M * (c.D + 2)}, at::kFloat);
   float *best = static_cast<float*>(found.data_ptr()), *total = best + n_parts * c.M, *out = total + n_parts * c.M;
   const auto part = [&](int64_t t, int64_t h) {  // its chunks, from the first of the head
     const int64_t from = std::max(units[h], units[n_heads] * t / n_pieces);
@@ -379,13 +381,13 @@ at::Tensor decode_attention(const at::Tensor& q_any, const at::Tensor& k, const 
     c.scale_strides[0] = k_scales->stride(0), c.scale_strides[1] = k_scales->stride(1);
   }
   const at::Tensor q = q_any.contiguous(), positions = positions_any.contiguous();
-  at::Tensor y = at::empty({B, H, S, D}, q.options());
+  at::Tensor y = empty({B, H, S, D});
   c.q = static_cast<const bf16*>(q.const_data_ptr()), c.k = k.const_data_ptr(), c.v = v.const_data_ptr();
   c.positions = static_cast<const int64_t*>(positions.const_data_ptr());
   c.KV = KV, c.M = H / KV * S, c.S = S, c.L = L, c.D = D, c.window = window;
   for (int i = 0; i < 3; ++i) c.k_strides[i] = k.stride(i), c.v_strides[i] = v.stride(i);
   c.scale = 1.44269504f / std::sqrt(float(D));
-  attend(c, B, is_int8, q.options(), static_cast<bf16*>(y.data_ptr()));
+  attend(c, B, is_int8, static_cast<bf16*>(y.data_ptr()));
   return y;
 }
 
