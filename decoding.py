@@ -109,7 +109,7 @@ def precompile_header() -> None:
 
     def compile() -> None:
         if sys.platform == "linux":  # where a thread has a niceness of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # the CPU's kernels may be building: they first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # the CPU's kernels, if they build, first
         with contextlib.suppress(Exception):  # the compile that needs it will meet the same, and say so
             CppPythonBindingsCodeCache.load_pybinding_async([], 'extern "C" void kernel() {}')
 
