@@ -155,13 +155,6 @@ def pack_int8(weight: Tensor, scales: Tensor) -> Tensor:
     return _by_panels(panels, weight, scales)
 
 
-def unpack_int8(packed: Tensor, n_out: int, n_in: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `pack_int8`."""
-    fours, scales = packed[:, : LANES * n_in], packed[:, LANES * n_in :].contiguous()
-    above = fours.reshape(-1, n_in // 4, LANES, 4).transpose(1, 2).reshape(-1, n_in)
-    return (above[:n_out] ^ 0x80).view(torch.int8), scales.view(torch.float32).flatten()[:n_out]
-
-
 def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """uint8 `[N, K / 2]` and bfloat16 `[N, K / G]` as panels, uint8 `[ceil(N / 16), 8 K + 64 K / G]`."""
 
@@ -176,17 +169,6 @@ def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         return torch.cat((words, pairs), dim=2).flatten(1)
 
     return _by_panels(panels, weight, scales, zeros)
-
-
-def unpack_int4(packed: Tensor, n_out: int, n_in: int, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of `pack_int4`."""
-    n_groups, n_panels = n_in // groupsize, len(packed)
-    words, pairs = packed.view(n_panels, n_groups, -1).split((LANES * groupsize // 2, LANES * 4), dim=2)
-    e, f, g, h = words.reshape(n_panels, n_in // 8, LANES, 4).transpose(1, 2).reshape(-1, n_in // 8, 4).unbind(2)
-    weight = torch.stack((e & 0xF | f << 4, g & 0xF | h << 4, e >> 4 | f & 0xF0, g >> 4 | h & 0xF0), dim=2)
-    pairs = pairs.contiguous().view(torch.bfloat16).view(n_panels, n_groups, LANES, 2).transpose(1, 2)
-    scales, zeros = pairs.reshape(-1, n_groups, 2).unbind(2)
-    return weight.flatten(1)[:n_out], scales[:n_out].contiguous(), zeros[:n_out].contiguous()
 
 
 def _by_panels(pack, *tensors: Tensor) -> Tensor:

@@ -51,6 +51,24 @@ def pack(module) -> torch.Tensor:
     return cpu.pack_int4(module.weight, module.scales, module.zeros)
 
 
+def unpack_int8(packed: torch.Tensor, n_out: int, n_in: int) -> tuple[torch.Tensor, ...]:
+    """The inverse of `cpu.pack_int8`."""
+    fours, scales = packed[:, : cpu.LANES * n_in], packed[:, cpu.LANES * n_in :].contiguous()
+    above = fours.reshape(-1, n_in // 4, cpu.LANES, 4).transpose(1, 2).reshape(-1, n_in)
+    return (above[:n_out] ^ 0x80).view(torch.int8), scales.view(torch.float32).flatten()[:n_out]
+
+
+def unpack_int4(packed: torch.Tensor, n_out: int, n_in: int, groupsize: int) -> tuple[torch.Tensor, ...]:
+    """The inverse of `cpu.pack_int4`."""
+    n_groups, n_panels = n_in // groupsize, len(packed)
+    words, pairs = packed.view(n_panels, n_groups, -1).split((cpu.LANES * groupsize // 2, cpu.LANES * 4), dim=2)
+    e, f, g, h = words.reshape(n_panels, n_in // 8, cpu.LANES, 4).transpose(1, 2).reshape(-1, n_in // 8, 4).unbind(2)
+    weight = torch.stack((e & 0xF | f << 4, g & 0xF | h << 4, e >> 4 | f & 0xF0, g >> 4 | h & 0xF0), dim=2)
+    pairs = pairs.contiguous().view(torch.bfloat16).view(n_panels, n_groups, cpu.LANES, 2).transpose(1, 2)
+    scales, zeros = pairs.reshape(-1, n_groups, 2).unbind(2)
+    return weight.flatten(1)[:n_out], scales[:n_out].contiguous(), zeros[:n_out].contiguous()
+
+
 def close(y: torch.Tensor, expected: torch.Tensor) -> bool:
     return y.dtype == torch.bfloat16 and float((y.float() - expected).norm() / expected.norm()) < 0.004
 
@@ -60,7 +78,7 @@ def test_packing_int8_is_undone(n, k):
     weight, scales = torch.randint(-127, 128, (n, k), dtype=torch.int8), torch.rand(n)
     packed = cpu.pack_int8(weight, scales)
     assert packed.shape == (-(-n // 16), 16 * k + 64)
-    found = cpu.unpack_int8(packed, n, k)
+    found = unpack_int8(packed, n, k)
     assert found[0].equal(weight)
     assert found[1].equal(scales)
 
@@ -71,7 +89,7 @@ def test_packing_int4_is_undone(n, k, groupsize):
     tensors = tensors[0], tensors[1].bfloat16(), tensors[2].bfloat16()
     packed = cpu.pack_int4(*tensors)
     assert packed.shape == (-(-n // 16), 8 * k + 64 * k // groupsize)
-    for found, expected in zip(cpu.unpack_int4(packed, n, k, groupsize), tensors, strict=True):
+    for found, expected in zip(unpack_int4(packed, n, k, groupsize), tensors, strict=True):
         assert found.equal(expected)
 
 
