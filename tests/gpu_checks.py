@@ -9,6 +9,8 @@ off, at twice the error of rounding.
 
 import os
 
+import gpu_correctness
+import gpu_speed
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -130,6 +132,44 @@ def test_a_weight_of_another_size_is_refused():
         torch.ops.fast_gpu.int8_linear(normal(1, 128).half(), module.weight, module.scales)
 
 
+REPORTED = ModelArgs(
+    dim=32, n_layers=1, n_heads=6, n_kv_heads=2, head_dim=32, hidden_dim=32, vocab_size=32, context_length=200,
+    norm_eps=1e-5, rope_theta=1e4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_the_reports_products(mode):
+    """What `gpu_report.py` asks of a GPU, within its limit."""
+    errors = gpu_correctness.product_errors(mode, REPORTED, DEVICE, torch.float16, (1, 6, 20))
+    assert len(errors) == 6
+    assert 0 < max(errors) < 2
+
+
+def test_the_report_times_every_tile(monkeypatch):
+    """Each candidate launches the tiles it is named after, and multiplies right; afterwards the choice is as before."""
+    launched, multiply = [], gpu._multiply_few
+
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda *args, **named: (launched.append(named["BLOCK_N"]), multiply[grid](*args, **named))
+
+    linear = Int4Linear.from_float(normal(16, 64), groupsize=32)
+    linear.has_kernel = True
+    card = gpu_speed.Card(DEVICE, torch.float16, None, compile=False)
+    run = gpu_correctness.Surrounded("w13", linear, DEVICE, torch.float16)
+    x, residual = run.inputs(1, DEVICE, torch.float16)
+    monkeypatch.setattr(gpu, "_multiply_few", Launch())
+    chosen = gpu.few_rows_tiles
+    found = gpu_speed.candidates(card, [linear], others=True)
+    for label, (modules, call) in found.items():
+        run.linear = modules[0]
+        assert gpu_correctness.product_error(run, x, residual, call(run, x, residual)) < 2, label
+    assert launched == [outputs for _, outputs in gpu_speed.TILES]
+    assert list(found)[-1] == "Inductor"  # which took plain PyTorch
+    assert gpu.few_rows_tiles is chosen
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
 def test_loaded_for_a_gpu_it_has_the_kernel():
     module = Int4Linear.from_float(normal(4096, 4096), groupsize=32).to(DEVICE)
@@ -180,6 +220,12 @@ def test_attention_over_a_cache(monkeypatch, loops, heads, kv_heads, S, D, windo
     y = torch.ops.fast_gpu.decode_attention(q, k, v, positions, window, *scales)
     assert torch.allclose(y.float(), exact, rtol=0.002, atol=2e-6)
     assert y.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float16, torch.int8])
+def test_the_reports_attention(loops, kv_dtype):
+    errors = [gpu_correctness.attention_error(kv_dtype, n, 150, REPORTED, DEVICE, torch.float16) for n in (1, 6)]
+    assert 0 < max(errors) < 2
 
 
 def test_attention_keeps_pytorchs_rules(loops):

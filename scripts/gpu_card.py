@@ -1,0 +1,119 @@
+"""The first step of `gpu_report.py`, what the card itself does; the rows of its table, and what predictions rest on.
+
+    card = Card("cuda", torch.bfloat16, out=Path("gpu_report"))
+    for row in card_step(card): print(row.what, row.measured, row.unit)
+
+Worth knowing: predictions are made without a GPU. A decode step is expected to take what its bytes take at the
+bandwidth of a copy, and for each kernel launch what a tiny kernel takes inside a CUDA graph.
+"""
+
+import dataclasses
+import math
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import replay_seconds
+
+from model import ModelArgs
+
+MODES: dict[str, dict[str, Any] | None] = {
+    "bf16": None,
+    "int8": {"mode": "int8"},
+    "int4": {"mode": "int4", "groupsize": 32},
+    "int4 g128": {"mode": "int4", "groupsize": 128},
+}
+WHOLE_MODELS = ("bf16", "int8", "int4")  # the modes of which whole models are measured
+MODELS = {"7B": ModelArgs.from_name("llama-2-7b"), "8B": ModelArgs.from_name("llama-3.1-8b")}
+
+COPY, PRODUCT, LAUNCH = (
+    "copy, bytes read and written",
+    "bf16 product, 8192 x 8192 x 8192",
+    "tiny kernel in a CUDA graph",
+)
+
+
+@dataclasses.dataclass
+class Row:
+    """A row of the table. is_right: of what can be wrong; else the ratio to the prediction is printed."""
+
+    what: str
+    unit: str
+    predicted: float | None
+    measured: float | None
+    is_right: bool | None = None
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the JSON alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """The device, and what the first step found of it: bytes and operations per second, seconds of a launch."""
+
+    device: str
+    dtype: torch.dtype
+    out: Path
+    compile: bool = True
+    copy: float | None = None
+    rate: float | None = None
+    launch: float | None = None
+
+    def step_seconds(self, n_bytes: float, n_launches: float) -> float | None:
+        """What a decode step is predicted to take."""
+        return n_bytes / self.copy + n_launches * self.launch if self.copy and self.launch else None
+
+
+def inverse(seconds: float | None, n: float = 1) -> float | None:
+    return n / seconds if seconds else None
+
+
+def card_step(card: Card) -> Iterator[Row]:
+    """Bandwidth, product rate, launches and clocks; the predictions are what the driver says the chip can do."""
+    yield from clocks("as found")
+    props = torch.cuda.get_device_properties(card.device)
+    width, memory_clock = (getattr(props, name, 0) for name in ("memory_bus_width", "memory_clock_rate"))
+    nominal = 2 * memory_clock * 1e3 * width / 8  # bytes per second: bits on both edges of the clock
+    n_bytes = min(1 << 30, torch.cuda.mem_get_info(card.device)[0] // 4)
+    source = torch.ones(n_bytes // 4, device=card.device)
+    seconds = replay_seconds(torch.empty_like(source).copy_, source)
+    yield Row(COPY, "GB/s", nominal / 1e9 or None, 2 * source.nbytes / seconds / 1e9)
+    a, b = (torch.randn(8192, 8192, device=card.device, dtype=card.dtype) for _ in range(2))
+    per_clock = {(8, 0): 2048, (9, 0): 4096}.get((props.major, props.minor), 0)  # operations of an SM's tensor cores
+    peak = per_clock * props.multi_processor_count * getattr(props, "clock_rate", 0) * 1e3
+    yield Row(PRODUCT, "TFLOP/s", peak / 1e12 or None, 2 * 8192**3 / replay_seconds(torch.mm, a, b) / 1e12)
+    yield from clocks("after products")
+    x = torch.zeros(4096, device=card.device)
+
+    def many() -> None:
+        for _ in range(1000):
+            x.add_(1)
+
+    yield Row(LAUNCH, "us", None, replay_seconds(many) / 1000 * 1e6)
+
+
+def clocks(when: str) -> Iterator[Row]:
+    """The clocks right now beside the highest."""
+    found = nvidia_smi("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem")
+    if all(number.isdigit() for number in found) and found:
+        sm, most_sm, memory, most_memory = map(float, found)
+        yield Row(f"SM clock, {when}", "MHz", most_sm, sm)
+        yield Row(f"memory clock, {when}", "MHz", most_memory, memory)
+
+
+def nvidia_smi(*names: str) -> list[str]:
+    """What nvidia-smi says of the first GPU under these names, nothing where there is no nvidia-smi."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
+    if shutil.which(command[0]) is None:
+        return []
+    line = subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+    return line.split(", ") if line.count(", ") == len(names) - 1 else []
+
+
+def issue_rate(device: str) -> float:
+    """Warp instructions that all multiprocessors issue in a second."""
+    if not device.startswith("cuda"):
+        return math.inf
+    props = torch.cuda.get_device_properties(device)
+    return 4 * props.multi_processor_count * getattr(props, "clock_rate", math.inf) * 1e3

@@ -1,0 +1,165 @@
+"""Is what this GPU computes right, and how fast is it? One command, no arguments, under 8 minutes.
+
+    python scripts/gpu_report.py
+
+Seven steps, each in a process of its own with a time limit: one that fails, hangs or runs out of time ends alone. Every
+row of the table is printed as soon as it is measured, and written to gpu_report/report.json; Chrome traces of decoded
+tokens and what the steps print lie beside it. Models have random weights at the shape of Llama-2-7B and Llama-3.1-8B,
+and nothing is downloaded. Exit code 0: all is right; 1: something is wrong, failed or ran out of time; 2: no GPU.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import _root  # noqa: F401 - finds the modules of the repository's root
+import torch
+from gpu_card import COPY, LAUNCH, PRODUCT, Card, Row, card_step, nvidia_smi
+from gpu_correctness import correctness_step
+from gpu_speed import decode_step, demo_step, products_step, startup_step, waits_step
+from tqdm import tqdm
+
+from decoding import set_compile_flags
+from metrics import write_json
+from tp import ALONE
+
+STEPS: dict[str, tuple[Callable[[Card], Iterator[Row]], int]] = {  # and its seconds; what it leaves the next one has
+    "card": (card_step, 20),
+    "correctness": (correctness_step, 80),
+    "demo": (demo_step, 50),
+    "products": (products_step, 100),
+    "decode": (decode_step, 135),
+    "waits": (waits_step, 60),
+    "startup": (startup_step, 30),
+}
+
+
+def run_step(name: str, out: Path) -> None:
+    """Do a step, writing each row as a line of JSON to stdout; what else is printed goes to stderr."""
+    rows = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    found = {row["what"]: row.get("measured") for row in json.loads((out / "report.json").read_text())["rows"]}
+    per_unit = {"copy": (COPY, 1e9), "rate": (PRODUCT, 1e12), "launch": (LAUNCH, 1e-6)}
+    known = {key: found[what] * unit for key, (what, unit) in per_unit.items() if what in found}
+    has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
+    card = Card("cuda", torch.bfloat16 if has_bf16 else torch.float16, out, **known)
+    set_compile_flags("cuda")
+    torch._dynamo.config.recompile_limit = 256  # one function for every mode, size and batch
+    torch._dynamo.config.automatic_dynamic_shapes = False  # each batch size as if it were alone
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for row in STEPS[name][0](card):
+            print(json.dumps(dataclasses.asdict(row)), file=rows, flush=True)
+
+
+def rows_of(command: list[str], log: Path, seconds: float) -> Iterator[dict[str, Any]]:
+    """The rows that `command` writes, as they come; a last one says where it failed or took more than `seconds`."""
+    with log.open("w") as file:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True)
+    late = threading.Event()
+
+    def stop() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # its compilers too
+
+    timer = threading.Timer(seconds, lambda: (late.set(), stop()))
+    timer.start()
+    try:
+        for line in child.stdout:
+            yield json.loads(line)
+        code = child.wait()
+    finally:
+        timer.cancel()
+        stop()
+    if late.is_set():
+        yield {"what": f"{log.stem}: OUT OF TIME", "failed": f"stopped after {seconds:.0f} s, the rest is missing"}
+    elif code:
+        lines = log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
+        reason = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])
+        yield {"what": f"{log.stem}: FAILED", "failed": reason}
+
+
+table_line = "| {:<64} | {:<8} | {:>9} | {:>9} | {:>6} |".format
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A row of the table; what can be wrong is judged, what else was predicted has its ratio."""
+    if "failed" in row:
+        return table_line(row["what"], "", "", "", "")
+    predicted, measured, judged = row["predicted"], row["measured"], row["is_right"]
+    if judged is not None:
+        verdict = "right" if judged else "WRONG"
+    else:
+        verdict = f"{measured / predicted:.2f}" if predicted else ""
+    numbers = ("" if number is None else f"{number:.4g}" for number in (predicted, measured))
+    return table_line(row["what"], row["unit"], *numbers, verdict)
+
+
+def made_with() -> dict[str, str]:
+    """The card, and the versions of what drives it."""
+    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
+    (driver,) = nvidia_smi("driver_version") or ["unknown"]
+    versions = {"torch": torch.__version__, "triton": triton, "CUDA": torch.version.cuda, "driver": driver}
+    return {"card": torch.cuda.get_device_name(), **versions, "date": date.today().isoformat()}
+
+
+def run(out: Path) -> bool:
+    """Do every step, print the table and write the report; whether all was right."""
+    if not torch.cuda.is_available():
+        why = "sees none" if torch.version.cuda else "was built without CUDA"
+        raise ValueError(f"this measures an NVIDIA GPU, and torch {torch.__version__} {why}")
+    out.mkdir(parents=True, exist_ok=True)
+    made = made_with()
+    report: dict[str, Any] = {**made, "seconds": {}, "rows": []}
+    write_json(out / "report.json", report)
+    print(made["card"], *(f"{key} {value}" for key, value in made.items() if key != "card"), sep=", ", end="\n\n")
+    print(table_line("what", "unit", "predicted", "measured", "ratio"))
+    print(table_line("-" * 64, "-" * 8, "-" * 8 + ":", "-" * 8 + ":", "-" * 5 + ":"), flush=True)
+    started = deadline = time.monotonic()
+    for name, (_, seconds) in tqdm(STEPS.items(), file=sys.stderr, unit="step"):
+        begin, deadline = time.monotonic(), deadline + seconds
+        command = [sys.executable, __file__, "--step", name, "--out", str(out)]
+        for row in rows_of(command, out / f"{name}.log", deadline - begin):
+            report["rows"].append({"step": name, **row})
+            report["seconds"][name] = time.monotonic() - begin
+            write_json(out / "report.json", report)
+            tqdm.write(describe(row))
+            sys.stdout.flush()
+    rows = report["rows"]
+    judged = [row["is_right"] for row in rows if row.get("is_right") is not None]
+    failed = [row for row in rows if "failed" in row]
+    print(f"\n{sum(judged)} of {len(judged)} checks are right; {time.monotonic() - started:.0f} s")
+    for row in failed:
+        print(f"{row['what']}: {row['failed']} (more: {out / row['step']}.log)")
+    print(f"every figure: {out / 'report.json'}; traces for https://ui.perfetto.dev beside it")
+    return all(judged) and not failed
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("gpu_report"), help="the folder that the report goes to")
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.step:
+        run_step(args.step, args.out)
+        return 0
+    is_right = []
+    return ALONE.exit_code(lambda: is_right.append(run(args.out))) or int(not all(is_right))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

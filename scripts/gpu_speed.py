@@ -1,0 +1,409 @@
+"""Steps 3 to 7 of `gpu_report.py`: the demo, single products, whole decode steps, what a user waits for, start-up.
+
+    for row in decode_step(card): print(row.what, row.predicted, row.measured, row.unit)
+
+Worth knowing: how many launches a step has, and how many instructions a kernel issues for each weight, was counted in
+the generated code, on a machine without a GPU (`COUNTED_...`). Weights are random, but for the demo's.
+"""
+
+import copy
+import dataclasses
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import torch
+from benchmark_speculative import timed
+from gpu_card import MODELS, MODES, WHOLE_MODELS, Card, Row, inverse, issue_rate
+from gpu_correctness import Surrounded, product_error
+from measuring import (
+    SHAPES,
+    Decode,
+    Rotation,
+    Yardstick,
+    build_model,
+    meta_model,
+    operations,
+    replay_seconds,
+    with_caches,
+)
+from torch import Tensor, nn
+
+import quantize
+from checkpoint import load_model
+from decoding import Steps, build_steps, kv_slots, stream, warm_up
+from generate import DEMO
+from linear import Int4Linear
+from metrics import bytes_per_step
+from model import Transformer
+from sampling import Sampling
+from speculative import SPARE, PromptLookup, build_speculative_steps, speculate, warm_up_speculation
+from tokenizer import load_tokenizer
+
+N_LAYERS = 8  # of the 8B shape, so that it fits small GPUs
+FEWER_LAYERS = 4  # what more layers take beside these is what a layer takes; so many still keep the host behind the GPU
+CONTEXTS, BATCHES, NEW_TOKENS = (128, 8192), (1, 8), 32
+PROMPT_LENGTHS = (200, 517, 1111)
+TILES = ((1, 4), (2, 4), (4, 4), (1, 8), (2, 8), (4, 8))  # warps of a program, outputs that it makes
+
+# Launches of a compiled step of Llama-3.1-8B, counted on 2026-11-26 with torch 2.14.1 in the code that Inductor writes
+# for an H100: (for each layer, around the layers), by mode and batch size; a topk counts as one.
+COUNTED_LAUNCHES = {
+    ("bf16", 1): (13, 12), ("int8", 1): (10, 11), ("int4", 1): (10, 11),
+    ("bf16", 8): (13, 11), ("int8", 8): (11, 11), ("int4", 8): (11, 11),
+}  # fmt: skip
+COUNTED_VERIFY = {"bf16": 123, "int8": 107, "int4": 107}  # the pass over 6 rows, 8 layers
+COUNTED_DEMO = {"bf16": 73, "int8": 57, "int4": 57}  # a greedy decode step of the demo
+# Instructions for each weight that kernels/gpu.py issues at one row, counted the same day in sm_90 machine code.
+COUNTED_INSTRUCTIONS = {
+    "int4": {"wqkv": 6.6, "wo": 5.7, "w13": 6.7, "w2": 4.6, "output": 6.6},
+    "int8": {"wqkv": 6.8, "wo": 5.8, "w13": 7.2, "w2": 5.1, "output": 6.8},
+}
+
+
+# ---- Step 3: the demo.
+
+
+def trace_tokens(steps: Steps, prompts: list[list[int]], cached: int, path: Path) -> dict[str, float]:
+    """Write a Chrome trace of 5 decoded tokens; the kernels and the CUDA graphs that each of them launched."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells stderr when it starts and stops
+    n, tokens = 5, stream(steps, prompts, 12, cached)
+    for _ in range(3):
+        next(tokens)
+    synchronize = torch.cuda.synchronize if steps.model.slots.is_cuda else lambda: None
+    synchronize()
+    with torch.profiler.profile() as profile:
+        for _ in range(n):
+            next(tokens)
+        synchronize()
+    profile.export_chrome_trace(str(path))
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    kernels = sum(event.get("cat") == "kernel" for event in events)
+    return {"kernels": kernels / n, "graphs": sum(event.get("name") == "cudaGraphLaunch" for event in events) / n}
+
+
+def recorded_graphs() -> int:
+    """How many CUDA graphs torch.compile has recorded so far in this process."""
+    from torch._inductor.cudagraph_trees import get_manager
+
+    manager = get_manager(0, create_if_none_exists=False)
+    return 0 if manager is None else int(re.search(r"\d+", repr(manager.graph_counter))[0])
+
+
+def skipped_graphs() -> int:
+    return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+def regret(model: Transformer, prompt: list[int], tokens: list[int]) -> float:
+    """How much less likely than the likeliest a greedy token was at worst, by `model`: in deviations of the logits."""
+    logits = model(torch.tensor([prompt + tokens], device=model.norm.weight.device))[0, len(prompt) - 1 : -1].float()
+    chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+    return float(((logits.amax(1) - chosen) / logits.std(1)).max())
+
+
+def demo_step(card: Card) -> Iterator[Row]:
+    """`generate.py --compile` on the demo, at temperature 0, in every mode."""
+    n, prompts = 200, [load_tokenizer(DEMO).encode("The module")]
+    with tempfile.TemporaryDirectory() as folder:
+        for mode in WHOLE_MODELS:
+            path = DEMO
+            if MODES[mode]:
+                path = Path(folder) / f"{mode}.pth"
+                if quantize.main(["--mode", mode, "--output_path", str(path), "--device", card.device]):
+                    raise RuntimeError(f"quantize.py --mode {mode} failed")
+            model = load_model(path, card.device, card.dtype)
+            model.setup_caches(1, 256)
+            recorded, skipped = recorded_graphs(), skipped_graphs()
+            steps = build_steps(model, Sampling(temperature=0), card.compile)
+            compile_s, seconds = warm_up(steps, prompts, n), []
+            for _ in range(3):
+                tokens, elapsed = timed(stream(steps, prompts, n))
+                seconds.append(elapsed / len(tokens))
+            n_bytes = bytes_per_step(model, 1, n / 2)
+            predicted = inverse(card.step_seconds(n_bytes, COUNTED_DEMO[mode]))
+            yield Row(f"demo, {mode}", "tokens/s", predicted, inverse(median(seconds)), None, {"compile_s": compile_s})
+            launched = trace_tokens(steps, prompts, 0, card.out / f"demo_{mode}.json.gz")
+            yield Row(f"demo, {mode}: kernels", "a token", COUNTED_DEMO[mode], launched["kernels"])
+            is_right = launched["graphs"] == 1 if launched["kernels"] else None  # None: the profiler saw nothing
+            yield Row(f"demo, {mode}: CUDA graphs launched", "a token", 1, launched["graphs"], is_right)
+            sizes = len({kv_slots(len(prompts[0]) + i, 256) for i in range(1, n)})
+            yield Row(f"demo, {mode}: CUDA graphs recorded", "", sizes, recorded_graphs() - recorded)
+            skips = skipped_graphs() - skipped
+            yield Row(f"demo, {mode}: CUDA graphs skipped", "", 0, skips, skips == 0)
+            greedy = [token for (token,) in stream(steps, prompts, n)]
+            worst = regret(load_model(path, card.device, torch.float32), prompts[0], greedy)
+            yield Row(f"demo, {mode}: worst greedy token, by float32", "sigma", 0.25, worst, worst < 0.25)
+
+
+# ---- Step 4: single products.
+
+
+class Int4Pack(nn.Module):
+    """The product by PyTorch's own int4 operator, whose formula is the same: w = (q - 8) scale + zero."""
+
+    has_kernel, has_collective = False, False
+
+    def __init__(self, linear: Int4Linear):
+        super().__init__()
+        self.in_features, self.out_features, self.groupsize = linear.in_features, linear.out_features, linear.groupsize
+        self.dequantize = linear.dequantize
+        swapped = linear.weight << 4 | linear.weight >> 4  # it takes the even input from the high four bits
+        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(swapped, 8))
+        self.register_buffer("scales", torch.stack((linear.scales, linear.zeros), -1).transpose(0, 1).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.ops.aten._weight_int4pack_mm(x.flatten(0, -2), self.packed, self.groupsize, self.scales)
+        return y.unflatten(0, x.shape[:-1])
+
+
+def plain_copy(linear: nn.Module) -> nn.Module:
+    """The same weights, multiplied by plain PyTorch."""
+    twin = copy.copy(linear)
+    twin.has_kernel = False
+    return twin
+
+
+Call = Callable[[Surrounded, Tensor, Tensor], Tensor]
+
+
+def call(run: Surrounded, x: Tensor, residual: Tensor) -> Tensor:
+    return run(x, residual)
+
+
+def with_tiles(tiles: tuple[int, int]) -> Call:
+    """A call of kernels/gpu.py with these tiles instead of those it would choose."""
+    from kernels import gpu
+
+    def run_with_tiles(run: Surrounded, x: Tensor, residual: Tensor) -> Tensor:
+        chosen, gpu.few_rows_tiles = gpu.few_rows_tiles, lambda *_: tiles
+        try:
+            return run(x, residual)
+        finally:
+            gpu.few_rows_tiles = chosen
+
+    return run_with_tiles
+
+
+def candidates(card: Card, linears: list[nn.Module], others: bool) -> dict[str, tuple[list[nn.Module], Call]]:
+    """Ways to compute a product, by name: what the model takes today, or all `others`."""
+    compiled = torch.compile(call, fullgraph=True, dynamic=False) if card.compile else call
+    if not getattr(linears[0], "has_kernel", False):
+        return {"eager": (linears, call)} if others else {"Inductor": (linears, compiled)}
+    if not others:
+        return {"kernels/gpu.py": (linears, call)}
+    found = {f"kernels/gpu.py, {warps} warps, {n} outputs": (linears, with_tiles((warps, n))) for warps, n in TILES}
+    if isinstance(linears[0], Int4Linear) and card.dtype == torch.bfloat16:
+        found["aten._weight_int4pack_mm"] = ([Int4Pack(linear) for linear in linears], call)
+    return {**found, "Inductor": ([plain_copy(linear) for linear in linears], compiled)}
+
+
+def product_row(card: Card, model: str, name: str, mode: str, rows: int, others: bool) -> Row:
+    """The fastest candidate for one product, with weights that take turns so that no cache holds them."""
+    linear = SHAPES[name](meta_model(MODELS[model], card.dtype, MODES[mode]))
+    rotation = Rotation(linear, card.device, card.dtype, MODES[mode])
+    linears, n_bytes = [one.linear for one in rotation.copies], rotation.nbytes / len(rotation.copies)
+    seconds, errors, failed = {}, {}, {}
+    for label, (modules, run) in candidates(card, linears, others).items():
+        around = [Surrounded(name, module, card.device, card.dtype) for module in modules]
+        x, residual = around[0].inputs(rows, card.device, card.dtype)
+        try:
+            errors[label] = product_error(around[0], x, residual, run(around[0], x, residual))
+            seconds[label] = replay_seconds(lambda: [run(one, x, residual) for one in around]) / len(around)  # noqa: B023
+        except Exception as error:  # one that does not compile here is a finding: the others are timed all the same
+            failed[label] = f"{type(error).__name__}: {error}"
+    torch.compiler.reset()  # lets go of the weights
+    if not seconds:
+        raise RuntimeError(f"{model} {name}, {mode}: nothing multiplies: {failed}")
+    fastest, predicted = min(seconds, key=seconds.get), card.copy and n_bytes / card.copy
+    if predicted and rows == 1 and fastest == "kernels/gpu.py":
+        issued = COUNTED_INSTRUCTIONS[mode.split()[0]][name] * linear.in_features * linear.out_features / 32
+        predicted = max(predicted, issued / issue_rate(card.device))
+    what = f"{model} {name}, {mode}, {rows} row{'s' if rows > 1 else ''}: {fastest}"
+    is_right = None if all(error < 4 for error in errors.values()) and not failed else False
+    more = {"us": {k: s * 1e6 for k, s in seconds.items()}, "errors": errors, "failed": failed, "bytes": n_bytes}
+    return Row(what, "us", predicted and predicted * 1e6, seconds[fastest] * 1e6, is_right, more)
+
+
+def products_step(card: Card) -> Iterator[Row]:
+    """What the model takes today, at one row and at the six of a verify pass; then the fastest of all else there is."""
+    shapes = [(model, name) for model in reversed(MODELS) for name in SHAPES]
+    for rows, others in ((1, False), (6, False), (1, True)):
+        for mode in MODES:
+            for model, name in shapes:
+                yield product_row(card, model, name, mode, rows, others)
+
+
+# ---- Step 5: whole decode steps.
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A decode step of some depth: its seconds, and the bytes it reads."""
+
+    seconds: float
+    n_bytes: float
+    share: float  # of the bandwidth of copies just before and after
+
+
+def time_decode(steps: Steps, yardstick: Yardstick, mode: str, batch: int, context: int) -> Timed:
+    model, point = steps.model, Decode(mode, steps, yardstick, batch, context, NEW_TOKENS)
+    zeros = torch.zeros(batch, 1, dtype=torch.long, device=model.slots.device)
+    for slots in sorted({kv_slots(context + n, model.max_seq_length) for n in range(NEW_TOKENS)}):
+        for _ in range(3):  # compiles, records, replays
+            steps.decode(zeros, zeros, model.slots[:slots])
+    for _ in range(3):
+        point.measure()
+    figures = point.figures()
+    return Timed(batch / figures["tokens_per_s"], figures["bytes"], figures["share"][0])
+
+
+def decode_rows(card: Card, what: str, mode: str, batch: int, deep: Timed, shallow: Timed) -> Iterator[Row]:
+    """What N_LAYERS layers take, and what 32 would; `shallow` has FEWER_LAYERS."""
+    per_layer, around = COUNTED_LAUNCHES[mode, batch]
+    n = N_LAYERS - FEWER_LAYERS
+    seconds, n_bytes = (deep.seconds - shallow.seconds) / n, (deep.n_bytes - shallow.n_bytes) / n  # of a layer
+    predicted = inverse(card.step_seconds(deep.n_bytes, N_LAYERS * per_layer + around), batch)
+    yield Row(f"{what}: {N_LAYERS} layers", "tokens/s", predicted, inverse(deep.seconds, batch))
+    yield Row(f"{what}: share of the copy's bandwidth", "%", None, 100 * deep.share)
+    if card.copy and card.launch:
+        reading = n_bytes / card.copy
+        yield Row(f"{what}: a layer's bytes, at that bandwidth", "us", None, reading * 1e6)
+        yield Row(f"{what}: the rest of a layer", "us", per_layer * card.launch * 1e6, (seconds - reading) * 1e6)
+    more = 32 - N_LAYERS
+    predicted = inverse(card.step_seconds(deep.n_bytes + more * n_bytes, 32 * per_layer + around), batch)
+    whole = inverse(deep.seconds + more * seconds, batch)
+    yield Row(f"{what}: 32 layers, from these", "tokens/s", predicted, whole)
+
+
+def build(card: Card, mode: str, n_layers: int) -> Transformer:
+    shape = dataclasses.replace(MODELS["8B"], n_layers=n_layers)
+    return build_model(shape, card.device, card.dtype, MODES[mode])
+
+
+def decode_step(card: Card) -> Iterator[Row]:
+    """The 8B shape, every mode, batch size and length of context, and a Chrome trace of each."""
+    for mode in WHOLE_MODELS:
+        try:
+            yield from decode_mode(card, mode)
+        except torch.cuda.OutOfMemoryError:
+            yield Row(f"8B, {mode}: {N_LAYERS} layers do not fit this GPU's memory", "", None, None)
+        torch.compiler.reset()  # lets go of the weights
+
+
+def decode_mode(card: Card, mode: str) -> Iterator[Row]:
+    yardstick, room = Yardstick(MODELS["8B"], card.device, card.dtype), max(CONTEXTS) + NEW_TOKENS
+    depths = [with_caches(build(card, mode, n), max(BATCHES), [room])[0] for n in (N_LAYERS, FEWER_LAYERS)]
+    for batch in BATCHES:
+        per_layer, around = COUNTED_LAUNCHES[mode, batch]
+        by_depth = [build_steps(model, Sampling(), card.compile) for model in depths]
+        for context in CONTEXTS:
+            what = f"8B, {mode}, {batch} at {context}"
+            yield from decode_rows(
+                card, what, mode, batch, *(time_decode(steps, yardstick, mode, batch, context) for steps in by_depth)
+            )
+            path = card.out / f"8B_{mode}_{batch}_at_{context}.json.gz"
+            launched = trace_tokens(by_depth[0], [[1]] * batch, context - 1, path)["kernels"]
+            yield Row(f"{what}: kernels", "a token", N_LAYERS * per_layer + around, launched)
+    what = f"8B, {mode}, 1 at {CONTEXTS[0]}"
+    yield Row(f"{what}: {N_LAYERS} layers, graph captured by hand", "tokens/s", None, inverse(by_hand(card, depths[0])))
+
+
+def by_hand(card: Card, model: Transformer) -> float:
+    """Seconds of a decode step whose CUDA graph nothing but its replays surrounds: what remains is the host's part."""
+    step = build_steps(model, Sampling()).decode
+    step = torch.compile(step, fullgraph=True) if card.compile else step
+    tokens, position = torch.zeros(2, 1, 1, dtype=torch.long, device=card.device)
+    return replay_seconds(
+        step, tokens, position + CONTEXTS[0], model.slots[: kv_slots(CONTEXTS[0] + 1, len(model.slots))]
+    )
+
+
+# ---- Step 6: what a user waits for.
+
+
+def verify_rows(card: Card, mode: str) -> Iterator[Row]:
+    """The pass that checks five drafts, beside a decoded token."""
+    model = build(card, mode, N_LAYERS)
+    prompts = [torch.randint(model.args.vocab_size, (128,)).tolist()]
+    model.setup_caches(1, 128 + NEW_TOKENS, spare=SPARE)
+    plain = build_steps(model, Sampling(), card.compile)
+    steps = build_speculative_steps(plain, PromptLookup(model, Sampling(), 5), Sampling(), card.compile)
+    warm_up(plain, prompts, NEW_TOKENS)
+    warm_up_speculation(steps, prompts, NEW_TOKENS)
+    tokens, seconds = timed(stream(plain, prompts, NEW_TOKENS))
+    token_s = seconds / len(tokens)
+    brought, _ = timed(speculate(steps, prompts, NEW_TOKENS))
+    verify_s = median(step.verify_s for step in brought)
+    n_bytes = bytes_per_step(model, 1, 128 + NEW_TOKENS / 2)
+    predicted = card.step_seconds(n_bytes, COUNTED_VERIFY[mode])
+    yield Row(f"8B, {mode}: verifying 6 rows", "ms", predicted and predicted * 1e3, verify_s * 1e3)
+    yield Row(f"8B, {mode}: the same in decoded tokens", "tokens", 1, verify_s / token_s)
+
+
+def first_token_rows(card: Card, model: Transformer) -> Iterator[Row]:
+    """The time to the first token of prompts whose lengths were never seen before, and the same once more."""
+    for compiled in (False, True):
+        name = "compiled" if compiled else "eager"
+        steps = build_steps(model, Sampling(), compile_prefill=compiled and card.compile)
+        next(stream(steps, [[1] * 64], 1))  # compiles
+        for length in PROMPT_LENGTHS:
+            predicted, prompts = None, [torch.randint(model.args.vocab_size, (length,)).tolist()]
+            if card.copy and card.rate:
+                n_operations = operations(model.args, 1, length, length * (length + 1) / 2)
+                predicted = 1e3 * max(bytes_per_step(model, 1, length) / card.copy, n_operations / card.rate)
+            for when in ("first", "again"):
+                start = time.perf_counter()
+                next(stream(steps, prompts, 1))
+                seconds = time.perf_counter() - start
+                yield Row(f"8B, bf16, {name}: first token after {length}, {when}", "ms", predicted, seconds * 1e3)
+
+
+def chat_rows(card: Card, model: Transformer) -> Iterator[Row]:
+    """A turn of 40 tokens behind 300, and its answer, warmed up as `--interactive` is."""
+    steps, blank = build_steps(model, Sampling(), card.compile), [[0] * 64]
+    warm_up(steps, blank, 200)
+    next(stream(steps, blank, 1, cached=128))
+    times = [time.perf_counter()]
+    for _ in stream(steps, [[1] * 40], 200, cached=300):
+        times.append(time.perf_counter())
+    waits = [b - a for a, b in pairwise(times)]
+    yield Row("chat, 8B, bf16: first token of a turn", "ms", None, waits[0] * 1e3)
+    yield Row("chat, 8B, bf16: longest wait within its answer", "ms", median(waits[1:]) * 1e3, max(waits[1:]) * 1e3)
+
+
+def waits_step(card: Card) -> Iterator[Row]:
+    yield from verify_rows(card, "int4")
+    model = build(card, "bf16", N_LAYERS)
+    model.setup_caches(1, 2048)
+    yield from first_token_rows(card, model)
+    yield from chat_rows(card, model)
+    del model
+    yield from verify_rows(card, "bf16")
+
+
+# ---- Step 7: the command line, from its start.
+
+
+def startup_step(card: Card) -> Iterator[Row]:
+    """`generate.py --compile` on the demo with empty compile caches, and with those that this left."""
+    script = DEMO.parent.parent / "generate.py"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        env = {name: f"{folder}/{name}" for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        metrics = Path(folder) / "metrics.json"
+        command = [sys.executable, script, "--device", card.device, "--max_new_tokens", "20", "--metrics_path", metrics]
+        command += ["--compile"] if card.compile else []
+        for caches in ("cold", "warm"):
+            start = time.perf_counter()
+            subprocess.run(command, env={**os.environ, **env}, check=True)
+            seconds, compile_s = time.perf_counter() - start, json.loads(metrics.read_text())["compile_s"]
+            yield Row(f"generate.py, demo, {caches} caches: compiling", "s", None, compile_s)
+            yield Row(f"generate.py, demo, {caches} caches: all of the process", "s", None, seconds)

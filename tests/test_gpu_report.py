@@ -1,0 +1,328 @@
+"""The GPU report without a GPU: its steps on a CPU at tiny sizes, what it calls wrong, and how it takes failing steps.
+
+    python -m pytest tests/test_gpu_report.py
+
+What the GPU's kernels give is checked by the report's own functions in `gpu_checks.py`.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import gpu_card
+import gpu_correctness
+import gpu_report
+import gpu_speed
+import measuring
+import pytest
+import torch
+from gpu_card import COPY, Card, Row
+
+TINY = dataclasses.replace(gpu_correctness.TINY, context_length=2048)
+
+
+@pytest.fixture
+def card(tmp_path, monkeypatch) -> Card:
+    """A CPU with made-up figures, and models that are tiny."""
+    for name in ("7B", "8B"):
+        monkeypatch.setitem(gpu_speed.MODELS, name, TINY)
+    sizes = {"N_LAYERS": 3, "FEWER_LAYERS": 1, "CONTEXTS": (20, 140), "NEW_TOKENS": 12, "PROMPT_LENGTHS": (9, 20)}
+    for name, value in sizes.items():
+        monkeypatch.setattr(gpu_speed, name, value)
+    monkeypatch.setattr(measuring, "past_the_caches", lambda device: 1 << 20)
+    return Card("cpu", torch.bfloat16, tmp_path, compile=False, copy=1e10, rate=1e11, launch=1e-6)
+
+
+def by_name(rows) -> dict[str, Row]:
+    rows = list(rows)
+    found = {row.what: row for row in rows}
+    assert len(found) == len(rows)  # a name twice would hide a row
+    return found
+
+
+# ---- What it calls right and wrong.
+
+
+def test_right_arithmetic_is_right(card):
+    rows = by_name([*gpu_correctness.logits_rows(card), *gpu_correctness.greedy_rows(card)])
+    assert len(rows) == 6
+    assert all(row.is_right for row in rows.values()), rows
+
+
+def test_logits_of_other_weights_are_wrong(card, monkeypatch):
+    def spoilt(model, *args, original=gpu_correctness.cached_logits):
+        model.layers[0].attention_norm.weight.data[:8] *= 1.5
+        return original(model, *args)
+
+    monkeypatch.setattr(gpu_correctness, "cached_logits", spoilt)
+    assert [row.is_right for row in gpu_correctness.logits_rows(card)][0] is False
+
+
+def test_a_draft_that_is_always_believed_is_wrong(card, monkeypatch):
+    def gullible(steps, *args, original=gpu_correctness.speculate):
+        for step in original(steps, *args):
+            step.ids[0] = [token + (i > 0) for i, token in enumerate(step.ids[0])]
+            yield step
+
+    monkeypatch.setattr(gpu_correctness, "speculate", gullible)
+    *_, plain, speculating = gpu_correctness.greedy_rows(card)
+    assert plain.is_right
+    assert not speculating.is_right
+    assert speculating.measured < 100
+
+
+@pytest.mark.parametrize(("errors", "is_right"), [([0.5, 1.9], True), ([2.1, 0.1], False), ([0.1, math.nan], False)])
+def test_the_worst_error_counts(errors, is_right):
+    assert gpu_correctness.error_row("products", errors).is_right == is_right
+
+
+def test_the_demo(card):
+    rows = by_name(gpu_speed.demo_step(card))
+    assert len(rows) == 18
+    for mode in ("bf16", "int8", "int4"):
+        assert rows[f"demo, {mode}: CUDA graphs recorded"].predicted == 2  # of 128 and of 256 slots
+        assert rows[f"demo, {mode}: worst greedy token, by float32"].is_right
+        assert (card.out / f"demo_{mode}.json.gz").stat().st_size > 0
+
+
+def test_a_token_that_is_not_greedy_is_regretted(card):
+    model = gpu_speed.load_model(gpu_speed.DEMO, "cpu", torch.float32)
+    prompt = [5, 6, 7]
+    best = [int(model(torch.tensor([prompt]))[0, -1].argmax())]
+    assert gpu_speed.regret(model, prompt, best) == 0
+    assert gpu_speed.regret(model, prompt, [(best[0] + 1) % 4096]) > 0.25
+
+
+# ---- What it measures.
+
+
+def test_products(card):
+    card = dataclasses.replace(card, dtype=torch.float16)  # for which a CPU has no kernels: as on an old GPU
+    rows = by_name(gpu_speed.products_step(card))
+    assert len(rows) == 2 * 5 * 4 * 3
+    row = rows["8B w13, int8, 6 rows: Inductor"]
+    assert row.predicted == pytest.approx((1024 * 256 + 4 * 1024) / 1e10 * 1e6)
+    assert row.measured == row.more["us"]["Inductor"] > 0
+    assert all(row.is_right is None for row in rows.values())  # no more than 4 roundings off
+
+
+def test_a_product_that_fails_or_errs_is_wrong(card, monkeypatch):
+    card, calls = dataclasses.replace(card, dtype=torch.float16), {"right": gpu_speed.call}
+
+    def failing(run, x, residual):
+        raise RuntimeError("out of resources")
+
+    def candidates(card, linears, others):
+        return {name: (linears, call) for name, call in calls.items()}
+
+    monkeypatch.setattr(gpu_speed, "candidates", candidates)
+    assert gpu_speed.product_row(card, "8B", "wo", "int8", 1, False).is_right is None
+    calls["wrong"] = lambda *args: 1.01 * gpu_speed.call(*args)
+    assert gpu_speed.product_row(card, "8B", "wo", "int8", 1, False).is_right is False
+    calls["wrong"] = failing
+    row = gpu_speed.product_row(card, "8B", "wo", "int8", 1, False)
+    assert (row.is_right, row.more["failed"]) == (False, {"wrong": "RuntimeError: out of resources"})
+    assert row.what == "8B wo, int8, 1 row: right"
+    del calls["right"]
+    with pytest.raises(RuntimeError, match="nothing multiplies"):
+        gpu_speed.product_row(card, "8B", "wo", "int8", 1, False)
+
+
+def test_whole_steps_and_waits(card):
+    rows = by_name([*gpu_speed.decode_step(card), *gpu_speed.waits_step(card)])
+    assert all(math.isfinite(row.measured) for row in rows.values())
+    assert len(rows) == 3 * (4 * 6 + 1) + 4 + 8 + 2
+    assert (card.out / "8B_int4_8_at_140.json.gz").stat().st_size > 0
+
+
+def test_32_layers_follow_from_two_depths(card):
+    deep, shallow = (gpu_speed.Timed(seconds=1e-3 + n * 2e-4, n_bytes=n * 1e6, share=0.5) for n in (3, 1))
+    rows = by_name(gpu_speed.decode_rows(card, "8B", "bf16", 1, deep, shallow))
+    assert rows["8B: 3 layers"].predicted == pytest.approx(1 / (3e6 / 1e10 + (3 * 13 + 12) * 1e-6))
+    assert rows["8B: 32 layers, from these"].measured == pytest.approx(1 / (1e-3 + 32 * 2e-4))
+    assert rows["8B: a layer's bytes, at that bandwidth"].measured == pytest.approx(100)
+    assert rows["8B: the rest of a layer"].measured == pytest.approx(100)
+    assert rows["8B: share of the copy's bandwidth"].measured == 50
+
+
+def test_replays_are_timed_by_events(monkeypatch):
+    """On a made-up GPU whose clock runs only while a graph is replayed, a millisecond each."""
+    clock = {"ms": 0.0, "captured": 0, "calls": 0}
+
+    class Graph:
+        def replay(self):
+            clock["ms"] += 1.0
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.ms = clock["ms"]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.ms - self.ms
+
+    class Capture:
+        def __init__(self, graph):
+            assert isinstance(graph, Graph)
+
+        def __enter__(self):
+            clock["captured"] = -clock["calls"]
+
+        def __exit__(self, *error):
+            clock["captured"] += clock["calls"]
+
+    made_up = {
+        "is_available": lambda: True, "synchronize": lambda: None, "CUDAGraph": Graph, "Event": Event, "graph": Capture,
+    }  # fmt: skip
+    for name, value in made_up.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert measuring.replay_seconds(lambda n: clock.update(calls=clock["calls"] + n), 1) == pytest.approx(1e-3)
+    assert clock["captured"] == 1
+
+
+# ---- Its processes and its table.
+
+
+def rows_of(tmp_path: Path, program: str, seconds: float = 60) -> tuple[list[dict], str]:
+    log = tmp_path / "step.log"
+    return list(gpu_report.rows_of([sys.executable, "-c", program], log, seconds)), log.read_text()
+
+
+def test_a_step_that_fails_leaves_its_rows_and_its_reason(tmp_path):
+    program = "import sys\nprint('{\"what\": 1}', flush=True)\nraise ValueError('too bad\\nfor you')"
+    rows, log = rows_of(tmp_path, program)
+    assert rows == [{"what": 1}, {"what": "step: FAILED", "failed": "ValueError: too bad"}]
+    assert "Traceback" in log
+
+
+def test_a_step_that_hangs_is_stopped_with_its_children(tmp_path):
+    program = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print('{\"what\": 1}', flush=True)\ntime.sleep(60)"
+    )
+    start = time.monotonic()
+    rows, _ = rows_of(tmp_path, program, seconds=2)
+    assert time.monotonic() - start < 30
+    assert rows == [{"what": 1}, {"what": "step: OUT OF TIME", "failed": "stopped after 2 s, the rest is missing"}]
+
+
+@pytest.fixture
+def on_a_made_up_gpu(monkeypatch):
+    """`run(rows by step)`: the exit code of a report whose steps bring these rows."""
+
+    def run(out: Path, steps: dict[str, list[dict]]) -> int:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(gpu_report, "made_with", lambda: {"card": "Card 1", "torch": "2.x"})
+        monkeypatch.setattr(gpu_report, "rows_of", lambda command, log, seconds: iter(steps.get(log.stem, [])))
+        return gpu_report.main(["--out", str(out)])
+
+    return run
+
+
+def row(what: str, predicted: float | None, measured: float, is_right: bool | None = None) -> dict:
+    return dataclasses.asdict(Row(what, "us", predicted, measured, is_right))
+
+
+def test_the_table_and_the_json(on_a_made_up_gpu, tmp_path, capsys):
+    out = tmp_path / "new" / "report"
+    steps = {"card": [row(COPY, 4.0, 3.0)], "demo": [row("graphs", 1, 1, True), row("clock", None, 1234.5678)]}
+    assert on_a_made_up_gpu(out, steps) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Card 1, torch 2.x"
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert len({len(line) for line in lines if line.startswith("|")}) == 1
+    assert table[0] == ["what", "unit", "predicted", "measured", "ratio"]
+    assert table[2:] == [
+        [COPY, "us", "4", "3", "0.75"],
+        ["graphs", "us", "1", "1", "right"],
+        ["clock", "us", "", "1235", ""],
+    ]
+    assert lines[-2].startswith("1 of 1 checks are right; 0 s")
+    report = json.loads((out / "report.json").read_text())
+    assert report["card"] == "Card 1"
+    assert report["rows"][0] == {"step": "card", **steps["card"][0]}
+
+
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [
+        (row("tokens", 100, 7, False), "WRONG"),
+        ({"what": "demo: FAILED", "failed": "ValueError: too bad"}, "demo: FAILED: ValueError: too bad (more: "),
+    ],
+)
+def test_what_is_wrong_or_missing_is_exit_code_1(on_a_made_up_gpu, tmp_path, capsys, last, says):
+    assert on_a_made_up_gpu(tmp_path, {"demo": [row("graphs", 1, 1, True), last]}) == 1
+    out = capsys.readouterr().out
+    assert says in out
+    assert last["what"] in out
+
+
+def test_a_step_writes_its_rows_and_nothing_else(tmp_path, monkeypatch, capfd):
+    """`card`'s figures are what later predictions rest on; what a step prints goes to stderr."""
+
+    def step(card):
+        print("chatter")
+        yield Row("bandwidth", "GB/s", None, card.copy)
+
+    monkeypatch.setitem(gpu_report.STEPS, "demo", (step, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu_report, "set_compile_flags", lambda device: None)
+    monkeypatch.setattr(gpu_report.os, "dup2", lambda a, b: None)  # of this process
+    for name in ("recompile_limit", "automatic_dynamic_shapes"):
+        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
+    (tmp_path / "report.json").write_text(json.dumps({"rows": [{"what": COPY, "measured": 4000.0}, {"what": "x"}]}))
+    assert gpu_report.main(["--step", "demo", "--out", str(tmp_path)]) == 0
+    chatter, line = sorted(capfd.readouterr().out.splitlines())
+    assert chatter == "chatter"
+    assert json.loads(line)["measured"] == 4e12
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert gpu_report.main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: this measures an NVIDIA GPU, and torch ")
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card(card, monkeypatch):
+    """Predictions by the driver's own figures, here an H100's; its clocks by nvidia-smi."""
+    h100 = {"memory_bus_width": 5120, "memory_clock_rate": 2_619_000, "major": 9, "minor": 0}
+    props = SimpleNamespace(**h100, multi_processor_count=132, clock_rate=1_980_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: props)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 22, 1 << 30))
+    monkeypatch.setattr(torch, "randn", lambda *size, **named: torch.empty(*size, **named))
+    monkeypatch.setattr(gpu_card, "replay_seconds", lambda function, *args: 1e-3)
+    monkeypatch.setattr(gpu_card, "nvidia_smi", lambda *names: ["345", "1980", "2619", "2619"])
+    rows = by_name(gpu_card.card_step(card))
+    assert rows[COPY].predicted == pytest.approx(3352.32)
+    assert rows[COPY].measured == pytest.approx(2 * (1 << 20) / 1e-3 / 1e9)
+    assert rows[gpu_card.PRODUCT].predicted == pytest.approx(1070.5, rel=1e-3)
+    assert rows[gpu_card.PRODUCT].measured == pytest.approx(2 * 8192**3 / 1e-3 / 1e12)
+    assert rows[gpu_card.LAUNCH].measured == pytest.approx(1)
+    assert (rows["SM clock, as found"].predicted, rows["SM clock, as found"].measured) == (1980, 345)
+    monkeypatch.setattr(gpu_card, "nvidia_smi", lambda *names: ["[N/A]", "1980", "2619", "2619"])
+    del props.memory_bus_width, props.clock_rate  # what an older torch does not tell
+    rows = by_name(gpu_card.card_step(card))
+    assert [row.predicted for row in rows.values()] == [None] * 3
+
+
+def test_nvidia_smi(monkeypatch):
+    assert gpu_card.nvidia_smi("name") == [] or torch.cuda.is_available()
+    monkeypatch.setattr(gpu_card.shutil, "which", lambda name: name)
+    for stdout, found in (("535.1, 345\n535.1, 1980\n", ["535.1", "345"]), ("failed: no devices\n", []), ("", [])):
+        monkeypatch.setattr(gpu_card.subprocess, "run", lambda *args, out=stdout, **named: SimpleNamespace(stdout=out))
+        assert gpu_card.nvidia_smi("driver_version", "clocks.sm") == found
