@@ -278,10 +278,9 @@ def test_a_step_writes_its_rows_and_nothing_else(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_report, "set_compile_flags", lambda device: None)
     monkeypatch.setattr(gpu_report.os, "dup2", lambda a, b: None)  # of this process
-    for name in ("recompile_limit", "automatic_dynamic_shapes"):
-        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
     (tmp_path / "report.json").write_text(json.dumps({"rows": [{"what": COPY, "measured": 4000.0}, {"what": "x"}]}))
-    assert gpu_report.main(["--step", "demo", "--out", str(tmp_path)]) == 0
+    with torch._dynamo.config.patch(recompile_limit=8, automatic_dynamic_shapes=True):  # and back to these
+        assert gpu_report.main(["--step", "demo", "--out", str(tmp_path)]) == 0
     chatter, line = sorted(capfd.readouterr().out.splitlines())
     assert chatter == "chatter"
     assert json.loads(line)["measured"] == 4e12
