@@ -1,7 +1,7 @@
 """The first step of `gpu_report.py`, what the card itself does; the rows of its table, and what predictions rest on.
 
     card = Card("cuda", torch.bfloat16, out=Path("gpu_report"))
-    for row in card_step(card): print(row.what, row.measured, row.unit)
+    for row in card_rows(card): print(row.what, row.measured, row.unit)
 
 Worth knowing: predictions are made without a GPU. A decode step is expected to take what its bytes take at the
 bandwidth of a copy, and for each kernel launch what a tiny kernel takes inside a CUDA graph.
@@ -11,7 +11,7 @@ import dataclasses
 import math
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ MODES: dict[str, dict[str, Any] | None] = {
     "int4": {"mode": "int4", "groupsize": 32},
     "int4 g128": {"mode": "int4", "groupsize": 128},
 }
-WHOLE_MODELS = ("bf16", "int8", "int4")  # the modes of which whole models are measured
+WHOLE_MODELS = ("int4", "bf16", "int8")  # the modes of which whole models are measured
 MODELS = {"7B": ModelArgs.from_name("llama-2-7b"), "8B": ModelArgs.from_name("llama-3.1-8b")}
 
 COPY, PRODUCT, LAUNCH = (
@@ -65,11 +65,14 @@ class Card:
         return n_bytes / self.copy + n_launches * self.launch if self.copy and self.launch else None
 
 
+Part = Callable[[Card], Iterator[Row]]  # of a step: where it fails the next one goes on
+
+
 def inverse(seconds: float | None, n: float = 1) -> float | None:
     return n / seconds if seconds else None
 
 
-def card_step(card: Card) -> Iterator[Row]:
+def card_rows(card: Card) -> Iterator[Row]:
     """Bandwidth, product rate, launches and clocks; the predictions are what the driver says the chip can do."""
     yield from clocks("as found")
     props = torch.cuda.get_device_properties(card.device)
@@ -81,7 +84,7 @@ def card_step(card: Card) -> Iterator[Row]:
     yield Row(COPY, "GB/s", nominal / 1e9 or None, 2 * source.nbytes / seconds / 1e9)
     a, b = (torch.randn(8192, 8192, device=card.device, dtype=card.dtype) for _ in range(2))
     per_clock = {(8, 0): 2048, (9, 0): 4096}.get((props.major, props.minor), 0)  # operations of an SM's tensor cores
-    peak = per_clock * props.multi_processor_count * getattr(props, "clock_rate", 0) * 1e3
+    peak = per_clock * props.multi_processor_count * clock_rate(props)
     yield Row(PRODUCT, "TFLOP/s", peak / 1e12 or None, 2 * 8192**3 / replay_seconds(torch.mm, a, b) / 1e12)
     yield from clocks("after products")
     x = torch.zeros(4096, device=card.device)
@@ -116,4 +119,9 @@ def issue_rate(device: str) -> float:
     if not device.startswith("cuda"):
         return math.inf
     props = torch.cuda.get_device_properties(device)
-    return 4 * props.multi_processor_count * getattr(props, "clock_rate", math.inf) * 1e3
+    return 4 * props.multi_processor_count * clock_rate(props) or math.inf
+
+
+def clock_rate(props: Any) -> float:
+    """The highest clock of the multiprocessors in Hz, 0 where this torch does not tell."""
+    return getattr(props, "clock_rate", 0) * 1e3

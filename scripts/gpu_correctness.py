@@ -1,6 +1,6 @@
 """The second step of `gpu_report.py`: is what this GPU computes right?
 
-    for row in correctness_step(card): print(row.what, row.is_right)
+    for row in kernel_rows(card): print(row.what, row.is_right)
 
 Worth knowing: what is right follows from float32 arithmetic in plain PyTorch, on the same weights; limits are in units
 of the result's rounding, or of the error that a CPU makes.
@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterable, Iterator
 
 import torch
-from gpu_card import MODELS, MODES, WHOLE_MODELS, Card, Row
+from gpu_card import MODELS, MODES, WHOLE_MODELS, Card, Part, Row
 from measuring import SHAPES, build_model, meta_model
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from generate import DEMO
 from linear import LINEARS, kernels_missing, pack_linears, quantized_linears
 from model import KV_DTYPES, KVCache, Linear, ModelArgs, RMSNorm, Sharding, Transformer, grouped_attention, project
 from sampling import Sampling
-from speculative import SPARE, DraftModel, build_speculative_steps, speculate
+from speculative import SPARE, PromptLookup, build_speculative_steps, speculate
 from tokenizer import load_tokenizer
 
 
@@ -46,25 +46,40 @@ class Surrounded(nn.Module):
 def product_error(run: Surrounded, x: Tensor, residual: Tensor, y: Tensor) -> float:
     """How far `y` is from float32 arithmetic on the same weights, in units of x's rounding."""
     linear, is_quantized = run.linear, hasattr(run.linear, "dequantize")
-    plain = Linear(linear.in_features, linear.out_features, False, Sharding()).to("meta").requires_grad_(False)
+    with torch.device("meta"):
+        plain = Linear(linear.in_features, linear.out_features, False, Sharding())
     weight = linear.dequantize(torch.float32) if is_quantized else linear.weight.float()
     plain.weight = nn.Parameter(weight, requires_grad=False)
-    exact = Surrounded(run.name, plain, str(x.device), torch.float32)(x.float(), residual.float())
-    return float((y.float() - exact).norm() / exact.norm()) / torch.finfo(x.dtype).eps
+    exact = Surrounded(run.name, plain, str(x.device), torch.float32)
+    if run.norm is not None:
+        exact.norm.weight.copy_(run.norm.weight)
+    return vector_error(y, exact(x.float(), residual.float()), x.dtype)
+
+
+def vector_error(y: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+    """How far the worst of the vectors `y [..., D]` is from `exact`, relative to its norm, in units of a rounding."""
+    return float(((y.float() - exact).norm(dim=-1) / exact.norm(dim=-1)).max()) / torch.finfo(dtype).eps
+
+
+def random_product(name: str, mode: str, args: ModelArgs, device: str, dtype: torch.dtype) -> Surrounded:
+    """A quantised product of such a model, of which the norm, the gates and the residual are a large part."""
+    shape, scheme = SHAPES[name](meta_model(args, dtype, None)), MODES[mode]
+    weight = torch.randn(shape.out_features, shape.in_features, device=device) / shape.in_features**0.5
+    run = Surrounded(name, LINEARS[scheme["mode"]].from_float(weight, **scheme), device, dtype)
+    if run.norm is not None:
+        run.norm.weight.uniform_(0.5, 2)
+    return run
 
 
 def product_errors(mode: str, args: ModelArgs, device: str, dtype: torch.dtype, all_rows: Iterable[int]) -> list[float]:
     """The errors of the GPU's kernels for a product with norm and gates and for one with a residual, by rows of x."""
-    errors, model, scheme = [], meta_model(args, dtype, None), MODES[mode]
+    errors = []
     for name in ("w13", "w2"):
-        shape = SHAPES[name](model)
-        weight = torch.randn(shape.out_features, shape.in_features, device=device)
-        linear = LINEARS[scheme["mode"]].from_float(weight, **scheme)
-        linear.has_kernel = True
-        run = Surrounded(name, linear, device, dtype)
+        run = random_product(name, mode, args, device, dtype)
+        run.linear.has_kernel = True
         for rows in all_rows:
             x, residual = run.inputs(rows, device, dtype)
-            errors.append(product_error(run, x, residual, run(x, residual)))
+            errors.append(product_error(run, 3 * x, residual, run(3 * x, residual)))
     return errors
 
 
@@ -82,8 +97,7 @@ def attention_error(
     k, v, *scales = cache.stored(3, n_slots)
     exact = [x.float() * scale[..., None] for x, scale in zip((k, v), scales, strict=True)] if scales else (k, v)
     exact = grouped_attention(q.float(), *(x.float() for x in exact), slots <= positions[:, None, :, None])
-    y = torch.ops.fast_gpu.decode_attention(q, k, v, positions, 0, *scales)
-    return float((y.float() - exact).norm() / exact.norm()) / torch.finfo(dtype).eps
+    return vector_error(torch.ops.fast_gpu.decode_attention(q, k, v, positions, 0, *scales), exact, dtype)
 
 
 def kernel_rows(card: Card) -> Iterator[Row]:
@@ -152,12 +166,11 @@ def logits_rows(card: Card) -> Iterator[Row]:
 def greedy_rows(card: Card) -> Iterator[Row]:
     """The demo's greedy tokens in float32: compiled as eager, speculating as plain."""
     n, greedy, prompts = 100, Sampling(temperature=0), [load_tokenizer(DEMO).encode("The module")]
-    model, draft = (load_model(path, card.device, torch.float32) for path in (DEMO, DEMO.parent / "draft"))
-    for part in (model, draft):
-        part.setup_caches(1, 256, spare=SPARE)
+    model = load_model(DEMO, card.device, torch.float32)
+    model.setup_caches(1, 256, spare=SPARE)
     eager = [token for (token,) in stream(build_steps(model, greedy), prompts, n)]
     plain = build_steps(model, greedy, card.compile)
-    steps = build_speculative_steps(plain, DraftModel(draft, greedy, 5), greedy, card.compile)
+    steps = build_speculative_steps(plain, PromptLookup(model, greedy, 5), greedy, card.compile)
     found = {
         "compiled as eager": [token for (token,) in stream(plain, prompts, n)],
         "speculating as plain": [token for step in speculate(steps, prompts, n) for token in step.ids[0]][:n],
@@ -167,7 +180,4 @@ def greedy_rows(card: Card) -> Iterator[Row]:
         yield Row(f"demo, float32: greedy tokens that agree, {name}", "tokens", n, same, same == n)
 
 
-def correctness_step(card: Card) -> Iterator[Row]:
-    yield from kernel_rows(card)
-    yield from logits_rows(card)
-    yield from greedy_rows(card)
+CORRECTNESS: list[Part] = [kernel_rows, logits_rows, greedy_rows]

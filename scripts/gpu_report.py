@@ -21,35 +21,41 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import _root  # noqa: F401 - finds the modules of the repository's root
 import torch
-from gpu_card import COPY, LAUNCH, PRODUCT, Card, Row, card_step, nvidia_smi
-from gpu_correctness import correctness_step
-from gpu_speed import decode_step, demo_step, products_step, startup_step, waits_step
+from gpu_card import COPY, LAUNCH, PRODUCT, Card, Part, card_rows, nvidia_smi
+from gpu_correctness import CORRECTNESS
+from gpu_speed import DECODES, DEMO_PARTS, PRODUCTS, WAITS, startup_rows
 from tqdm import tqdm
 
 from decoding import set_compile_flags
 from metrics import write_json
 from tp import ALONE
 
-STEPS: dict[str, tuple[Callable[[Card], Iterator[Row]], int]] = {  # and its seconds; what it leaves the next one has
-    "card": (card_step, 20),
-    "correctness": (correctness_step, 80),
-    "demo": (demo_step, 50),
-    "products": (products_step, 100),
-    "decode": (decode_step, 135),
-    "waits": (waits_step, 60),
-    "startup": (startup_step, 30),
+STEPS: dict[str, tuple[list[Part], int]] = {  # the parts of a step, and its seconds; what it leaves the next one has
+    "card": ([card_rows], 20),
+    "correctness": (CORRECTNESS, 90),
+    "demo": (DEMO_PARTS, 55),
+    "products": (PRODUCTS, 85),
+    "decode": (DECODES, 130),
+    "waits": (WAITS, 50),
+    "startup": ([startup_rows], 45),
 }
 
 
 def run_step(name: str, out: Path) -> None:
-    """Do a step, writing each row as a line of JSON to stdout; what else is printed goes to stderr."""
+    """Do a step, writing each row as a line of JSON to stdout; what else is printed goes to stderr.
+
+    A part that fails is a row that says so, and the next part goes on.
+    """
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
     rows = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     found = {row["what"]: row.get("measured") for row in json.loads((out / "report.json").read_text())["rows"]}
@@ -60,10 +66,20 @@ def run_step(name: str, out: Path) -> None:
     set_compile_flags("cuda")
     torch._dynamo.config.recompile_limit = 256  # one function for every mode, size and batch
     torch._dynamo.config.automatic_dynamic_shapes = False  # each batch size as if it were alone
+    os.environ["TRITON_CACHE_DIR"] = triton_cache_dir(0)  # Inductor's from the first kernel on, or some compile twice
     torch.manual_seed(0)
-    with torch.no_grad():
-        for row in STEPS[name][0](card):
-            print(json.dumps(dataclasses.asdict(row)), file=rows, flush=True)
+    for part in STEPS[name][0]:
+        try:
+            with torch.no_grad():
+                for row in part(card):
+                    print(json.dumps(dataclasses.asdict(row)), file=rows, flush=True)
+        except Exception as error:
+            traceback.print_exc()
+            given = ", ".join(map(str, getattr(part, "keywords", {}).values()))
+            what = f"{name} {given}".rstrip() + ": FAILED"
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            print(json.dumps({"what": what, "failed": reason}), file=rows, flush=True)
+        torch.compiler.reset()  # lets go of the weights
 
 
 def rows_of(command: list[str], log: Path, seconds: float) -> Iterator[dict[str, Any]]:
@@ -80,7 +96,8 @@ def rows_of(command: list[str], log: Path, seconds: float) -> Iterator[dict[str,
     timer.start()
     try:
         for line in child.stdout:
-            yield json.loads(line)
+            if line.endswith("}\n"):  # else it is the last of a process that was stopped
+                yield json.loads(line)
         code = child.wait()
     finally:
         timer.cancel()

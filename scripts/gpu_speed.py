@@ -1,11 +1,12 @@
 """Steps 3 to 7 of `gpu_report.py`: the demo, single products, whole decode steps, what a user waits for, start-up.
 
-    for row in decode_step(card): print(row.what, row.predicted, row.measured, row.unit)
+    for row in demo_rows(card, "bf16"): print(row.what, row.predicted, row.measured, row.unit)
 
 Worth knowing: how many launches a step has, and how many instructions a kernel issues for each weight, was counted in
 the generated code, on a machine without a GPU (`COUNTED_...`). Weights are random, but for the demo's.
 """
 
+import contextlib
 import copy
 import dataclasses
 import gzip
@@ -17,13 +18,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import torch
 from benchmark_speculative import timed
-from gpu_card import MODELS, MODES, WHOLE_MODELS, Card, Row, inverse, issue_rate
+from gpu_card import MODELS, MODES, WHOLE_MODELS, Card, Part, Row, inverse, issue_rate
 from gpu_correctness import Surrounded, product_error
 from measuring import (
     SHAPES,
@@ -37,10 +39,11 @@ from measuring import (
     with_caches,
 )
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import quantize
 from checkpoint import load_model
-from decoding import Steps, build_steps, kv_slots, stream, warm_up
+from decoding import Steps, build_steps, compile_step, kv_slots, stream, warm_up
 from generate import DEMO
 from linear import Int4Linear
 from metrics import bytes_per_step
@@ -50,7 +53,7 @@ from speculative import SPARE, PromptLookup, build_speculative_steps, speculate,
 from tokenizer import load_tokenizer
 
 N_LAYERS = 8  # of the 8B shape, so that it fits small GPUs
-FEWER_LAYERS = 4  # what more layers take beside these is what a layer takes; so many still keep the host behind the GPU
+FEWER_LAYERS = 4  # what N_LAYERS take more than these says what a layer takes
 CONTEXTS, BATCHES, NEW_TOKENS = (128, 8192), (1, 8), 32
 PROMPT_LENGTHS = (200, 517, 1111)
 TILES = ((1, 4), (2, 4), (4, 4), (1, 8), (2, 8), (4, 8))  # warps of a program, outputs that it makes
@@ -61,7 +64,7 @@ COUNTED_LAUNCHES = {
     ("bf16", 1): (13, 12), ("int8", 1): (10, 11), ("int4", 1): (10, 11),
     ("bf16", 8): (13, 11), ("int8", 8): (11, 11), ("int4", 8): (11, 11),
 }  # fmt: skip
-COUNTED_VERIFY = {"bf16": 123, "int8": 107, "int4": 107}  # the pass over 6 rows, 8 layers
+COUNTED_VERIFY = {"bf16": 123, "int8": 107, "int4": 107}  # the pass over 6 rows, 8 layers; 10 more with torch 2.11
 COUNTED_DEMO = {"bf16": 73, "int8": 57, "int4": 57}  # a greedy decode step of the demo
 # Instructions for each weight that kernels/gpu.py issues at one row, counted the same day in sm_90 machine code.
 COUNTED_INSTRUCTIONS = {
@@ -74,7 +77,7 @@ COUNTED_INSTRUCTIONS = {
 
 
 def trace_tokens(steps: Steps, prompts: list[list[int]], cached: int, path: Path) -> dict[str, float]:
-    """Write a Chrome trace of 5 decoded tokens; the kernels and the CUDA graphs that each of them launched."""
+    """Write a Chrome trace of 5 decoded tokens; the kernels and graphs that each launched, and its kernels' time."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells stderr when it starts and stops
     n, tokens = 5, stream(steps, prompts, 12, cached)
     for _ in range(3):
@@ -87,8 +90,9 @@ def trace_tokens(steps: Steps, prompts: list[list[int]], cached: int, path: Path
         synchronize()
     profile.export_chrome_trace(str(path))
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    kernels = sum(event.get("cat") == "kernel" for event in events)
-    return {"kernels": kernels / n, "graphs": sum(event.get("name") == "cudaGraphLaunch" for event in events) / n}
+    microseconds = [event["dur"] for event in events if event.get("cat") == "kernel"]
+    graphs = sum(event.get("name") == "cudaGraphLaunch" for event in events)
+    return {"kernels": len(microseconds) / n, "busy_us": sum(microseconds) / n, "graphs": graphs / n}
 
 
 def recorded_graphs() -> int:
@@ -110,38 +114,37 @@ def regret(model: Transformer, prompt: list[int], tokens: list[int]) -> float:
     return float(((logits.amax(1) - chosen) / logits.std(1)).max())
 
 
-def demo_step(card: Card) -> Iterator[Row]:
-    """`generate.py --compile` on the demo, at temperature 0, in every mode."""
+def demo_rows(card: Card, mode: str) -> Iterator[Row]:
+    """`generate.py --compile` on the demo, at temperature 0."""
     n, prompts = 200, [load_tokenizer(DEMO).encode("The module")]
     with tempfile.TemporaryDirectory() as folder:
-        for mode in WHOLE_MODELS:
-            path = DEMO
-            if MODES[mode]:
-                path = Path(folder) / f"{mode}.pth"
-                if quantize.main(["--mode", mode, "--output_path", str(path), "--device", card.device]):
-                    raise RuntimeError(f"quantize.py --mode {mode} failed")
-            model = load_model(path, card.device, card.dtype)
-            model.setup_caches(1, 256)
-            recorded, skipped = recorded_graphs(), skipped_graphs()
-            steps = build_steps(model, Sampling(temperature=0), card.compile)
-            compile_s, seconds = warm_up(steps, prompts, n), []
-            for _ in range(3):
-                tokens, elapsed = timed(stream(steps, prompts, n))
-                seconds.append(elapsed / len(tokens))
-            n_bytes = bytes_per_step(model, 1, n / 2)
-            predicted = inverse(card.step_seconds(n_bytes, COUNTED_DEMO[mode]))
-            yield Row(f"demo, {mode}", "tokens/s", predicted, inverse(median(seconds)), None, {"compile_s": compile_s})
-            launched = trace_tokens(steps, prompts, 0, card.out / f"demo_{mode}.json.gz")
-            yield Row(f"demo, {mode}: kernels", "a token", COUNTED_DEMO[mode], launched["kernels"])
-            is_right = launched["graphs"] == 1 if launched["kernels"] else None  # None: the profiler saw nothing
-            yield Row(f"demo, {mode}: CUDA graphs launched", "a token", 1, launched["graphs"], is_right)
-            sizes = len({kv_slots(len(prompts[0]) + i, 256) for i in range(1, n)})
-            yield Row(f"demo, {mode}: CUDA graphs recorded", "", sizes, recorded_graphs() - recorded)
-            skips = skipped_graphs() - skipped
-            yield Row(f"demo, {mode}: CUDA graphs skipped", "", 0, skips, skips == 0)
-            greedy = [token for (token,) in stream(steps, prompts, n)]
-            worst = regret(load_model(path, card.device, torch.float32), prompts[0], greedy)
-            yield Row(f"demo, {mode}: worst greedy token, by float32", "sigma", 0.25, worst, worst < 0.25)
+        path = Path(folder) / "model.pth" if MODES[mode] else DEMO
+        if MODES[mode] and quantize.main(["--mode", mode, "--output_path", str(path), "--device", card.device]):
+            raise RuntimeError(f"quantize.py --mode {mode} failed")
+        model, float32 = (load_model(path, card.device, dtype) for dtype in (card.dtype, torch.float32))
+    model.setup_caches(1, 256)
+    recorded, skipped = recorded_graphs(), skipped_graphs()
+    steps = build_steps(model, Sampling(temperature=0), card.compile)
+    compile_s, seconds = warm_up(steps, prompts, n), []
+    for _ in range(3):
+        tokens, elapsed = timed(stream(steps, prompts, n))
+        seconds.append(elapsed / len(tokens))
+    predicted = inverse(card.step_seconds(bytes_per_step(model, 1, n / 2), COUNTED_DEMO[mode]))
+    yield Row(f"demo, {mode}", "tokens/s", predicted, inverse(median(seconds)), None, {"compile_s": compile_s})
+    launched = trace_tokens(steps, prompts, 0, card.out / f"demo_{mode}.json.gz")
+    yield Row(f"demo, {mode}: kernels", "a token", COUNTED_DEMO[mode], launched["kernels"])
+    yield Row(f"demo, {mode}: GPU busy", "%", None, 100 * launched["busy_us"] / 1e6 / median(seconds))
+    is_right = launched["graphs"] == 1 if launched["kernels"] else None  # None: the profiler saw nothing
+    yield Row(f"demo, {mode}: CUDA graphs launched", "a token", 1, launched["graphs"], is_right)
+    sizes = len({kv_slots(len(prompts[0]) + i, 256) for i in range(1, n)})
+    yield Row(f"demo, {mode}: CUDA graphs recorded", "", sizes, recorded_graphs() - recorded)
+    skips = skipped_graphs() - skipped
+    yield Row(f"demo, {mode}: CUDA graphs skipped", "", 0, skips, skips == 0)
+    worst = regret(float32, prompts[0], [token for (token,) in stream(steps, prompts, n)])
+    yield Row(f"demo, {mode}: worst greedy token, by float32", "sigma", 0.25, worst, worst < 0.25)
+
+
+DEMO_PARTS: list[Part] = [partial(demo_rows, mode=mode) for mode in WHOLE_MODELS]
 
 
 # ---- Step 4: single products.
@@ -193,17 +196,22 @@ def with_tiles(tiles: tuple[int, int]) -> Call:
     return run_with_tiles
 
 
-def candidates(card: Card, linears: list[nn.Module], others: bool) -> dict[str, tuple[list[nn.Module], Call]]:
-    """Ways to compute a product, by name: what the model takes today, or all `others`."""
+def candidates(card: Card, name: str, linears: list[nn.Module], others: bool) -> dict[str, tuple[str, list, Call]]:
+    """Ways to compute the product `name`, by label: what the model takes today, or all `others`.
+
+    Each is the product's name, without one for the bare product, the modules, and how they are called.
+    """
     compiled = torch.compile(call, fullgraph=True, dynamic=False) if card.compile else call
     if not getattr(linears[0], "has_kernel", False):
-        return {"eager": (linears, call)} if others else {"Inductor": (linears, compiled)}
+        return {"F.linear, bare": ("", linears, call)} if others else {"Inductor": (name, linears, compiled)}
     if not others:
-        return {"kernels/gpu.py": (linears, call)}
-    found = {f"kernels/gpu.py, {warps} warps, {n} outputs": (linears, with_tiles((warps, n))) for warps, n in TILES}
+        return {"kernels/gpu.py": (name, linears, call)}
+    found = {}
     if isinstance(linears[0], Int4Linear) and card.dtype == torch.bfloat16:
-        found["aten._weight_int4pack_mm"] = ([Int4Pack(linear) for linear in linears], call)
-    return {**found, "Inductor": ([plain_copy(linear) for linear in linears], compiled)}
+        found["aten._weight_int4pack_mm, bare"] = ("", [Int4Pack(linear) for linear in linears], call)
+    for warps, outputs in TILES:
+        found[f"kernels/gpu.py, {warps} warps, {outputs} outputs"] = (name, linears, with_tiles((warps, outputs)))
+    return {**found, "Inductor": (name, [plain_copy(linear) for linear in linears], compiled)}
 
 
 def product_row(card: Card, model: str, name: str, mode: str, rows: int, others: bool) -> Row:
@@ -212,12 +220,12 @@ def product_row(card: Card, model: str, name: str, mode: str, rows: int, others:
     rotation = Rotation(linear, card.device, card.dtype, MODES[mode])
     linears, n_bytes = [one.linear for one in rotation.copies], rotation.nbytes / len(rotation.copies)
     seconds, errors, failed = {}, {}, {}
-    for label, (modules, run) in candidates(card, linears, others).items():
-        around = [Surrounded(name, module, card.device, card.dtype) for module in modules]
-        x, residual = around[0].inputs(rows, card.device, card.dtype)
+    for label, (around, modules, run) in candidates(card, name, linears, others).items():
+        each = [Surrounded(around, module, card.device, card.dtype) for module in modules]
+        x, residual = each[0].inputs(rows, card.device, card.dtype)
         try:
-            errors[label] = product_error(around[0], x, residual, run(around[0], x, residual))
-            seconds[label] = replay_seconds(lambda: [run(one, x, residual) for one in around]) / len(around)  # noqa: B023
+            errors[label] = product_error(each[0], x, residual, run(each[0], x, residual))
+            seconds[label] = replay_seconds(lambda: [run(one, x, residual) for one in each]) / len(each)  # noqa: B023
         except Exception as error:  # one that does not compile here is a finding: the others are timed all the same
             failed[label] = f"{type(error).__name__}: {error}"
     torch.compiler.reset()  # lets go of the weights
@@ -233,13 +241,35 @@ def product_row(card: Card, model: str, name: str, mode: str, rows: int, others:
     return Row(what, "us", predicted and predicted * 1e6, seconds[fastest] * 1e6, is_right, more)
 
 
-def products_step(card: Card) -> Iterator[Row]:
-    """What the model takes today, at one row and at the six of a verify pass; then the fastest of all else there is."""
-    shapes = [(model, name) for model in reversed(MODELS) for name in SHAPES]
-    for rows, others in ((1, False), (6, False), (1, True)):
-        for mode in MODES:
-            for model, name in shapes:
-                yield product_row(card, model, name, mode, rows, others)
+def product_rows(
+    card: Card,
+    model: str,
+    modes: tuple[str, ...],
+    rows: int,
+    others: bool = False,
+    names: tuple[str, ...] = tuple(SHAPES),
+) -> Iterator[Row]:
+    for mode in modes:
+        for name in names:
+            yield product_row(card, model, name, mode, rows, others)
+
+
+QUANTIZED = ("int4", "int8", "int4 g128")
+# What decides most comes first: kernels must be compiled, and time may run out.
+PRODUCTS: list[Part] = [
+    partial(product_rows, model="8B", modes=QUANTIZED, rows=1),
+    partial(product_rows, model="8B", modes=QUANTIZED, rows=6),
+    partial(product_rows, model="8B", modes=("int4",), rows=1, others=True, names=("w13", "w2")),
+    partial(product_rows, model="8B", modes=("bf16",), rows=1),
+    partial(product_rows, model="8B", modes=("bf16",), rows=1, others=True),
+    partial(product_rows, model="7B", modes=QUANTIZED, rows=1),
+    partial(product_rows, model="7B", modes=("bf16",), rows=1),
+    partial(product_rows, model="8B", modes=("bf16",), rows=6),
+    partial(product_rows, model="7B", modes=("bf16", *QUANTIZED), rows=6),
+    partial(product_rows, model="8B", modes=("int8", "int4 g128"), rows=1, others=True, names=("w13", "w2")),
+    partial(product_rows, model="8B", modes=QUANTIZED, rows=1, others=True, names=("wqkv", "wo", "output")),
+    partial(product_rows, model="7B", modes=("bf16", *QUANTIZED), rows=1, others=True),
+]
 
 
 # ---- Step 5: whole decode steps.
@@ -247,41 +277,50 @@ def products_step(card: Card) -> Iterator[Row]:
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """A decode step of some depth: its seconds, and the bytes it reads."""
+    """A decode step of some depth: its bytes, and its seconds on the GPU as a graph that its replays alone surround."""
 
-    seconds: float
     n_bytes: float
-    share: float  # of the bandwidth of copies just before and after
+    seconds: float
 
 
-def time_decode(steps: Steps, yardstick: Yardstick, mode: str, batch: int, context: int) -> Timed:
+def time_replays(card: Card, model: Transformer, batch: int, context: int) -> Timed:
+    """The step's graph captured by hand: no host in between."""
+    step = build_steps(model, Sampling()).decode
+    step = compile_step(step, dynamic_dims=(None, None, 0)) if card.compile else step
+    tokens, position = torch.zeros(2, batch, 1, dtype=torch.long, device=card.device)
+    slots = model.slots[: kv_slots(context + 1, model.max_seq_length)]
+    return Timed(bytes_per_step(model, batch, context + 1), replay_seconds(step, tokens, position + context, slots))
+
+
+def time_stream(steps: Steps, yardstick: Yardstick, mode: str, batch: int, context: int) -> tuple[float, float]:
+    """Seconds of a step in the loop that generates, and its share of the bandwidth of copies around it."""
     model, point = steps.model, Decode(mode, steps, yardstick, batch, context, NEW_TOKENS)
     zeros = torch.zeros(batch, 1, dtype=torch.long, device=model.slots.device)
     for slots in sorted({kv_slots(context + n, model.max_seq_length) for n in range(NEW_TOKENS)}):
         for _ in range(3):  # compiles, records, replays
             steps.decode(zeros, zeros, model.slots[:slots])
-    for _ in range(3):
+    for _ in range(5):
         point.measure()
     figures = point.figures()
-    return Timed(batch / figures["tokens_per_s"], figures["bytes"], figures["share"][0])
+    return batch / figures["tokens_per_s"], figures["share"][0]
 
 
-def decode_rows(card: Card, what: str, mode: str, batch: int, deep: Timed, shallow: Timed) -> Iterator[Row]:
-    """What N_LAYERS layers take, and what 32 would; `shallow` has FEWER_LAYERS."""
+def layer_rows(
+    card: Card, what: str, mode: str, batch: int, looped: float, deep: Timed, shallow: Timed
+) -> Iterator[Row]:
+    """What a layer takes, by two depths on the GPU alone; what 32 layers would take in the loop."""
     per_layer, around = COUNTED_LAUNCHES[mode, batch]
     n = N_LAYERS - FEWER_LAYERS
     seconds, n_bytes = (deep.seconds - shallow.seconds) / n, (deep.n_bytes - shallow.n_bytes) / n  # of a layer
     predicted = inverse(card.step_seconds(deep.n_bytes, N_LAYERS * per_layer + around), batch)
-    yield Row(f"{what}: {N_LAYERS} layers", "tokens/s", predicted, inverse(deep.seconds, batch))
-    yield Row(f"{what}: share of the copy's bandwidth", "%", None, 100 * deep.share)
+    yield Row(f"{what}: {N_LAYERS} layers, the graph alone", "tokens/s", predicted, inverse(deep.seconds, batch))
     if card.copy and card.launch:
         reading = n_bytes / card.copy
-        yield Row(f"{what}: a layer's bytes, at that bandwidth", "us", None, reading * 1e6)
+        yield Row(f"{what}: a layer's bytes, as a copy moves them", "us", None, reading * 1e6)
         yield Row(f"{what}: the rest of a layer", "us", per_layer * card.launch * 1e6, (seconds - reading) * 1e6)
     more = 32 - N_LAYERS
     predicted = inverse(card.step_seconds(deep.n_bytes + more * n_bytes, 32 * per_layer + around), batch)
-    whole = inverse(deep.seconds + more * seconds, batch)
-    yield Row(f"{what}: 32 layers, from these", "tokens/s", predicted, whole)
+    yield Row(f"{what}: 32 layers, from these", "tokens/s", predicted, inverse(looped + more * seconds, batch))
 
 
 def build(card: Card, mode: str, n_layers: int) -> Transformer:
@@ -289,42 +328,34 @@ def build(card: Card, mode: str, n_layers: int) -> Transformer:
     return build_model(shape, card.device, card.dtype, MODES[mode])
 
 
-def decode_step(card: Card) -> Iterator[Row]:
-    """The 8B shape, every mode, batch size and length of context, and a Chrome trace of each."""
-    for mode in WHOLE_MODELS:
-        try:
-            yield from decode_mode(card, mode)
-        except torch.cuda.OutOfMemoryError:
-            yield Row(f"8B, {mode}: {N_LAYERS} layers do not fit this GPU's memory", "", None, None)
-        torch.compiler.reset()  # lets go of the weights
+def make_headroom(card: Card) -> None:
+    """Without it Inductor, when it tunes a kernel that writes into a cache, saves the cache on the CPU at every try."""
+    if card.device.startswith("cuda"):
+        torch.empty(1 << 30, dtype=torch.uint8, device=card.device)
 
 
-def decode_mode(card: Card, mode: str) -> Iterator[Row]:
+def decode_rows(card: Card, mode: str, batch: int) -> Iterator[Row]:
+    """Decode steps of the 8B shape at every length of context, each with a Chrome trace."""
     yardstick, room = Yardstick(MODELS["8B"], card.device, card.dtype), max(CONTEXTS) + NEW_TOKENS
-    depths = [with_caches(build(card, mode, n), max(BATCHES), [room])[0] for n in (N_LAYERS, FEWER_LAYERS)]
-    for batch in BATCHES:
-        per_layer, around = COUNTED_LAUNCHES[mode, batch]
-        by_depth = [build_steps(model, Sampling(), card.compile) for model in depths]
-        for context in CONTEXTS:
-            what = f"8B, {mode}, {batch} at {context}"
-            yield from decode_rows(
-                card, what, mode, batch, *(time_decode(steps, yardstick, mode, batch, context) for steps in by_depth)
-            )
-            path = card.out / f"8B_{mode}_{batch}_at_{context}.json.gz"
-            launched = trace_tokens(by_depth[0], [[1]] * batch, context - 1, path)["kernels"]
-            yield Row(f"{what}: kernels", "a token", N_LAYERS * per_layer + around, launched)
-    what = f"8B, {mode}, 1 at {CONTEXTS[0]}"
-    yield Row(f"{what}: {N_LAYERS} layers, graph captured by hand", "tokens/s", None, inverse(by_hand(card, depths[0])))
+    deep, shallow = (with_caches(build(card, mode, n), batch, [room])[0] for n in (N_LAYERS, FEWER_LAYERS))
+    make_headroom(card)
+    per_layer, around = COUNTED_LAUNCHES[mode, batch]
+    steps = build_steps(deep, Sampling(), card.compile)
+    for context in CONTEXTS:
+        what = f"8B, {mode}, {batch} at {context}"
+        seconds, share = time_stream(steps, yardstick, mode, batch, context)
+        n_bytes = bytes_per_step(deep, batch, context + NEW_TOKENS / 2)
+        predicted = inverse(card.step_seconds(n_bytes, N_LAYERS * per_layer + around), batch)
+        yield Row(f"{what}: {N_LAYERS} layers", "tokens/s", predicted, inverse(seconds, batch))
+        yield Row(f"{what}: share of the copy's bandwidth", "%", None, 100 * share)
+        path = card.out / f"8B_{mode}_{batch}_at_{context}.json.gz"
+        launched = trace_tokens(steps, [[1]] * batch, context - 1, path)["kernels"]
+        yield Row(f"{what}: kernels", "a token", N_LAYERS * per_layer + around, launched)
+        both = (time_replays(card, model, batch, context) for model in (deep, shallow))
+        yield from layer_rows(card, what, mode, batch, seconds, *both)
 
 
-def by_hand(card: Card, model: Transformer) -> float:
-    """Seconds of a decode step whose CUDA graph nothing but its replays surrounds: what remains is the host's part."""
-    step = build_steps(model, Sampling()).decode
-    step = torch.compile(step, fullgraph=True) if card.compile else step
-    tokens, position = torch.zeros(2, 1, 1, dtype=torch.long, device=card.device)
-    return replay_seconds(
-        step, tokens, position + CONTEXTS[0], model.slots[: kv_slots(CONTEXTS[0] + 1, len(model.slots))]
-    )
+DECODES: list[Part] = [partial(decode_rows, mode=mode, batch=batch) for batch in BATCHES for mode in WHOLE_MODELS]
 
 
 # ---- Step 6: what a user waits for.
@@ -335,6 +366,7 @@ def verify_rows(card: Card, mode: str) -> Iterator[Row]:
     model = build(card, mode, N_LAYERS)
     prompts = [torch.randint(model.args.vocab_size, (128,)).tolist()]
     model.setup_caches(1, 128 + NEW_TOKENS, spare=SPARE)
+    make_headroom(card)
     plain = build_steps(model, Sampling(), card.compile)
     steps = build_speculative_steps(plain, PromptLookup(model, Sampling(), 5), Sampling(), card.compile)
     warm_up(plain, prompts, NEW_TOKENS)
@@ -349,26 +381,35 @@ def verify_rows(card: Card, mode: str) -> Iterator[Row]:
     yield Row(f"8B, {mode}: the same in decoded tokens", "tokens", 1, verify_s / token_s)
 
 
-def first_token_rows(card: Card, model: Transformer) -> Iterator[Row]:
-    """The time to the first token of prompts whose lengths were never seen before, and the same once more."""
-    for compiled in (False, True):
-        name = "compiled" if compiled else "eager"
-        steps = build_steps(model, Sampling(), compile_prefill=compiled and card.compile)
-        next(stream(steps, [[1] * 64], 1))  # compiles
-        for length in PROMPT_LENGTHS:
-            predicted, prompts = None, [torch.randint(model.args.vocab_size, (length,)).tolist()]
-            if card.copy and card.rate:
-                n_operations = operations(model.args, 1, length, length * (length + 1) / 2)
-                predicted = 1e3 * max(bytes_per_step(model, 1, length) / card.copy, n_operations / card.rate)
-            for when in ("first", "again"):
-                start = time.perf_counter()
+def first_token_rows(card: Card, how: str) -> Iterator[Row]:
+    """The time to the first token of prompts whose lengths were never seen before, and the same once more.
+
+    On Hopper SDPA takes cuDNN's attention, which plans anew for each length: hence how it is without.
+    """
+    model, is_compiled = build(card, "bf16", N_LAYERS), how == "compiled"
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    model.setup_caches(1, 2048)
+    make_headroom(card)
+    steps = build_steps(model, Sampling(), compile_prefill=is_compiled and card.compile)
+    next(stream(steps, [[1] * 64], 1))  # compiles
+    for length in PROMPT_LENGTHS:
+        predicted, prompts = None, [torch.randint(model.args.vocab_size, (length,)).tolist()]
+        if card.copy and card.rate:
+            n_operations = operations(model.args, 1, length, length * (length + 1) / 2)
+            predicted = 1e3 * max(bytes_per_step(model, 1, length) / card.copy, n_operations / card.rate)
+        for when in ("first", "again"):
+            start = time.perf_counter()
+            with sdpa_kernel(others) if how == "eager without cuDNN" else contextlib.nullcontext():
                 next(stream(steps, prompts, 1))
-                seconds = time.perf_counter() - start
-                yield Row(f"8B, bf16, {name}: first token after {length}, {when}", "ms", predicted, seconds * 1e3)
+            seconds = time.perf_counter() - start
+            yield Row(f"8B, bf16, {how}: first token after {length}, {when}", "ms", predicted, seconds * 1e3)
 
 
-def chat_rows(card: Card, model: Transformer) -> Iterator[Row]:
+def chat_rows(card: Card) -> Iterator[Row]:
     """A turn of 40 tokens behind 300, and its answer, warmed up as `--interactive` is."""
+    model = build(card, "bf16", N_LAYERS)
+    model.setup_caches(1, 2048)
+    make_headroom(card)
     steps, blank = build_steps(model, Sampling(), card.compile), [[0] * 64]
     warm_up(steps, blank, 200)
     next(stream(steps, blank, 1, cached=128))
@@ -380,20 +421,20 @@ def chat_rows(card: Card, model: Transformer) -> Iterator[Row]:
     yield Row("chat, 8B, bf16: longest wait within its answer", "ms", median(waits[1:]) * 1e3, max(waits[1:]) * 1e3)
 
 
-def waits_step(card: Card) -> Iterator[Row]:
-    yield from verify_rows(card, "int4")
-    model = build(card, "bf16", N_LAYERS)
-    model.setup_caches(1, 2048)
-    yield from first_token_rows(card, model)
-    yield from chat_rows(card, model)
-    del model
-    yield from verify_rows(card, "bf16")
+WAITS: list[Part] = [
+    partial(first_token_rows, how="eager"),
+    partial(first_token_rows, how="eager without cuDNN"),
+    partial(verify_rows, mode="int4"),
+    chat_rows,
+    partial(first_token_rows, how="compiled"),
+    partial(verify_rows, mode="bf16"),
+]
 
 
 # ---- Step 7: the command line, from its start.
 
 
-def startup_step(card: Card) -> Iterator[Row]:
+def startup_rows(card: Card) -> Iterator[Row]:
     """`generate.py --compile` on the demo with empty compile caches, and with those that this left."""
     script = DEMO.parent.parent / "generate.py"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

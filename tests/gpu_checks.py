@@ -157,13 +157,12 @@ def test_the_report_times_every_tile(monkeypatch):
     linear = Int4Linear.from_float(normal(16, 64), groupsize=32)
     linear.has_kernel = True
     card = gpu_speed.Card(DEVICE, torch.float16, None, compile=False)
-    run = gpu_correctness.Surrounded("w13", linear, DEVICE, torch.float16)
-    x, residual = run.inputs(1, DEVICE, torch.float16)
     monkeypatch.setattr(gpu, "_multiply_few", Launch())
     chosen = gpu.few_rows_tiles
-    found = gpu_speed.candidates(card, [linear], others=True)
-    for label, (modules, call) in found.items():
-        run.linear = modules[0]
+    found = gpu_speed.candidates(card, "w13", [linear], others=True)
+    for label, (name, modules, call) in found.items():
+        run = gpu_correctness.Surrounded(name, modules[0], DEVICE, torch.float16)
+        x, residual = run.inputs(1, DEVICE, torch.float16)
         assert gpu_correctness.product_error(run, x, residual, call(run, x, residual)) < 2, label
     assert launched == [outputs for _, outputs in gpu_speed.TILES]
     assert list(found)[-1] == "Inductor"  # which took plain PyTorch
@@ -226,6 +225,17 @@ def test_attention_over_a_cache(monkeypatch, loops, heads, kv_heads, S, D, windo
 def test_the_reports_attention(loops, kv_dtype):
     errors = [gpu_correctness.attention_error(kv_dtype, n, 150, REPORTED, DEVICE, torch.float16) for n in (1, 6)]
     assert 0 < max(errors) < 2
+
+
+def test_the_report_misses_no_block_of_a_cache(loops, monkeypatch):
+    """Attention that forgets one of the longest row's slots is wrong, though it is right for the other rows."""
+    attend = torch.ops.fast_gpu.decode_attention
+
+    def forgetful(q, k, v, positions, *rest):
+        return attend(q, k, v, positions - torch.tensor([[0], [0], [1]], device=DEVICE), *rest)
+
+    monkeypatch.setattr(torch.ops.fast_gpu, "decode_attention", forgetful)
+    assert gpu_correctness.attention_error(torch.float16, 1, 150, REPORTED, DEVICE, torch.float16) > 10
 
 
 def test_attention_keeps_pytorchs_rules(loops):

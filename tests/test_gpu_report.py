@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,8 @@ import gpu_speed
 import measuring
 import pytest
 import torch
-from gpu_card import COPY, Card, Row
+import torch.nn.functional as F
+from gpu_card import COPY, Card, Part, Row
 
 TINY = dataclasses.replace(gpu_correctness.TINY, context_length=2048)
 
@@ -28,7 +30,7 @@ TINY = dataclasses.replace(gpu_correctness.TINY, context_length=2048)
 @pytest.fixture
 def card(tmp_path, monkeypatch) -> Card:
     """A CPU with made-up figures, and models that are tiny."""
-    for name in ("7B", "8B"):
+    for name in gpu_speed.MODELS:
         monkeypatch.setitem(gpu_speed.MODELS, name, TINY)
     sizes = {"N_LAYERS": 3, "FEWER_LAYERS": 1, "CONTEXTS": (20, 140), "NEW_TOKENS": 12, "PROMPT_LENGTHS": (9, 20)}
     for name, value in sizes.items():
@@ -37,8 +39,9 @@ def card(tmp_path, monkeypatch) -> Card:
     return Card("cpu", torch.bfloat16, tmp_path, compile=False, copy=1e10, rate=1e11, launch=1e-6)
 
 
-def by_name(rows) -> dict[str, Row]:
-    rows = list(rows)
+def by_name(card: Card, *parts: Part) -> dict[str, Row]:
+    """The rows of these parts of steps, by name."""
+    rows = [row for part in parts for row in part(card)]
     found = {row.what: row for row in rows}
     assert len(found) == len(rows)  # a name twice would hide a row
     return found
@@ -48,7 +51,7 @@ def by_name(rows) -> dict[str, Row]:
 
 
 def test_right_arithmetic_is_right(card):
-    rows = by_name([*gpu_correctness.logits_rows(card), *gpu_correctness.greedy_rows(card)])
+    rows = by_name(card, *gpu_correctness.CORRECTNESS[1:])
     assert len(rows) == 6
     assert all(row.is_right for row in rows.values()), rows
 
@@ -75,14 +78,32 @@ def test_a_draft_that_is_always_believed_is_wrong(card, monkeypatch):
     assert speculating.measured < 100
 
 
+@pytest.mark.parametrize("name", ["w13", "w2"])
+def test_a_product_without_what_surrounds_it_is_wrong(monkeypatch, name):
+    """Norm, gates and residual are so large a part that none can be left out."""
+    run = gpu_correctness.random_product(name, "int8", TINY, "cpu", torch.float16)
+    x, residual = run.inputs(2, "cpu", torch.float16)
+    assert gpu_correctness.product_error(run, 3 * x, residual, run(3 * x, residual)) < 2
+    wrong = {"no residual": run(3 * x, 0 * residual)} if name == "w2" else {}
+    if name == "w13":
+        monkeypatch.setattr(F, "silu", F.relu)
+        wrong["relu"] = run(3 * x, residual)
+        monkeypatch.undo()
+        norm, run.norm = run.norm, None
+        wrong["no norm"] = run(3 * x, residual)
+        run.norm = norm
+    for what, y in wrong.items():
+        assert gpu_correctness.product_error(run, 3 * x, residual, y) > 10, what
+
+
 @pytest.mark.parametrize(("errors", "is_right"), [([0.5, 1.9], True), ([2.1, 0.1], False), ([0.1, math.nan], False)])
 def test_the_worst_error_counts(errors, is_right):
     assert gpu_correctness.error_row("products", errors).is_right == is_right
 
 
 def test_the_demo(card):
-    rows = by_name(gpu_speed.demo_step(card))
-    assert len(rows) == 18
+    rows = by_name(card, *gpu_speed.DEMO_PARTS)
+    assert len(rows) == 3 * 7
     for mode in ("bf16", "int8", "int4"):
         assert rows[f"demo, {mode}: CUDA graphs recorded"].predicted == 2  # of 128 and of 256 slots
         assert rows[f"demo, {mode}: worst greedy token, by float32"].is_right
@@ -102,8 +123,8 @@ def test_a_token_that_is_not_greedy_is_regretted(card):
 
 def test_products(card):
     card = dataclasses.replace(card, dtype=torch.float16)  # for which a CPU has no kernels: as on an old GPU
-    rows = by_name(gpu_speed.products_step(card))
-    assert len(rows) == 2 * 5 * 4 * 3
+    rows = by_name(card, *gpu_speed.PRODUCTS)
+    assert len(rows) == 2 * 5 * 4 * 3  # models, products, modes; today's at one row and at six, all else at one
     row = rows["8B w13, int8, 6 rows: Inductor"]
     assert row.predicted == pytest.approx((1024 * 256 + 4 * 1024) / 1e10 * 1e6)
     assert row.measured == row.more["us"]["Inductor"] > 0
@@ -116,8 +137,8 @@ def test_a_product_that_fails_or_errs_is_wrong(card, monkeypatch):
     def failing(run, x, residual):
         raise RuntimeError("out of resources")
 
-    def candidates(card, linears, others):
-        return {name: (linears, call) for name, call in calls.items()}
+    def candidates(card, name, linears, others):
+        return {label: (name, linears, call) for label, call in calls.items()}
 
     monkeypatch.setattr(gpu_speed, "candidates", candidates)
     assert gpu_speed.product_row(card, "8B", "wo", "int8", 1, False).is_right is None
@@ -133,20 +154,22 @@ def test_a_product_that_fails_or_errs_is_wrong(card, monkeypatch):
 
 
 def test_whole_steps_and_waits(card):
-    rows = by_name([*gpu_speed.decode_step(card), *gpu_speed.waits_step(card)])
+    rows = by_name(card, *gpu_speed.DECODES, *gpu_speed.WAITS)
     assert all(math.isfinite(row.measured) for row in rows.values())
-    assert len(rows) == 3 * (4 * 6 + 1) + 4 + 8 + 2
+    assert len(rows) == 3 * 2 * 2 * 7 + 3 * 2 * 2 + 2 * 2 + 2
     assert (card.out / "8B_int4_8_at_140.json.gz").stat().st_size > 0
 
 
 def test_32_layers_follow_from_two_depths(card):
-    deep, shallow = (gpu_speed.Timed(seconds=1e-3 + n * 2e-4, n_bytes=n * 1e6, share=0.5) for n in (3, 1))
-    rows = by_name(gpu_speed.decode_rows(card, "8B", "bf16", 1, deep, shallow))
-    assert rows["8B: 3 layers"].predicted == pytest.approx(1 / (3e6 / 1e10 + (3 * 13 + 12) * 1e-6))
-    assert rows["8B: 32 layers, from these"].measured == pytest.approx(1 / (1e-3 + 32 * 2e-4))
-    assert rows["8B: a layer's bytes, at that bandwidth"].measured == pytest.approx(100)
+    """3 layers take 1.6 ms on the GPU and 2 ms in the loop, a layer 0.2 ms, of which its bytes 0.1 ms."""
+    deep, shallow = (gpu_speed.Timed(n_bytes=n * 1e6, seconds=1e-3 + n * 2e-4) for n in (3, 1))
+    rows = by_name(card, lambda card: gpu_speed.layer_rows(card, "8B", "bf16", 1, 2e-3, deep, shallow))
+    assert rows["8B: 3 layers, the graph alone"].predicted == pytest.approx(1 / (3e6 / 1e10 + (3 * 13 + 12) * 1e-6))
+    assert rows["8B: 3 layers, the graph alone"].measured == pytest.approx(1 / 1.6e-3)
+    assert rows["8B: a layer's bytes, as a copy moves them"].measured == pytest.approx(100)
     assert rows["8B: the rest of a layer"].measured == pytest.approx(100)
-    assert rows["8B: share of the copy's bandwidth"].measured == 50
+    assert rows["8B: the rest of a layer"].predicted == pytest.approx(13)
+    assert rows["8B: 32 layers, from these"].measured == pytest.approx(1 / (2e-3 + 29 * 2e-4))
 
 
 def test_replays_are_timed_by_events(monkeypatch):
@@ -268,22 +291,34 @@ def test_what_is_wrong_or_missing_is_exit_code_1(on_a_made_up_gpu, tmp_path, cap
 
 
 def test_a_step_writes_its_rows_and_nothing_else(tmp_path, monkeypatch, capfd):
-    """`card`'s figures are what later predictions rest on; what a step prints goes to stderr."""
+    """A part that fails is a row, and the next goes on; what they print goes to stderr. The first step's figures are
+    what later predictions rest on.
+    """
 
-    def step(card):
+    def failing(card, mode):
+        yield Row("before", "", None, 1.0)
+        raise ValueError("too bad\nfor you")
+
+    def working(card):
         print("chatter")
         yield Row("bandwidth", "GB/s", None, card.copy)
 
-    monkeypatch.setitem(gpu_report.STEPS, "demo", (step, 1))
+    monkeypatch.setitem(gpu_report.STEPS, "demo", ([partial(failing, mode="int4"), working], 1))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_report, "set_compile_flags", lambda device: None)
     monkeypatch.setattr(gpu_report.os, "dup2", lambda a, b: None)  # of this process
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     (tmp_path / "report.json").write_text(json.dumps({"rows": [{"what": COPY, "measured": 4000.0}, {"what": "x"}]}))
     with torch._dynamo.config.patch(recompile_limit=8, automatic_dynamic_shapes=True):  # and back to these
         assert gpu_report.main(["--step", "demo", "--out", str(tmp_path)]) == 0
-    chatter, line = sorted(capfd.readouterr().out.splitlines())
-    assert chatter == "chatter"
-    assert json.loads(line)["measured"] == 4e12
+    out, err = capfd.readouterr()
+    lines = out.splitlines()
+    assert "chatter" in lines
+    before, failed, after = (json.loads(line) for line in lines if line != "chatter")
+    assert before["what"] == "before"
+    assert failed == {"what": "demo int4: FAILED", "failed": "ValueError: too bad"}
+    assert after["measured"] == 4e12
+    assert "Traceback" in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -306,7 +341,7 @@ def test_the_card(card, monkeypatch):
     monkeypatch.setattr(torch, "randn", lambda *size, **named: torch.empty(*size, **named))
     monkeypatch.setattr(gpu_card, "replay_seconds", lambda function, *args: 1e-3)
     monkeypatch.setattr(gpu_card, "nvidia_smi", lambda *names: ["345", "1980", "2619", "2619"])
-    rows = by_name(gpu_card.card_step(card))
+    rows = by_name(card, gpu_card.card_rows)
     assert rows[COPY].predicted == pytest.approx(3352.32)
     assert rows[COPY].measured == pytest.approx(2 * (1 << 20) / 1e-3 / 1e9)
     assert rows[gpu_card.PRODUCT].predicted == pytest.approx(1070.5, rel=1e-3)
@@ -315,7 +350,7 @@ def test_the_card(card, monkeypatch):
     assert (rows["SM clock, as found"].predicted, rows["SM clock, as found"].measured) == (1980, 345)
     monkeypatch.setattr(gpu_card, "nvidia_smi", lambda *names: ["[N/A]", "1980", "2619", "2619"])
     del props.memory_bus_width, props.clock_rate  # what an older torch does not tell
-    rows = by_name(gpu_card.card_step(card))
+    rows = by_name(card, gpu_card.card_rows)
     assert [row.predicted for row in rows.values()] == [None] * 3
 
 
