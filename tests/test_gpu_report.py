@@ -172,6 +172,15 @@ def test_32_layers_follow_from_two_depths(card):
     assert rows["8B: 32 layers, from these"].measured == pytest.approx(1 / (2e-3 + 29 * 2e-4))
 
 
+def test_startup_runs_the_command_line_twice(card):
+    """With compile caches of its own, empty at first; here nothing is compiled."""
+    rows = by_name(card, gpu_speed.startup_rows)
+    assert len(rows) == 4
+    for caches in ("cold", "warm"):
+        assert rows[f"generate.py, demo, {caches} caches: compiling"].measured == 0
+        assert rows[f"generate.py, demo, {caches} caches: all of the process"].measured > 0.1
+
+
 def test_replays_are_timed_by_events(monkeypatch):
     """On a made-up GPU whose clock runs only while a graph is replayed, a millisecond each."""
     clock = {"ms": 0.0, "captured": 0, "calls": 0}
