@@ -48,6 +48,11 @@ class Row:
     more: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the JSON alone
 
 
+def within(what: str, unit: str, limit: float, measured: float, **more: Any) -> Row:
+    """A row that is right below the limit, and wrong where it is not a number."""
+    return Row(what, unit, limit, measured, measured < limit, more)
+
+
 @dataclasses.dataclass(frozen=True)
 class Card:
     """The device, and what the first step found of it: bytes and operations per second, seconds of a launch."""
@@ -80,12 +85,12 @@ def card_rows(card: Card) -> Iterator[Row]:
     nominal = 2 * memory_clock * 1e3 * width / 8  # bytes per second: bits on both edges of the clock
     n_bytes = min(1 << 30, torch.cuda.mem_get_info(card.device)[0] // 4)
     source = torch.ones(n_bytes // 4, device=card.device)
-    seconds = replay_seconds(torch.empty_like(source).copy_, source)
+    seconds = replay_seconds(card.device, torch.empty_like(source).copy_, source)
     yield Row(COPY, "GB/s", nominal / 1e9 or None, 2 * source.nbytes / seconds / 1e9)
     a, b = (torch.randn(8192, 8192, device=card.device, dtype=card.dtype) for _ in range(2))
     per_clock = {(8, 0): 2048, (9, 0): 4096}.get((props.major, props.minor), 0)  # operations of an SM's tensor cores
     peak = per_clock * props.multi_processor_count * clock_rate(props)
-    yield Row(PRODUCT, "TFLOP/s", peak / 1e12 or None, 2 * 8192**3 / replay_seconds(torch.mm, a, b) / 1e12)
+    yield Row(PRODUCT, "TFLOP/s", peak / 1e12 or None, 2 * 8192**3 / replay_seconds(card.device, torch.mm, a, b) / 1e12)
     yield from clocks("after products")
     x = torch.zeros(4096, device=card.device)
 
@@ -93,7 +98,7 @@ def card_rows(card: Card) -> Iterator[Row]:
         for _ in range(1000):
             x.add_(1)
 
-    yield Row(LAUNCH, "us", None, replay_seconds(many) / 1000 * 1e6)
+    yield Row(LAUNCH, "us", None, replay_seconds(card.device, many) / 1000 * 1e6)
 
 
 def clocks(when: str) -> Iterator[Row]:

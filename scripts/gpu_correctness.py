@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterable, Iterator
 
 import torch
-from gpu_card import MODELS, MODES, WHOLE_MODELS, Card, Part, Row
+from gpu_card import MODELS, MODES, WHOLE_MODELS, Card, Part, Row, within
 from measuring import SHAPES, build_model, meta_model
 from torch import Tensor, nn
 
@@ -118,7 +118,7 @@ def kernel_rows(card: Card) -> Iterator[Row]:
 
 def error_row(what: str, errors: list[float]) -> Row:
     worst = float(torch.tensor(errors).max())  # NaN if one is
-    return Row(f"{what}: worst error", "eps", 2.0, worst, worst < 2, {"errors": errors})
+    return within(f"{what}: worst error", "eps", 2.0, worst, errors=errors)
 
 
 TINY = ModelArgs(
@@ -146,7 +146,7 @@ def logits_rows(card: Card) -> Iterator[Row]:
 
     exact = float32(idx)
     found = error(copy.deepcopy(float32).to(card.device), exact)
-    yield Row("tiny model, float32: logits beside the CPU's", "relative", 1e-4, found, found < 1e-4)
+    yield within("tiny model, float32: logits beside the CPU's", "relative", 1e-4, found)
     limit = 3 * error(copy.deepcopy(float32).to(card.dtype), exact)  # of a CPU's own rounding
     for mode in WHOLE_MODELS:
         model = copy.deepcopy(float32)
@@ -159,8 +159,7 @@ def logits_rows(card: Card) -> Iterator[Row]:
             parameter.data = parameter.data.to(card.dtype)
         model = model.to(card.device)
         pack_linears(model, card.dtype)
-        found = error(model, exact)
-        yield Row(f"tiny model, {mode}: logits beside the CPU's float32", "relative", limit, found, found < limit)
+        yield within(f"tiny model, {mode}: logits beside the CPU's float32", "relative", limit, error(model, exact))
 
 
 def greedy_rows(card: Card) -> Iterator[Row]:

@@ -103,14 +103,14 @@ def with_caches(
     return twins
 
 
-def replay_seconds(function: Callable[..., Any], *args: Any) -> float:
-    """Seconds that the kernels of a call take on the GPU, by events around replays of its CUDA graph.
+def replay_seconds(device: str, function: Callable[..., Any], *args: Any) -> float:
+    """Seconds that the kernels of a call take on a GPU, by events around replays of its CUDA graph.
 
     The median of 5 stretches of at least 5 ms. On a CPU a call's own time, the median of 5.
     """
     for _ in range(3):  # compiles, and takes the memory that it needs
         function(*args)
-    if not torch.cuda.is_available():
+    if not device.startswith("cuda"):
         return median(_elapsed(function, *args) for _ in range(5))
     torch.cuda.synchronize()
     graph, start, end = torch.cuda.CUDAGraph(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))

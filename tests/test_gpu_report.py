@@ -213,11 +213,12 @@ def test_replays_are_timed_by_events(monkeypatch):
             clock["captured"] += clock["calls"]
 
     made_up = {
-        "is_available": lambda: True, "synchronize": lambda: None, "CUDAGraph": Graph, "Event": Event, "graph": Capture,
+        "synchronize": lambda: None, "CUDAGraph": Graph, "Event": Event, "graph": Capture,
     }  # fmt: skip
     for name, value in made_up.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    assert measuring.replay_seconds(lambda n: clock.update(calls=clock["calls"] + n), 1) == pytest.approx(1e-3)
+    seconds = measuring.replay_seconds("cuda", lambda n: clock.update(calls=clock["calls"] + n), 1)
+    assert seconds == pytest.approx(1e-3)
     assert clock["captured"] == 1
 
 
@@ -348,7 +349,7 @@ def test_the_card(card, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: props)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 22, 1 << 30))
     monkeypatch.setattr(torch, "randn", lambda *size, **named: torch.empty(*size, **named))
-    monkeypatch.setattr(gpu_card, "replay_seconds", lambda function, *args: 1e-3)
+    monkeypatch.setattr(gpu_card, "replay_seconds", lambda device, function, *args: 1e-3)
     monkeypatch.setattr(gpu_card, "nvidia_smi", lambda *names: ["345", "1980", "2619", "2619"])
     rows = by_name(card, gpu_card.card_rows)
     assert rows[COPY].predicted == pytest.approx(3352.32)
