@@ -15,9 +15,10 @@ from torch import Tensor
 TIES = 64  # of the k-th likeliest token that compete beside it
 
 
-def top_k(logits: Tensor, k: int) -> Tensor:
-    """Rule out all but the `k` likeliest tokens (Fan et al. 2018)."""
-    kth = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+def top_k(logits: Tensor, k: int, descending: bool = False) -> Tensor:
+    """Rule out all but the `k` likeliest tokens (Fan et al. 2018); `descending` logits need not be sorted for it."""
+    k = min(k, logits.shape[-1])
+    kth = (logits if descending else logits.topk(k).values)[..., k - 1, None]
     return logits.masked_fill(logits < kth, -torch.inf)
 
 
@@ -59,10 +60,12 @@ class Sampling:
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name} {value} must be above 0 and at most 1")
 
-    def probs(self, logits: Tensor) -> Tensor:
+    def probs(self, logits: Tensor, descending: bool = False) -> Tensor:
         """The float32 distribution `[..., vocab]` that `__call__` samples from; needs a temperature above 0."""
         logits = logits.float() / self.temperature
-        for apply, value in ((top_k, self.top_k), (top_p, self.top_p), (min_p, self.min_p)):
+        if self.top_k is not None:
+            logits = top_k(logits, self.top_k, descending)
+        for apply, value in ((top_p, self.top_p), (min_p, self.min_p)):
             if value is not None:
                 logits = apply(logits, value)
         return logits.softmax(dim=-1)
@@ -75,4 +78,4 @@ class Sampling:
             return draw(self.probs(logits))
         # A draw takes noise for each of a vocabulary's ids, and nearly all of them are ruled out.
         likeliest, ids = logits.topk(min(self.top_k + TIES, logits.shape[-1]))
-        return ids.gather(-1, draw(self.probs(likeliest))[..., None])[..., 0]
+        return ids.gather(-1, draw(self.probs(likeliest, descending=True))[..., None])[..., 0]

@@ -30,7 +30,10 @@ def warped(logits, *warpers):
 
 @pytest.mark.parametrize("k", [1, 2, 7, VOCAB - 1, VOCAB, VOCAB + 1, 10**6])
 def test_top_k_equals_transformers(logits, k):
-    assert torch.equal(top_k(logits, k), warped(logits, TopKLogitsWarper(k)))
+    expected = warped(logits, TopKLogitsWarper(k))
+    assert torch.equal(top_k(logits, k), expected)
+    descending, order = logits.sort(descending=True)
+    assert torch.equal(top_k(descending, k, descending=True), expected.gather(1, order))
 
 
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.999, 1.0])
