@@ -283,7 +283,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     print(f"{args.checkpoint_path}: {count_parameters(model.args) / 1e6:.1f} M parameters, {kind}, {device}")
     if draft is not None:
         print(f"{args.draft_checkpoint_path}: {count_parameters(draft.args) / 1e6:.1f} M parameters to draft")
-    if model.quantization and (reason := kernels_missing(device, dtype)):
+    if (model.quantization or device != "cpu") and (reason := kernels_missing(device, dtype)):
         print(reason, file=sys.stderr)
     torch.manual_seed(args.seed)
     context = min(part.args.context_length for part in (model, draft) if part is not None)

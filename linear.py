@@ -206,12 +206,12 @@ def _gpu_attention(device: torch.device) -> dict[torch.dtype, Callable[..., Tens
 
 
 def kernels_missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Why quantised Linears multiply by plain PyTorch here, in one line; None where they have a kernel."""
+    """Why plain PyTorch multiplies, and on a GPU attends, in one line; None where there are kernels."""
     if torch.device(device).type == "cuda":
         try:
             from kernels import gpu
         except ModuleNotFoundError as error:
-            return f"the kernels for quantised weights need the package {error.name}: pip install {error.name}"
+            return f"a GPU's kernels need the package {error.name}: pip install {error.name}"
         return gpu.missing(device, dtype)
     if torch.device(device).type != "cpu":
         return f"there is no kernel for quantised weights on {device}"

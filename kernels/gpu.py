@@ -287,16 +287,22 @@ def _dequantize(
 
 @functools.cache
 def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Why there are no kernels for activations in `dtype` on this GPU, in one line, or None."""
+    """Why there are no kernels for activations in `dtype` on this GPU, in one line, or None: the smallest has run."""
     if dtype not in (torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
-        return f"a GPU's kernels for quantised weights take bfloat16 and float16, not {name}"
+        return f"a GPU's kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"the kernels for quantised weights need a GPU of compute capability 8.0, {device} has less"
+        return f"a GPU's kernels need compute capability 8.0, {device} has less"
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["clang", "gcc"]  # Triton's choice, for its launchers
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not any(map(shutil.which, compilers)) or not headers.exists():
-        return f"the kernels for quantised weights need a C compiler ({' or '.join(compilers)}) and Python's headers"
+        return f"a GPU's kernels need a C compiler ({' or '.join(compilers)}) and Python's headers"
+    try:
+        x, weight = (torch.zeros(1, 64, device=device, dtype=kind) for kind in (dtype, torch.int8))
+        int8_linear(x, weight, torch.zeros(1, device=device))
+        torch.cuda.synchronize(device)
+    except Exception as error:  # of any kind: what Triton, the driver or the chip does not take
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"a GPU's kernels fail on {torch.cuda.get_device_name(device)}: {reason}"
     return None
 
 

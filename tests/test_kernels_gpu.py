@@ -38,6 +38,16 @@ def test_on_a_gpu():
     run_checks()
 
 
+def test_kernels_that_do_not_run_are_a_reason(monkeypatch):
+    """Here the tensors are on a CPU, from which no launch succeeds."""
+    from kernels import gpu
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    reason = gpu.missing.__wrapped__("cpu", torch.bfloat16)
+    assert re.fullmatch(r"a GPU's kernels fail on NVIDIA H100: \w+Error: .+", reason)
+
+
 @pytest.fixture
 def compiled(tmp_path, monkeypatch):
     """`compiled(kernel, capability, warps, types, **constants)`: its PTX; more than two spilled registers are an error.
