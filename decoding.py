@@ -94,6 +94,8 @@ def set_compile_flags(device: str) -> None:
             torch._inductor.config.cpp_cache_precompile_headers = False
     else:
         torch._inductor.config.coordinate_descent_tuning = True  # also what lowers a one-row product to a GEMV
+        torch._inductor.config.shape_padding = False  # or it times products with padded operands while it compiles
+        torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None  # `kv_slots` has few sizes
 
 
 def precompile_header() -> None:
@@ -130,7 +132,8 @@ def missing_compiler() -> str | None:
 def kv_slots(n: int, capacity: int) -> int:
     """The number of cache slots to attend when `n` are valid: `n` rounded up to a quarter of its octave, at least 128.
 
-    A CUDA graph is recorded per size, so sizes must be few; rounding up reads at most a quarter more than is valid.
+    Rounding up reads at most a quarter more than is valid. Sizes are few because a CUDA graph is recorded for each,
+    unless a kernel of ours attends: that takes the whole cache and finds out on the device how many are valid.
     """
     step = max(128, 1 << max(0, (n - 1).bit_length() - 3))
     return min(-(-n // step) * step, capacity)
@@ -211,7 +214,7 @@ def wait(host: Tensor, event: torch.cuda.Event | None) -> Tensor:
 
 
 def warm_up(steps: Steps, prompts: list[list[int]], max_new_tokens: int) -> float:
-    """Compile, and on a GPU record a graph for every cache size these prompts will reach; the seconds it took."""
+    """Compile, and on a GPU record the graph for every cache size these prompts will reach; the seconds it took."""
     start = time.perf_counter()
     model, longest = steps.model, max(map(len, prompts))
     if not steps.prefill_is_compiled and not model.slots.is_cuda:

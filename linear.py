@@ -16,7 +16,7 @@ to bfloat16 costs nothing; and a weight is rounded with the scale and zero as st
 `pack` brings them into the layout of a CPU's kernel, which never reaches a file; a GPU's kernels take them as stored.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -178,9 +178,14 @@ def swap_linears(model: nn.Module, scheme: dict[str, Any]) -> None:
 
 def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
     """Give every Linear the kernel there is for it on its device and for activations in `dtype`, and its weight the
-    layout which that asks for; attention over the cache gets the CPU's, where the processor runs it fast.
+    layout which that asks for; attention over the cache gets a GPU's, or the CPU's where the processor runs it fast.
+
+    On a GPU this turns cuDNN's attention off for the process: on Hopper SDPA prefers it, and it plans anew for each
+    length of a prompt, which takes longer than the attention.
     """
     device = next(iter(model.state_dict().values())).device
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     has_kernels = kernels_missing(device, dtype) is None
     on_cpu = has_kernels and device.type == "cpu"
     for module in model.modules():
@@ -190,19 +195,35 @@ def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
             module.register_buffer("packed", cpu.pack_bf16(module.weight))
             module.weight, module.kernel = None, torch.ops.fast.bf16_linear
         elif hasattr(module, "kv_cache") and on_cpu and cpu.is_fast() and module.head_dim % 32 == 0:
-            module.kernels = dict.fromkeys((torch.bfloat16, torch.int8), torch.ops.fast.decode_attention)
-        elif hasattr(module, "kv_cache") and has_kernels and device.type == "cuda":
-            module.kernels = _gpu_attention(device)
+            module.kernels = dict.fromkeys((torch.bfloat16, torch.int8), attend_on_cpu)
+        elif hasattr(module, "kv_cache") and has_kernels and device.type == "cuda" and module.head_dim <= 128:
+            from kernels import gpu_attention  # noqa: F401 - registers the operator
+
+            has_fp8 = torch.cuda.get_device_capability(device) >= (8, 9)
+            module.kernels = dict.fromkeys((dtype, torch.int8, *[torch.float8_e4m3fn] * has_fp8), attend_on_gpu)
 
 
-def _gpu_attention(device: torch.device) -> dict[torch.dtype, Callable[..., Tensor]]:
-    """The GPU's attention, for the quantised caches that it can read."""
-    from kernels import gpu_attention  # noqa: F401 - registers it
+def attend_on_cpu(
+    attention: nn.Module, qkv: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, n_slots: int
+) -> Tensor:
+    """`model.Attention.attend` with the CPU's kernel."""
+    q, k, v = attention.heads(qkv, cos, sin)
+    attention.kv_cache.write(input_pos, k, v)
+    k, v, *scales = attention.kv_cache.stored(len(q), n_slots)
+    y = torch.ops.fast.decode_attention(q, k, v, input_pos, attention.window, *scales)
+    return y.transpose(1, 2).flatten(2)
 
-    kernels = {torch.int8: torch.ops.fast_gpu.decode_attention}
-    if torch.cuda.get_device_capability(device) >= (8, 9):
-        kernels[torch.float8_e4m3fn] = torch.ops.fast_gpu.decode_attention
-    return kernels
+
+def attend_on_gpu(
+    attention: nn.Module, qkv: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, n_slots: int
+) -> Tensor:
+    """`model.Attention.attend` with the GPU's kernels, which find out themselves how many slots are valid."""
+    norms = (None, None, 0.0)
+    if attention.q_norm is not None:
+        norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps
+    return torch.ops.fast_gpu.decode_attention(
+        qkv, cos, sin, input_pos, attention.window, *norms, *attention.kv_cache.buffers()
+    )
 
 
 def kernels_missing(device: torch.device | str, dtype: torch.dtype) -> str | None:

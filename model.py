@@ -413,8 +413,8 @@ class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) over the fresh keys, or over the valid part of the cache.
 
     A quantised cache is read even where the fresh keys are at hand: so a text gives the same, computed at once or token
-    by token. Up to 16 positions over the cache take the kernel that whoever loads the model has put into `kernels`,
-    `kernel(q, k, v, positions [B, S], sliding window or 0, k_scales, v_scales)`, by the type of what is cached.
+    by token. For up to 16 positions over the cache whoever loads the model may have put something faster in the place
+    of `attend`, with the same arguments but the mask, into `kernels`, by the type of what is cached.
     """
 
     kernels: dict[torch.dtype, Callable[..., Tensor]] = {}
@@ -442,31 +442,38 @@ class Attention(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """`x [B, S, dim]` plus what attention over `norm(x)` adds to it."""
-        B, S, _ = x.shape
-        q, k, v = project(self.wqkv, x, norm).split(self.qkv_sizes, dim=-1)
-        q = q.view(B, S, self.n_heads, self.head_dim)
-        k = k.view(B, S, self.n_kv_heads, self.head_dim)
-        v = v.view(B, S, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, KV, S, D]
+        qkv = project(self.wqkv, x, norm)
+        is_cached = input_pos is not None and mask is not None
+        if self.kernel is not None and is_cached and x.shape[1] <= 16:  # last: a compiler guards what is asked
+            y = self.kernel(self, qkv, cos, sin, input_pos, n_slots)
+        else:
+            y = self.attend(qkv, cos, sin, input_pos, n_slots, mask)
+        return project(self.wo, y, residual=x)
+
+    def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, `[B, heads, S, D]`, of `qkv [B, S, ...]`; RoPE turns the first two."""
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split(self.qkv_sizes, dim=-1))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2)
-        kernel, scales = None, []
+        return apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+
+    def attend(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, n_slots: int, mask: Tensor | None
+    ) -> Tensor:
+        """Each query's weighted mean of the values, `[B, S, heads * D]`; keys and values go to their slots."""
+        q, k, v = self.heads(qkv, cos, sin)
+        scales = []
         if input_pos is not None:
             self.kv_cache.write(input_pos, k, v)
             if mask is not None or self.kv_cache.is_quantized:
-                k, v, *scales = self.kv_cache.stored(B, n_slots)
-                if self.kernel is not None and mask is not None and S <= 16:  # S last: a compiler guards what is asked
-                    kernel = self.kernel
-        if kernel is not None:
-            y = kernel(q, k, v, input_pos, self.window, *scales)
+                k, v, *scales = self.kv_cache.stored(len(q), n_slots)
+        if scales:
+            k, v = ((x.float() * scale[..., None]).to(q.dtype) for x, scale in zip((k, v), scales, strict=True))
+        if mask is None:  # the queries are the whole text so far: what is cached is what is at hand
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            if scales:
-                k, v = ((x.float() * scale[..., None]).to(q.dtype) for x, scale in zip((k, v), scales, strict=True))
-            if mask is None:  # the queries are the whole text so far: what is cached is what is at hand
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            else:
-                y = grouped_attention(q, k, v, mask)
-        return project(self.wo, y.transpose(1, 2).reshape(B, S, -1), residual=x)
+            y = grouped_attention(q, k, v, mask)
+        return y.transpose(1, 2).flatten(2)
 
 
 def attention_mask(args: ModelArgs, positions: Tensor, kv_pos: Tensor) -> Tensor | None:

@@ -1,14 +1,16 @@
-"""A GPU's attention over the KV cache for a few positions, in Triton: the valid slots are divided among programs.
+"""A GPU's attention for a few new positions, in Triton: RoPE, the KV cache's new entries, the softmax over its slots.
 
-    y = torch.ops.fast_gpu.decode_attention(q, k, v, positions, window, k_scales, v_scales)
+    y = torch.ops.fast_gpu.decode_attention(qkv, cos, sin, positions, 0, None, None, 0.0, *cache.buffers())
 
 One query has a key head for each of 8 to 32 programs at most, too few for a GPU: so many programs share a head's slots,
-and a second kernel joins what they found (Flash-Decoding, Dao et al. 2023). How many slots are valid is read on the
-device: one recording in a CUDA graph serves every length and reads no more than is valid.
+and a second kernel joins what they found (Flash-Decoding, Dao et al. 2023). Each turns the queries for itself, a few
+kilobytes; the last of them turns the new keys, stores them and the new values, and attends to them without reading them
+back. How many slots are valid is read on the device: one recording in a CUDA graph serves every length and reads no
+more than is valid.
 
-Worth knowing: unmeasured on a GPU and proven in Triton's interpreter. Hence the model uses it for an int8 or fp8 cache
-alone: without it PyTorch would write that out in the queries' type and read it again, at three times the bytes or more,
-while for a float cache there is SDPA, which others have measured.
+Worth knowing: unmeasured on a GPU and proven in Triton's interpreter. In its place PyTorch takes 7 to 9 launches a
+layer for a float cache instead of 2. An int8 or fp8 one it would write out in the queries' type and read again, three
+times the bytes or more.
 """
 
 import torch
@@ -18,87 +20,168 @@ from torch import Tensor
 
 from kernels import gpu
 
-BLOCK = 64  # slots at a time
+BLOCK = 64  # slots at a time: with 128 elements a head they fit the shared memory of a consumer's GPU
+
+
+@triton.jit
+def _turned(qkv_ptr, at, row_ok, norm_ptr, eps, cos_ptr, sin_ptr, turn, D: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """The halves `[R, D / 2]` of the heads that begin at `at [R]`: normed if there is a norm, then turned by RoPE."""
+    HALF: tl.constexpr = D // 2
+    d = tl.arange(0, BLOCK_HALF)
+    d_ok = d < HALF
+    ok = row_ok[:, None] & d_ok[None, :]
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    left = tl.load(qkv_ptr + at[:, None] + d[None, :], mask=ok, other=0.0).to(tl.float32)
+    right = tl.load(qkv_ptr + at[:, None] + HALF + d[None, :], mask=ok, other=0.0).to(tl.float32)
+    if norm_ptr is not None:
+        factor = tl.rsqrt(tl.sum(left * left + right * right, 1) / D + eps)[:, None]
+        left *= factor * tl.load(norm_ptr + d, mask=d_ok, other=0.0).to(tl.float32)[None, :]
+        right *= factor * tl.load(norm_ptr + HALF + d, mask=d_ok, other=0.0).to(tl.float32)[None, :]
+        left, right = left.to(dtype).to(tl.float32), right.to(dtype).to(tl.float32)
+    cos = tl.load(cos_ptr + turn[:, None] * HALF + d[None, :], mask=ok, other=0.0)
+    sin = tl.load(sin_ptr + turn[:, None] * HALF + d[None, :], mask=ok, other=0.0)
+    return (left * cos - right * sin).to(dtype), (right * cos + left * sin).to(dtype)
+
+
+@triton.jit
+def _scales(peaks, KIND: tl.constexpr):
+    """As `model.quantize_kv`: what takes vectors with these greatest elements to the limit of int8 or fp8."""
+    LIMIT: tl.constexpr = 127.0 if KIND == tl.int8 else 448.0
+    return tl.div_rn(tl.maximum(peaks, 1e-30), tl.full(peaks.shape, LIMIT, tl.float32))
+
+
+@triton.jit
+def _quantized(x, scales, KIND: tl.constexpr):
+    q = tl.div_rn(x.to(tl.float32), tl.broadcast_to(scales[:, None], x.shape))
+    if KIND == tl.int8:
+        q = (q + 12582912.0) - 12582912.0  # 1.5 * 2^23: what has no room for a fraction rounds half to even
+    return q.to(KIND)
+
+
+@triton.jit
+def _attend(q_left, q_right, k_left, k_right, v, k_scales, v_scales, seen, peak, total, sums, scale):
+    """A softmax so far, its peak and total `[R]` and sums `[R, D]`, with L slots more, of which `seen [R, L]` count.
+
+    Of a quantised cache come the stored bytes: keys are exact in q's type, their scales multiply the scores; values
+    are multiplied by theirs before they are rounded to it, for a weight times a scale may be too small for float16.
+    """
+    dtype = q_left.dtype
+    scores = tl.dot(q_left, tl.trans(k_left.to(dtype)))
+    scores = tl.dot(q_right, tl.trans(k_right.to(dtype)), scores) * scale
+    if k_scales is not None:
+        scores *= k_scales[None, :]
+        v = v.to(tl.float32) * v_scales[:, None]
+    scores = tl.where(seen, scores, -1e30)
+    higher = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.where(seen, tl.exp(scores - higher[:, None]), 0.0)
+    kept = tl.exp(peak - higher)
+    total = total * kept + tl.sum(weights, 1)
+    return higher, total, tl.dot(weights.to(dtype), v.to(dtype), sums * kept[:, None])
 
 
 @triton.jit
 def _attend_share(
-    q_ptr,  # [B, H, S, D]
-    k_ptr,  # [B, KV, L, D]
-    v_ptr,
-    k_scales_ptr,  # [B, KV, L], or None where k and v are of q's type
-    v_scales_ptr,
+    qkv_ptr,  # [B, S, (H + 2 KV) * D]
+    cos_ptr,  # [B, S, D / 2]
+    sin_ptr,
     positions_ptr,  # [B, S]
+    q_norm_ptr,  # [D] or None
+    k_norm_ptr,
+    k_ptr,  # [B or more, KV, L, D]
+    v_ptr,
+    k_scales_ptr,  # [B or more, KV, L], or None where k and v are of qkv's type
+    v_scales_ptr,
     sums_ptr,  # [B, KV, SPLITS, H / KV * S, D], the share's weighted sum of values
     peaks_ptr,  # [B, KV, SPLITS, H / KV * S], its highest score
     totals_ptr,  # its sum of weights
     scale,
-    q_batch,  # strides, here and below
-    q_head,
-    q_row,
-    cache_batch,
-    cache_head,
-    cache_slot,
-    scales_batch,
-    scales_head,
+    eps,
+    n_slots,  # L
     KV: tl.constexpr,
     HEADS: tl.constexpr,  # query heads of a key head
     S: tl.constexpr,
     D: tl.constexpr,
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
+    NEW: tl.constexpr,  # S, rounded up to what a matrix product takes
     BLOCK_D: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """The softmax, over a share of the valid slots, of all queries that look at one key head: HEADS times S rows.
-
-    Of a quantised cache the stored bytes are read: keys are exact in q's type, their scales multiply the scores; values
-    are multiplied by theirs before they are rounded to it, for a weight times a scale may be too small for float16.
-    """
-    batch, head = tl.program_id(0) // KV, tl.program_id(0) % KV
-    row = tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
-    row_ok, d_ok = row < HEADS * S, d < D
-    position = tl.load(positions_ptr + batch * S + row % S).to(tl.int32)
-    first, end = 0, tl.max(position, 0) + 1
+    """The softmax, over a share of the valid slots, of all queries that look at one key head: HEADS times S rows."""
+    HALF: tl.constexpr = D // 2
+    WIDTH: tl.constexpr = (HEADS + 2) * KV * D
+    KIND: tl.constexpr = k_ptr.dtype.element_ty
+    batch, head, split = tl.program_id(0) // KV, tl.program_id(0) % KV, tl.program_id(1)
+    n_cached = tl.load(positions_ptr + batch * S).to(tl.int32)
+    row, d, half = tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_HALF)
+    row_ok, d_ok, half_ok = row < HEADS * S, d < D, half < HALF
+    position, token = n_cached + row % S, batch * S + row % S
+    q_at = token * WIDTH + (head * HEADS + row // S) * D
+    q_left, q_right = _turned(qkv_ptr, q_at, row_ok, q_norm_ptr, eps, cos_ptr, sin_ptr, token, D, BLOCK_HALF)
+    first = 0
     if WINDOW > 0:
-        first = tl.maximum(tl.min(position, 0) - WINDOW + 1, 0)
-    share = tl.cdiv(end - first, SPLITS * BLOCK) * BLOCK
-    first += tl.program_id(1) * share
-    end = tl.minimum(first + share, end)
-    q_at = batch * q_batch + (head * HEADS + row // S) * q_head + row % S * q_row
-    q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=row_ok[:, None] & d_ok[None, :], other=0.0)
-    cache_at = batch.to(tl.int64) * cache_batch + head * cache_head
-    scales_at = batch.to(tl.int64) * scales_batch + head * scales_head
+        first = tl.maximum(n_cached - WINDOW + 1, 0)
+    share = tl.cdiv(n_cached - first, SPLITS * BLOCK) * BLOCK
+    first += split * share
+    end = tl.minimum(first + share, n_cached)
+    slot_0 = tl.program_id(0).to(tl.int64) * n_slots
     peak = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for start in range(first, end, BLOCK):
         slot = start + tl.arange(0, BLOCK)
-        at = cache_at + slot[:, None] * cache_slot + d[None, :]
-        ok = (slot < end)[:, None] & d_ok[None, :]
-        k = tl.load(k_ptr + at, mask=ok, other=0.0)
-        v = tl.load(v_ptr + at, mask=ok, other=0.0)
-        seen = (slot < end)[None, :] & (slot[None, :] <= position[:, None])
+        slot_ok = slot < end
+        at = (slot_0 + slot)[:, None] * D
+        k_left = tl.load(k_ptr + at + half[None, :], mask=slot_ok[:, None] & half_ok[None, :], other=0.0)
+        k_right = tl.load(k_ptr + at + HALF + half[None, :], mask=slot_ok[:, None] & half_ok[None, :], other=0.0)
+        v = tl.load(v_ptr + at + d[None, :], mask=slot_ok[:, None] & d_ok[None, :], other=0.0)
+        k_scales = None
+        v_scales = None
+        if k_scales_ptr is not None:
+            k_scales = tl.load(k_scales_ptr + slot_0 + slot, mask=slot_ok, other=0.0)
+            v_scales = tl.load(v_scales_ptr + slot_0 + slot, mask=slot_ok, other=0.0)
+        seen = slot_ok[None, :] & row_ok[:, None]
         if WINDOW > 0:
             seen = seen & (slot[None, :] > position[:, None] - WINDOW)
-        scores = tl.dot(q, tl.trans(k.to(q.dtype))) * scale
+        peak, total, sums = _attend(
+            q_left, q_right, k_left, k_right, v, k_scales, v_scales, seen, peak, total, sums, scale
+        )
+    if split == SPLITS - 1:
+        new = tl.arange(0, NEW)
+        new_ok, new_token = new < S, batch * S + new
+        new_at = new_token * WIDTH + (KV * HEADS + head) * D
+        new_left, new_right = _turned(
+            qkv_ptr, new_at, new_ok, k_norm_ptr, eps, cos_ptr, sin_ptr, new_token, D, BLOCK_HALF
+        )
+        new_v = tl.load(
+            qkv_ptr + new_at[:, None] + KV * D + d[None, :], mask=new_ok[:, None] & d_ok[None, :], other=0.0
+        )
+        new_k_scales = None
+        new_v_scales = None
+        to = slot_0 + n_cached + new
         if k_scales_ptr is not None:
-            scores *= tl.load(k_scales_ptr + scales_at + slot, mask=slot < end, other=0.0)[None, :]
-            v = v.to(tl.float32) * tl.load(v_scales_ptr + scales_at + slot, mask=slot < end, other=0.0)[:, None]
-        v = v.to(q.dtype)
-        scores = tl.where(seen, scores, -1e30)
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.where(seen, tl.exp(scores - higher[:, None]), 0.0)
-        kept = tl.exp(peak - higher)
-        total = total * kept + tl.sum(weights, 1)
-        sums = tl.dot(weights.to(v.dtype), v, sums * kept[:, None])
-        peak = higher
-    at = (tl.program_id(0) * SPLITS + tl.program_id(1)) * (HEADS * S) + row
-    tl.store(peaks_ptr + at, peak, mask=row_ok)
-    tl.store(totals_ptr + at, total, mask=row_ok)
-    tl.store(sums_ptr + at[:, None] * D + d[None, :], sums, mask=row_ok[:, None] & d_ok[None, :])
+            left, right = tl.abs(new_left.to(tl.float32)), tl.abs(new_right.to(tl.float32))
+            new_k_scales = _scales(tl.maximum(tl.max(left, 1), tl.max(right, 1)), KIND)
+            new_v_scales = _scales(tl.max(tl.abs(new_v.to(tl.float32)), 1), KIND)
+            new_left, new_right = _quantized(new_left, new_k_scales, KIND), _quantized(new_right, new_k_scales, KIND)
+            new_v = _quantized(new_v, new_v_scales, KIND)
+            tl.store(k_scales_ptr + to, new_k_scales, mask=new_ok)
+            tl.store(v_scales_ptr + to, new_v_scales, mask=new_ok)
+        tl.store(k_ptr + to[:, None] * D + half[None, :], new_left, mask=new_ok[:, None] & half_ok[None, :])
+        tl.store(k_ptr + to[:, None] * D + HALF + half[None, :], new_right, mask=new_ok[:, None] & half_ok[None, :])
+        tl.store(v_ptr + to[:, None] * D + d[None, :], new_v, mask=new_ok[:, None] & d_ok[None, :])
+        new_seen = row_ok[:, None] & (new[None, :] <= row[:, None] % S)
+        if WINDOW > 0:
+            new_seen = new_seen & (new[None, :] > row[:, None] % S - WINDOW)
+        peak, total, sums = _attend(
+            q_left, q_right, new_left, new_right, new_v, new_k_scales, new_v_scales, new_seen, peak, total, sums, scale
+        )
+    found = (tl.program_id(0) * SPLITS + split) * (HEADS * S) + row
+    tl.store(peaks_ptr + found, peak, mask=row_ok)
+    tl.store(totals_ptr + found, total, mask=row_ok)
+    tl.store(sums_ptr + found[:, None] * D + d[None, :], sums, mask=row_ok[:, None] & d_ok[None, :])
 
 
 @triton.jit
@@ -127,51 +210,55 @@ def _join_shares(
     tl.store(y_ptr + y_row * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
 
-@torch.library.custom_op("fast_gpu::decode_attention", mutates_args=())
+# Before 2.14 a region that is compiled once cannot hold an operator that says what it writes to. There it goes unsaid:
+# nothing else in a step touches the caches, and each call waits for what the one before it has stored.
+STORED = ("k", "v", "k_scales", "v_scales") if torch.__version__ >= (2, 14) else ()
+
+
+@torch.library.custom_op("fast_gpu::decode_attention", mutates_args=STORED)
 def decode_attention(
-    q: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    window: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
-    window: int = 0,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> Tensor:
-    """Attention of `q [B, H, S, D]` at `positions [B, S]` over the cache `k`, `v` `[B, KV, L, D]`, of S <= 16.
+    """Attention, `[B, S, H * D]`, of `qkv [B, S, (H + 2 KV) * D]`: every head's query, then the keys, then the values.
 
-    The cache is of q's type, or of int8 or fp8 with float32 scales `[B, KV, L]`. A query sees the slots up to its
-    position, with a `window` only so many of them. Positions are below L. The result `[B, H, S, D]` lies in memory as
-    `[B, S, H, D]`, for the output projection.
+    They are of S <= 16 `positions [B, S]`, consecutive along S, and RoPE turns them by `cos` and `sin`, float32
+    `[B, S, D / 2]`; with `q_norm` and `k_norm` `[D]` the heads are normed before. Keys and values are stored at their
+    positions in the whole cache, `k`, `v` `[B or more, KV, L, D]` of qkv's type, or of int8 or fp8 with float32 scales
+    `[B or more, KV, L]`. A query sees the slots up to its position, with a `window` only so many of them.
     """
-    (B, H, S, D), KV = q.shape, k.shape[1]
+    (B, S, width), (_, KV, L, D) = qkv.shape, k.shape
     assert S <= 16
-    assert q.stride(3) == k.stride(3) == 1
-    assert k.stride() == v.stride()
-    scale_strides = (0, 0)
-    if k_scales is not None:
-        assert k_scales.stride() == v_scales.stride()
-        assert k_scales.stride(2) == 1
-        scale_strides = k_scales.stride()[:2]
-    rows = H // KV * S
-    splits = splits_of(B * KV, gpu.multiprocessors(q.device))
-    found = q.new_empty(B * KV * splits * rows, D + 2, dtype=torch.float32)
+    assert all(x.is_contiguous() for x in (qkv, cos, sin, k, v))
+    H = width // D - 2 * KV
+    rows, splits = H // KV * S, splits_of(B * KV, gpu.multiprocessors(qkv.device))
+    found = qkv.new_empty(B * KV * splits * rows, D + 2, dtype=torch.float32)
     peaks, totals, sums = found.view(-1).split((found.shape[0], found.shape[0], found.shape[0] * D))
-    y = _fake(q)
+    y = qkv.new_empty(B, S, H * D)
     shape = {"KV": KV, "HEADS": H // KV, "S": S, "D": D, "BLOCK_D": triton.next_power_of_2(D), "SPLITS": splits}
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(qkv):
         _attend_share[B * KV, splits](
-            q, k, v, k_scales, v_scales, positions.contiguous(), sums, peaks, totals, D**-0.5, *q.stride()[:3],
-            *k.stride()[:3], *scale_strides, **shape, WINDOW=window, ROWS=max(16, triton.next_power_of_2(rows)),
-            BLOCK=BLOCK, num_warps=4 if rows <= 32 else 8,
+            qkv, cos, sin, positions.contiguous(), q_norm, k_norm, k, v, k_scales, v_scales, sums, peaks, totals,
+            D**-0.5, eps, L, **shape, WINDOW=window, ROWS=max(16, triton.next_power_of_2(rows)), NEW=16,
+            BLOCK_HALF=max(16, triton.next_power_of_2(D // 2)), BLOCK=BLOCK, num_warps=4 if rows <= 32 else 8,
         )  # fmt: skip
-        _join_shares[B * KV, rows](sums, peaks, totals, y.transpose(1, 2), **shape)
+        _join_shares[B * KV, rows](sums, peaks, totals, y, **shape)
     return y
 
 
 @decode_attention.register_fake
-def _fake(q: Tensor, *others: Tensor | int | None) -> Tensor:
-    B, H, S, D = q.shape
-    return q.new_empty(B, S, H, D).transpose(1, 2)
+def _fake(qkv, cos, sin, positions, window, q_norm, k_norm, eps, k, *others):
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * k.shape[1] * k.shape[3])
 
 
 def splits_of(n_heads: int, multiprocessors: int) -> int:

@@ -7,6 +7,7 @@ of the result's rounding, or of the error that a CPU makes.
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -17,8 +18,21 @@ from torch import Tensor, nn
 from checkpoint import load_model
 from decoding import build_steps, stream
 from generate import DEMO
-from linear import LINEARS, kernels_missing, pack_linears, quantized_linears
-from model import KV_DTYPES, KVCache, Linear, ModelArgs, RMSNorm, Sharding, Transformer, grouped_attention, project
+from linear import LINEARS, attend_on_gpu, kernels_missing, pack_linears, quantized_linears
+from model import (
+    KV_DTYPES,
+    Attention,
+    KVCache,
+    Linear,
+    ModelArgs,
+    RMSNorm,
+    Sharding,
+    Transformer,
+    attention_mask,
+    grouped_attention,
+    project,
+    rope_table,
+)
 from sampling import Sampling
 from speculative import SPARE, PromptLookup, build_speculative_steps, speculate
 from tokenizer import load_tokenizer
@@ -84,20 +98,47 @@ def product_errors(mode: str, args: ModelArgs, device: str, dtype: torch.dtype, 
 
 
 def attention_error(
-    kv_dtype: torch.dtype, n_queries: int, n_slots: int, args: ModelArgs, device: str, dtype: torch.dtype
+    args: ModelArgs, positions: Tensor, n_slots: int, kv_dtype: torch.dtype, device: str, dtype: torch.dtype
 ) -> float:
-    """How far the GPU's kernel is from float32 arithmetic on the same cache, in units of the queries' rounding."""
-    first = torch.tensor([[0], [n_slots // 3], [n_slots - n_queries]], device=device)  # of three rows
-    positions = first + torch.arange(n_queries, device=device)
-    cache = KVCache((3, args.n_kv_heads, n_slots + 1, args.head_dim), torch.device(device), kv_dtype)
-    fresh = torch.randn(2, 3, args.n_kv_heads, n_slots, args.head_dim, device=device, dtype=dtype)
-    slots = torch.arange(n_slots, device=device)
-    cache.write(slots.expand(3, -1), *fresh)
-    q = torch.randn(3, args.n_heads, n_queries, args.head_dim, device=device, dtype=dtype)
-    k, v, *scales = cache.stored(3, n_slots)
-    exact = [x.float() * scale[..., None] for x, scale in zip((k, v), scales, strict=True)] if scales else (k, v)
-    exact = grouped_attention(q.float(), *(x.float() for x in exact), slots <= positions[:, None, :, None])
-    return vector_error(torch.ops.fast_gpu.decode_attention(q, k, v, positions, 0, *scales), exact, dtype)
+    """How far the GPU's attention at `positions [B, S]`, and what it stores, is from `model.Attention.attend`.
+
+    The softmax of that is in float32; the result is in units of the rounding of `dtype`. From the new positions on the
+    cache holds NaN. Values are so small that a weight times the scale of a quantised one may underflow in float16.
+    """
+    B, S = positions.shape
+    attention = Attention(args).to(device, dtype).requires_grad_(False)
+    for norm in (attention.q_norm, attention.k_norm):
+        if norm is not None:
+            norm.weight.uniform_(0.5, 2)
+    shape, slots = (B, args.n_kv_heads, n_slots, args.head_dim), torch.arange(n_slots, device=device)
+    cache = attention.kv_cache = KVCache(shape, torch.device(device), kv_dtype)
+    k, v = torch.randn(2, *shape, device=device, dtype=dtype)
+    cache.write(slots.expand(B, -1), k, v / 1000)
+    qkv = torch.randn(B, S, sum(attention.qkv_sizes), device=device, dtype=dtype)
+    qkv[..., -attention.qkv_sizes[2] :] /= 1000
+    cos, sin = rope_table(args, positions)
+    twin = copy.deepcopy(cache)
+    q, k, v = attention.heads(qkv, cos, sin)
+    twin.write(positions, k, v)
+    mask = attention_mask(args, positions, slots)
+    exact = grouped_attention(q.float(), *numbers(twin), mask).transpose(1, 2)
+    for buffer in list(cache.buffers())[-2:]:
+        buffer[(slots >= positions[:, :1])[:, None].expand(shape[:3])] = torch.nan
+    y = attend_on_gpu(attention, qkv, cos, sin, positions, n_slots).unflatten(-1, (-1, args.head_dim))
+    errors = [vector_error(y, exact, dtype)]
+    is_valid = (slots <= positions[:, -1:])[:, None, :, None]
+    for ours, theirs in zip(numbers(cache), numbers(twin), strict=True):
+        if not torch.equal(ours.isnan(), ~is_valid.expand_as(ours)):
+            return torch.inf  # not all is stored, or more than that
+        difference = torch.where(is_valid, ours - theirs, 0).norm() / torch.where(is_valid, theirs, 0).norm()
+        errors.append(float(difference) / torch.finfo(dtype).eps)
+    return float(torch.tensor(errors).max())  # NaN if one is
+
+
+def numbers(cache: KVCache) -> list[Tensor]:
+    """All keys and values in float32."""
+    k, v, *scales = (buffer.float() for buffer in cache.buffers())
+    return [x * scale[..., None] for x, scale in zip((k, v), scales, strict=True)] if scales else [k, v]
 
 
 def kernel_rows(card: Card) -> Iterator[Row]:
@@ -110,9 +151,14 @@ def kernel_rows(card: Card) -> Iterator[Row]:
         yield error_row(f"{mode} products, {all_rows[0]} to {all_rows[-1]} rows", errors)
     from kernels import gpu_attention  # noqa: F401 - registers the operator
 
+    first = torch.tensor([[0], [2730], [8186]], device=card.device)  # of three rows
+    args, normed = MODELS["8B"], dataclasses.replace(MODELS["8B"], qk_norm=True, sliding_window=1000)
     has_fp8 = torch.cuda.get_device_capability(card.device) >= (8, 9)
     for kv_dtype in (card.dtype, *KV_DTYPES[: 2 if has_fp8 else 1]):
-        errors = [attention_error(kv_dtype, n, 8192, MODELS["8B"], card.device, card.dtype) for n in (1, 6)]
+        errors = [
+            attention_error(shape, first + torch.arange(n, device=card.device), 8192, kv_dtype, card.device, card.dtype)
+            for n, shape in ((1, args), (6, args), (2, normed))
+        ]
         yield error_row(f"attention over a cache in {str(kv_dtype).removeprefix('torch.')}", errors)
 
 

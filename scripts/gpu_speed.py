@@ -22,6 +22,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from benchmark_speculative import timed
@@ -45,9 +46,9 @@ import quantize
 from checkpoint import load_model
 from decoding import Steps, build_steps, compile_step, kv_slots, stream, warm_up
 from generate import DEMO
-from linear import Int4Linear
+from linear import Int4Linear, attend_on_gpu, kernels_missing
 from metrics import bytes_per_step
-from model import Transformer
+from model import Attention, KVCache, Transformer, rope_table
 from sampling import Sampling
 from speculative import SPARE, PromptLookup, build_speculative_steps, speculate, warm_up_speculation
 from tokenizer import load_tokenizer
@@ -61,11 +62,12 @@ TILES = ((1, 4), (2, 4), (4, 4), (1, 8), (2, 8), (4, 8))  # warps of a program, 
 # Launches of a compiled step of Llama-3.1-8B, counted on 2026-11-26 with torch 2.14.1 in the code that Inductor writes
 # for an H100: (for each layer, around the layers), by mode and batch size; a topk counts as one.
 COUNTED_LAUNCHES = {
-    ("bf16", 1): (13, 12), ("int8", 1): (10, 11), ("int4", 1): (10, 11),
-    ("bf16", 8): (13, 11), ("int8", 8): (11, 11), ("int4", 8): (11, 11),
+    ("bf16", 1): (8, 9), ("int8", 1): (6, 8), ("int4", 1): (6, 8),
+    ("bf16", 8): (10, 8), ("int8", 8): (8, 8), ("int4", 8): (8, 8),
 }  # fmt: skip
-COUNTED_VERIFY = {"bf16": 123, "int8": 107, "int4": 107}  # the pass over 6 rows, 8 layers; 10 more with torch 2.11
-COUNTED_DEMO = {"bf16": 73, "int8": 57, "int4": 57}  # a greedy decode step of the demo
+COUNTED_VERIFY = {"bf16": 98, "int8": 82, "int4": 82}  # the pass over 6 rows, 8 layers; 2 more with torch 2.11
+COUNTED_DEMO = {"bf16": 47, "int8": 36, "int4": 36}  # a greedy decode step of the demo
+COUNTED_ATTENTION = 2  # that of kernels/gpu_attention.py
 # Instructions for each weight that kernels/gpu.py issues at one row, counted the same day in sm_90 machine code.
 COUNTED_INSTRUCTIONS = {
     "int4": {"wqkv": 6.6, "wo": 5.7, "w13": 6.7, "w2": 4.6, "output": 6.6},
@@ -133,8 +135,7 @@ def demo_rows(card: Card, mode: str) -> Iterator[Row]:
     yield Row(f"demo, {mode}: GPU busy", "%", None, 100 * launched["busy_us"] / 1e6 / median(seconds))
     is_right = launched["graphs"] == 1 if launched["kernels"] else None  # None: the profiler saw nothing
     yield Row(f"demo, {mode}: CUDA graphs launched", "a token", 1, launched["graphs"], is_right)
-    sizes = len({kv_slots(len(prompts[0]) + i, 256) for i in range(1, n)})
-    yield Row(f"demo, {mode}: CUDA graphs recorded", "", sizes, recorded_graphs() - recorded)
+    yield Row(f"demo, {mode}: CUDA graphs recorded", "", 1, recorded_graphs() - recorded)
     skips = counters["cudagraph_skips"] - skipped
     yield Row(f"demo, {mode}: CUDA graphs skipped", "", 0, skips, skips == 0)
     worst = regret(float32, prompts[0], [token for (token,) in stream(steps, prompts, n)])
@@ -211,8 +212,8 @@ def candidates(card: Card, name: str, linears: list[nn.Module], others: bool) ->
     return {**found, "Inductor": (name, [plain_copy(linear) for linear in linears], compiled)}
 
 
-def call_all(run: Call, each: list[Surrounded], x: Tensor, residual: Tensor) -> list[Tensor]:
-    return [run(one, x, residual) for one in each]
+def call_all(run: Callable[..., Tensor], each: list[nn.Module], *args: Any) -> list[Tensor]:
+    return [run(one, *args) for one in each]
 
 
 def product_row(card: Card, model: str, name: str, mode: str, rows: int, others: bool) -> Row:
@@ -250,16 +251,58 @@ def product_rows(
             yield product_row(card, model, name, mode, rows, others)
 
 
+def make_headroom(card: Card) -> None:
+    """Without it Inductor, when it tunes a kernel that writes into a cache, saves the cache on the CPU at every try."""
+    if card.device.startswith("cuda"):
+        torch.empty(1 << 30, dtype=torch.uint8, device=card.device)
+
+
+def attention_rows(card: Card, batch: int) -> Iterator[Row]:
+    """Attention of one position, caches taking turns: by the GPU's kernels, and as Inductor would."""
+    make_headroom(card)
+    args, layers = MODELS["8B"], []
+    plain = torch.compile(Attention.attend, fullgraph=True, dynamic=False) if card.compile else Attention.attend
+    ways = {"Inductor": lambda *given: plain(*given, mask)}
+    if card.device.startswith("cuda") and kernels_missing(card.device, card.dtype) is None:
+        from kernels import gpu_attention  # noqa: F401 - registers the operator
+
+        ways["kernels/gpu_attention.py"] = attend_on_gpu
+    for context in CONTEXTS:
+        position = torch.full((batch, 1), context - 1, device=card.device)
+        mask = torch.ones(batch, 1, 1, context, dtype=torch.bool, device=card.device)
+        layers.clear()
+        for _ in range(8):
+            with torch.device("meta"):
+                layers.append(Attention(args))
+            shape = (batch, args.n_kv_heads, context + 1, args.head_dim)
+            layers[-1].kv_cache = KVCache(shape, torch.device(card.device), card.dtype)
+        qkv = torch.randn(batch, 1, sum(layers[0].qkv_sizes), device=card.device, dtype=card.dtype)
+        seconds, failed = {}, {}
+        for label, attend in ways.items():
+            given = (attend, layers, qkv, *rope_table(args, position), position, context)
+            try:
+                seconds[label] = replay_seconds(card.device, call_all, *given) / len(layers)
+            except Exception as error:  # as in `product_row`
+                failed[label] = f"{type(error).__name__}: {error}"
+        fastest, n_bytes = min(seconds, key=seconds.get), sum(x.nbytes for x in layers[0].kv_cache.buffers())
+        predicted = card.step_seconds(n_bytes, COUNTED_ATTENTION)
+        more = {"us": {k: s * 1e6 for k, s in seconds.items()}, "failed": failed, "bytes": n_bytes}
+        what = f"8B attention, {batch} at {context}: {fastest}"
+        yield Row(what, "us", predicted and predicted * 1e6, seconds[fastest] * 1e6, False if failed else None, more)
+
+
 QUANTIZED = ("int4", "int8", "int4 g128")
 # What decides most comes first: kernels must be compiled, and time may run out.
 PRODUCTS: list[Part] = [
     partial(product_rows, model="8B", modes=QUANTIZED, rows=1),
     partial(product_rows, model="8B", modes=QUANTIZED, rows=6),
+    partial(attention_rows, batch=1),
     partial(product_rows, model="8B", modes=("int4",), rows=1, others=True, names=("w13", "w2")),
     partial(product_rows, model="8B", modes=("bf16",), rows=1),
     partial(product_rows, model="8B", modes=("bf16",), rows=1, others=True),
     partial(product_rows, model="7B", modes=QUANTIZED, rows=1),
     partial(product_rows, model="7B", modes=("bf16",), rows=1),
+    partial(attention_rows, batch=8),
     partial(product_rows, model="8B", modes=("bf16",), rows=6),
     partial(product_rows, model="7B", modes=("bf16", *QUANTIZED), rows=6),
     partial(product_rows, model="8B", modes=("int8", "int4 g128"), rows=1, others=True, names=("w13", "w2")),
@@ -330,17 +373,10 @@ def build(card: Card, mode: str, n_layers: int) -> Transformer:
     return build_model(shape, card.device, card.dtype, MODES[mode])
 
 
-def make_headroom(card: Card) -> None:
-    """Without it Inductor, when it tunes a kernel that writes into a cache, saves the cache on the CPU at every try."""
-    if card.device.startswith("cuda"):
-        torch.empty(1 << 30, dtype=torch.uint8, device=card.device)
-
-
 def decode_rows(card: Card, mode: str, batch: int) -> Iterator[Row]:
     """Decode steps of the 8B shape at every length of context, each with a Chrome trace."""
     yardstick, room = Yardstick(MODELS["8B"], card.device, card.dtype), max(CONTEXTS) + NEW_TOKENS
     deep, shallow = (with_caches(build(card, mode, n), batch, [room])[0] for n in (N_LAYERS, FEWER_LAYERS))
-    make_headroom(card)
     per_layer, around = COUNTED_LAUNCHES[mode, batch]
     steps = build_steps(deep, Sampling(), card.compile)
     for context in CONTEXTS:
@@ -368,7 +404,6 @@ def verify_rows(card: Card, mode: str) -> Iterator[Row]:
     model = build(card, mode, N_LAYERS)
     prompts = [torch.randint(model.args.vocab_size, (128,)).tolist()]
     model.setup_caches(1, 128 + NEW_TOKENS, spare=SPARE)
-    make_headroom(card)
     plain = build_steps(model, Sampling(), card.compile)
     steps = build_speculative_steps(plain, PromptLookup(model, Sampling(), 5), Sampling(), card.compile)
     warm_up(plain, prompts, NEW_TOKENS)
@@ -386,10 +421,10 @@ def verify_rows(card: Card, mode: str) -> Iterator[Row]:
 def first_token_rows(card: Card, how: str) -> Iterator[Row]:
     """The time to the first token of prompts whose lengths were never seen before, and the same once more.
 
-    On Hopper SDPA takes cuDNN's attention, which plans anew for each length: hence how it is without.
+    cuDNN's attention, which SDPA would take on Hopper, plans anew for each length: hence how it is with that.
     """
     model, is_compiled = build(card, "bf16", N_LAYERS), how == "compiled"
-    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    every = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     model.setup_caches(1, 2048)
     make_headroom(card)
     steps = build_steps(model, Sampling(), compile_prefill=is_compiled and card.compile)
@@ -401,7 +436,7 @@ def first_token_rows(card: Card, how: str) -> Iterator[Row]:
             predicted = 1e3 * max(bytes_per_step(model, 1, length) / card.copy, n_operations / card.rate)
         for when in ("first", "again"):
             start = time.perf_counter()
-            with sdpa_kernel(others) if how == "eager without cuDNN" else contextlib.nullcontext():
+            with sdpa_kernel(every) if how == "eager with cuDNN" else contextlib.nullcontext():
                 next(stream(steps, prompts, 1))
             seconds = time.perf_counter() - start
             yield Row(f"8B, bf16, {how}: first token after {length}, {when}", "ms", predicted, seconds * 1e3)
@@ -411,7 +446,6 @@ def chat_rows(card: Card) -> Iterator[Row]:
     """A turn of 40 tokens behind 300, and its answer, warmed up as `--interactive` is."""
     model = build(card, "bf16", N_LAYERS)
     model.setup_caches(1, 2048)
-    make_headroom(card)
     steps, blank = build_steps(model, Sampling(), card.compile), [[0] * 64]
     warm_up(steps, blank, 200)
     next(stream(steps, blank, 1, cached=128))
@@ -425,7 +459,7 @@ def chat_rows(card: Card) -> Iterator[Row]:
 
 WAITS: list[Part] = [
     partial(first_token_rows, how="eager"),
-    partial(first_token_rows, how="eager without cuDNN"),
+    partial(first_token_rows, how="eager with cuDNN"),
     partial(verify_rows, mode="int4"),
     chat_rows,
     partial(first_token_rows, how="compiled"),

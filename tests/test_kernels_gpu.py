@@ -17,7 +17,6 @@ import torch
 triton = pytest.importorskip("triton", reason="needs the package triton")
 CHECKS = Path(__file__).with_name("gpu_checks.py")
 QUANTIZED = {4: ("*u8", "*bf16"), 8: ("*i8", "*fp32")}  # bits -> types of weights and scales
-STRIDES = ("q_batch", "q_head", "q_row", "cache_batch", "cache_head", "cache_slot", "scales_batch")
 
 
 def run_checks(**environment: str) -> None:
@@ -50,9 +49,10 @@ def test_kernels_that_do_not_run_are_a_reason(monkeypatch):
 
 @pytest.fixture
 def compiled(tmp_path, monkeypatch):
-    """`compiled(kernel, capability, warps, types, **constants)`: its PTX; more than two spilled registers are an error.
+    """`compiled(kernel, capability, warps, types, **constants)`: its PTX.
 
-    Pointers are to multiples of 16 bytes, strides multiples of 16; what has no type and is no constant is an integer.
+    More than two spilled registers are an error, and more shared memory than a program can have.
+    Pointers are to multiples of 16 bytes; what has no type and is no constant is an integer.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -62,11 +62,10 @@ def compiled(tmp_path, monkeypatch):
     def make(kernel, capability: int, warps: int, types: dict[str, str], **constants: int | None) -> str:
         names = kernel.arg_names
         signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-        aligned = {
-            (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n in STRIDES
-        }
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"}
         source = ASTSource(kernel, signature, constants, aligned)
         built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        assert built.metadata.shared <= {80: 163, 86: 99, 90: 227}[capability] * 1024
         binary = tmp_path / "kernel.cubin"
         binary.write_bytes(built.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -132,18 +131,28 @@ def test_more_rows_run_on_the_tensor_cores(compiled, capability, bits):
 
 @pytest.mark.parametrize(
     ("capability", "cached", "S"),
-    [(80, "*bf16", 1), (90, "*bf16", 1), (80, "*i8", 1), (90, "*i8", 1), (90, "*i8", 6), (90, "*fp8e4nv", 1)],
+    [
+        (80, "*bf16", 1),
+        (90, "*bf16", 1),
+        (86, "*bf16", 16),
+        (80, "*i8", 1),
+        (90, "*i8", 1),
+        (90, "*i8", 6),
+        (90, "*fp8e4nv", 1),
+    ],
 )
 def test_attention_runs_on_the_tensor_cores(compiled, capability, cached, S):
     from kernels import gpu_attention
 
     found = {"sums_ptr": "*fp32", "peaks_ptr": "*fp32", "totals_ptr": "*fp32"}
-    types = {"q_ptr": "*bf16", "k_ptr": cached, "v_ptr": cached, "positions_ptr": "*i64", "scale": "fp32", **found}
+    types = dict.fromkeys(("qkv_ptr", "q_norm_ptr", "k_norm_ptr"), "*bf16") | dict.fromkeys(("k_ptr", "v_ptr"), cached)
+    types |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "positions_ptr": "*i64", "scale": "fp32", "eps": "fp32", **found}
     shape = {"KV": 8, "HEADS": 4, "S": S, "D": 128, "BLOCK_D": 128, "SPLITS": 64}
+    blocks = {"ROWS": max(16, triton.next_power_of_2(4 * S)), "NEW": 16, "BLOCK_HALF": 64, "BLOCK": 64}
     scales = dict.fromkeys(("k_scales_ptr", "v_scales_ptr"), None if cached == "*bf16" else "*fp32")
-    absent = scales if cached == "*bf16" else {}
-    kernel, rows = gpu_attention._attend_share, 16 if S == 1 else 32
-    ptx = compiled(kernel, capability, 4, types | scales, **shape, **absent, WINDOW=0, ROWS=rows, BLOCK=64)
+    constants = {**shape, **blocks, "WINDOW": 0, **(scales if cached == "*bf16" else {})}
+    kernel, warps = gpu_attention._attend_share, 4 if S <= 8 else 8
+    ptx = compiled(kernel, capability, warps, types | scales, **constants)
     assert "mma.sync" in ptx
     assert "cp.async" in ptx
     compiled(gpu_attention._join_shares, capability, 4, {**found, "y_ptr": "*bf16"}, **shape)
