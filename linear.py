@@ -39,6 +39,9 @@ class QuantizedLinear(nn.Module):
         self.has_kernel, self.has_collective = False, False  # as in a `model.Linear`
         self.packed: Tensor | None = None  # for a CPU's kernel; a GPU's take the stored form
 
+    def has_kernel_for(self, x: Tensor) -> bool:
+        return self.has_kernel
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.has_kernel:
             return F.linear(x, self.dequantize(x.dtype), self.bias)
@@ -193,7 +196,9 @@ def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
             module.pack(dtype)
         elif isinstance(module, nn.Linear) and on_cpu and module.in_features % 2 == 0:
             module.register_buffer("packed", cpu.pack_bf16(module.weight))
-            module.weight, module.kernel = None, torch.ops.fast.bf16_linear
+            module.weight, module.kernel = None, multiply_on_cpu
+        elif isinstance(module, nn.Linear) and has_kernels and device.type == "cuda":
+            module.kernel, module.kernel_batch = multiply_on_gpu, 2
         elif hasattr(module, "kv_cache") and on_cpu and cpu.is_fast() and module.head_dim % 32 == 0:
             module.kernels = dict.fromkeys((torch.bfloat16, torch.int8), attend_on_cpu)
         elif hasattr(module, "kv_cache") and has_kernels and device.type == "cuda" and module.head_dim <= 128:
@@ -201,6 +206,16 @@ def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
 
             has_fp8 = torch.cuda.get_device_capability(device) >= (8, 9)
             module.kernels = dict.fromkeys((dtype, torch.int8, *[torch.float8_e4m3fn] * has_fp8), attend_on_gpu)
+
+
+def multiply_on_cpu(linear: nn.Module, x: Tensor, *around: Any) -> Tensor:
+    """The product of a `model.Linear` with its packed weight."""
+    return torch.ops.fast.bf16_linear(x, linear.packed, linear.out_features, *around)
+
+
+def multiply_on_gpu(linear: nn.Module, x: Tensor, *around: Any) -> Tensor:
+    """The product of a `model.Linear` with one row or two."""
+    return torch.ops.fast_gpu.linear(x, linear.weight, *around)
 
 
 def attend_on_cpu(

@@ -302,30 +302,33 @@ class Embedding(nn.Embedding):
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, but on a CPU its products of a few rows stream the weight at the memory's speed.
+    """`nn.Linear`, but its products of a few rows may stream the weight at the memory's speed.
 
-    There `F.linear` reaches about 55 % of the read bandwidth in bfloat16. Whoever loads the model may have a
-    `kernel(x [M, K], packed, out_features, ...) -> [M, N]` that reaches all of it, and sets `packed` in the weight's
-    place. Without one a compiled product of one row is a multiply-and-sum that Inductor fuses, for about 85 %.
+    On a CPU `F.linear` reaches about 55 % of the read bandwidth in bfloat16. Whoever loads the model may have a
+    `kernel(linear, x [M, K], ...) -> [M, N]` that reaches all of it. Without one a compiled product of one row is a
+    multiply-and-sum that Inductor fuses, for about 85 %.
     """
 
     kernel: Callable[..., Tensor] | None = None
+    kernel_batch: int | None = None  # rows of a batch, of one position each, that it takes at most; None: any x
     has_collective = False  # what follows the module under tensor parallelism; a kernel cannot go past it
 
     def __init__(self, in_features: int, out_features: int, bias: bool, sharding: Sharding):
         super().__init__(in_features, out_features, bias)
         self.sharding = sharding
 
-    @property
-    def has_kernel(self) -> bool:
-        return self.kernel is not None
+    def has_kernel_for(self, x: Tensor) -> bool:
+        """Asked in this order a compiler knows: a length that it leaves open is not 1."""
+        return self.kernel is not None and (
+            self.kernel_batch is None or (x.shape[-2] == 1 and x.shape[:-2].numel() <= self.kernel_batch)
+        )
 
     def multiply(self, x: Tensor, *around: Any) -> Tensor:
         """The kernel's product for `x [M, K]`; `around` as for `project`."""
-        return self.kernel(x, self.packed, self.out_features, *around)
+        return self.kernel(self, x, *around)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.has_kernel:
+        if self.has_kernel_for(x):
             return self.multiply(x.flatten(0, -2), self.bias).unflatten(0, x.shape[:-1])
         if x.device.type == "cpu" and torch.compiler.is_compiling() and x.numel() == self.in_features:
             # Inductor stores what as_strided sees: x is made once, not again for every output.
@@ -346,7 +349,7 @@ def project(
     A Linear with a kernel does it all in there: at batch size one what happens between the products takes 10 % of the
     time of quantised weights.
     """
-    if linear.has_kernel and not linear.has_collective:
+    if linear.has_kernel_for(x) and not linear.has_collective:
         scale, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         before = None if residual is None else residual.flatten(0, -2)
         y = linear.multiply(x.flatten(0, -2), linear.bias, scale, eps, before, gated)

@@ -1,12 +1,12 @@
-"""The GPU's kernels, in Triton: products of up to 16 rows with int8 and int4 weights, in the form that files have.
+"""The GPU's kernels, in Triton: products of up to 16 rows with int8 and int4 weights, of up to 2 with float ones.
 
     if gpu.missing("cuda", torch.bfloat16) is None:
         y = torch.ops.fast_gpu.int4_linear(x, weight, scales, zeros)
 
-`int8_linear` and `int4_linear` take x bfloat16 or float16 `[M, K]` and give `[M, N]`, with one kernel that reads each
-weight once: up to 4 rows by multiply-adds in float32, up to 16 on the tensor cores. More rows are a prefill: there the
-weights are written out as numbers for `F.linear`. K is a multiple of 32. No sum depends on which program comes first:
-equal inputs give equal bits.
+`int8_linear` and `int4_linear` take x bfloat16 or float16 `[M, K]` and weights as files have them, and give `[M, N]`,
+with one kernel that reads each weight once: up to 4 rows by multiply-adds in float32, up to 16 on the tensor cores.
+More rows are a prefill: there the weights are written out as numbers for `F.linear`. K is a multiple of 32. `linear`
+is for weights of x's type. No sum depends on which program comes first: equal inputs give equal bits.
 
 They also do what surrounds a product (`model.project`): a layer of 7B int4 weights is read in some 25 us, and a kernel
 of its own for norm, gates or residual costs one or two. Bias, gates and residual join the sums where these end. Of the
@@ -30,6 +30,8 @@ from torch import Tensor
 
 MAX_ROWS = 16  # of x; above it is a prefill
 FEW_ROWS = 4  # of x, up to which a multiply-add per weight and row costs less than what the tensor cores ask for
+FLOAT_ROWS = 2  # of x, up to which there is a kernel for weights of its type
+FLOAT_OUTPUTS = 4  # of a program, there
 NORM_ROWS = 2  # of x, up to which a kernel has registers for the norm's weight
 SMS = 132  # multiprocessors of an H100, where there is none to ask
 
@@ -169,6 +171,57 @@ def _whole(total, factor, scales_ptr, bias_ptr, n, BITS: tl.constexpr):
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n).to(tl.float32)
     return y
+
+
+@triton.jit
+def _multiply_float(
+    x_ptr,  # [ROWS, K]
+    weight_ptr,  # [N, K], of x's type
+    bias_ptr,  # [N] or None
+    norm_ptr,  # [K] or None
+    residual_ptr,  # like y, or None
+    y_ptr,  # [ROWS, N], or of gates and what they let through [ROWS, N / 2]
+    n_out,
+    eps,
+    n_in: tl.constexpr,
+    GATED: tl.constexpr,  # as in `_multiply_few`
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # 16 bytes for each thread
+):
+    """`y = x W^T` for few rows: a program makes BLOCK_N outputs for all of them."""
+    n_y = n_out // GATED
+    lane = tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) * (BLOCK_N // GATED) + lane // GATED
+    n_ok = n < n_y
+    n = n + lane % GATED * n_y
+    at = n[:, None].to(tl.int64) * n_in
+    totals = (tl.zeros((BLOCK_N, BLOCK_K), tl.float32),) * ROWS
+    squares = (tl.zeros((1, BLOCK_K), tl.float32),) * ROWS
+    for first in range(0, n_in, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)[None, :]
+        w = tl.load(weight_ptr + at + k, mask=n_ok[:, None] & (k < n_in), other=0.0).to(tl.float32)
+        if norm_ptr is not None:
+            norm = tl.load(norm_ptr + k, mask=k < n_in, other=0.0).to(tl.float32)
+        for r in tl.static_range(ROWS):
+            x = tl.load(x_ptr + r * n_in + k, mask=k < n_in, other=0.0).to(tl.float32)
+            if norm_ptr is not None:
+                squares = _plus(squares, r, x * x)
+                x *= norm
+            totals = _plus(totals, r, w * x)
+    for r in tl.static_range(ROWS):
+        y = tl.sum(totals[r], 1)
+        if norm_ptr is not None:
+            y *= tl.rsqrt(tl.sum(squares[r]) / n_in + eps)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)
+        if GATED == 2:
+            gate, up = tl.split(tl.reshape(y, (BLOCK_N // 2, 2)))
+            y = _gate(gate, up)
+        to = tl.program_id(0) * (BLOCK_N // GATED) + tl.arange(0, BLOCK_N // GATED)
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + r * n_y + to, mask=to < n_y, other=0.0).to(tl.float32)
+        tl.store(y_ptr + r * n_y + to, y.to(y_ptr.dtype.element_ty), mask=to < n_y)
 
 
 @triton.jit
@@ -339,14 +392,42 @@ def int4_linear(
         return _linear(x, weight, scales, zeros, 4, bias, norm, eps, residual, gated)
 
 
-@int8_linear.register_fake
-def _int8_fake(x, weight, scales, bias=None, norm=None, eps=0.0, residual=None, gated=False):
+@torch.library.custom_op("fast_gpu::linear", mutates_args=())
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """`x W^T`, `[M, N]`, for x `[M, K]` of 1 or 2 rows and weights `[N, K]` of its type; else as `int8_linear`."""
+    (rows, n_in), n_out, gates = x.shape, weight.shape[0], 2 if gated else 1
+    if rows > FLOAT_ROWS or weight.shape[1] != n_in:
+        raise ValueError(f"x is {rows} x {n_in}: this takes {FLOAT_ROWS} rows at most, of {weight.shape[1]}")
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    y = x.new_empty(rows, n_out // gates)
+    with torch.cuda.device_of(x):
+        _multiply_float[-(-n_out // FLOAT_OUTPUTS),](
+            x, weight, bias, norm, residual, y, n_out, eps, n_in, gates, rows, FLOAT_OUTPUTS, 1024, num_warps=4
+        )
+    return y
+
+
+@linear.register_fake
+def _linear_fake(x, weight, bias=None, norm=None, eps=0.0, residual=None, gated=False):
     return x.new_empty(x.shape[0], weight.shape[0] // (2 if gated else 1))
+
+
+@int8_linear.register_fake
+def _int8_fake(x, weight, scales, *around, **named):
+    return _linear_fake(x, weight, *around, **named)
 
 
 @int4_linear.register_fake
 def _int4_fake(x, weight, scales, zeros, *around, **named):
-    return _int8_fake(x, weight, scales, *around, **named)
+    return _linear_fake(x, weight, *around, **named)
 
 
 def _linear(

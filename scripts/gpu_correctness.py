@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from checkpoint import load_model
 from decoding import build_steps, stream
 from generate import DEMO
-from linear import LINEARS, attend_on_gpu, kernels_missing, pack_linears, quantized_linears
+from linear import LINEARS, attend_on_gpu, kernels_missing, multiply_on_gpu, pack_linears, quantized_linears
 from model import (
     KV_DTYPES,
     Attention,
@@ -76,10 +76,14 @@ def vector_error(y: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
 
 
 def random_product(name: str, mode: str, args: ModelArgs, device: str, dtype: torch.dtype) -> Surrounded:
-    """A quantised product of such a model, of which the norm, the gates and the residual are a large part."""
-    shape, scheme = SHAPES[name](meta_model(args, dtype, None)), MODES[mode]
-    weight = torch.randn(shape.out_features, shape.in_features, device=device) / shape.in_features**0.5
-    run = Surrounded(name, LINEARS[scheme["mode"]].from_float(weight, **scheme), device, dtype)
+    """A product of such a model, of which the norm, the gates and the residual are a large part."""
+    linear, scheme = SHAPES[name](meta_model(args, dtype, None)), MODES[mode]
+    weight = torch.randn(linear.out_features, linear.in_features, device=device) / linear.in_features**0.5
+    if scheme is None:
+        linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    else:
+        linear = LINEARS[scheme["mode"]].from_float(weight, **scheme)
+    run = Surrounded(name, linear, device, dtype)
     if run.norm is not None:
         run.norm.weight.uniform_(0.5, 2)
     return run
@@ -90,7 +94,7 @@ def product_errors(mode: str, args: ModelArgs, device: str, dtype: torch.dtype, 
     errors = []
     for name in ("w13", "w2"):
         run = random_product(name, mode, args, device, dtype)
-        run.linear.has_kernel = True
+        run.linear.has_kernel, run.linear.kernel = True, multiply_on_gpu
         for rows in all_rows:
             x, residual = run.inputs(rows, device, dtype)
             errors.append(product_error(run, 3 * x, residual, run(3 * x, residual)))
@@ -146,7 +150,8 @@ def kernel_rows(card: Card) -> Iterator[Row]:
     if reason := kernels_missing(card.device, card.dtype):
         yield Row(reason, "", None, None)
         return
-    for mode, all_rows in (("int8", (1, 2, 4, 6, 20)), ("int4", (1, 2, 4, 6, 20)), ("int4 g128", (1, 6))):
+    some = (1, 2, 4, 6, 20)
+    for mode, all_rows in (("bf16", (1, 2)), ("int8", some), ("int4", some), ("int4 g128", (1, 6))):
         errors = product_errors(mode, MODELS["8B"], card.device, card.dtype, all_rows)
         yield error_row(f"{mode} products, {all_rows[0]} to {all_rows[-1]} rows", errors)
     from kernels import gpu_attention  # noqa: F401 - registers the operator

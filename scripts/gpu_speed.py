@@ -62,16 +62,17 @@ TILES = ((1, 4), (2, 4), (4, 4), (1, 8), (2, 8), (4, 8))  # warps of a program, 
 # Launches of a compiled step of Llama-3.1-8B, counted on 2026-11-26 with torch 2.14.1 in the code that Inductor writes
 # for an H100: (for each layer, around the layers), by mode and batch size; a topk counts as one.
 COUNTED_LAUNCHES = {
-    ("bf16", 1): (8, 9), ("int8", 1): (6, 8), ("int4", 1): (6, 8),
+    ("bf16", 1): (6, 8), ("int8", 1): (6, 8), ("int4", 1): (6, 8),
     ("bf16", 8): (10, 8), ("int8", 8): (8, 8), ("int4", 8): (8, 8),
 }  # fmt: skip
 COUNTED_VERIFY = {"bf16": 98, "int8": 82, "int4": 82}  # the pass over 6 rows, 8 layers; 2 more with torch 2.11
-COUNTED_DEMO = {"bf16": 47, "int8": 36, "int4": 36}  # a greedy decode step of the demo
+COUNTED_DEMO = 36  # a greedy decode step of the demo
 COUNTED_ATTENTION = 2  # that of kernels/gpu_attention.py
 # Instructions for each weight that kernels/gpu.py issues at one row, counted the same day in sm_90 machine code.
 COUNTED_INSTRUCTIONS = {
     "int4": {"wqkv": 6.6, "wo": 5.7, "w13": 6.7, "w2": 4.6, "output": 6.6},
     "int8": {"wqkv": 6.8, "wo": 5.8, "w13": 7.2, "w2": 5.1, "output": 6.8},
+    "bf16": {"wqkv": 6.4, "wo": 5.2, "w13": 7.0, "w2": 4.2, "output": 6.4},
 }
 
 
@@ -128,10 +129,10 @@ def demo_rows(card: Card, mode: str) -> Iterator[Row]:
     for _ in range(3):
         tokens, elapsed = timed(stream(steps, prompts, n))
         seconds.append(elapsed / len(tokens))
-    predicted = inverse(card.step_seconds(bytes_per_step(model, 1, n / 2), COUNTED_DEMO[mode]))
+    predicted = inverse(card.step_seconds(bytes_per_step(model, 1, n / 2), COUNTED_DEMO))
     yield Row(f"demo, {mode}", "tokens/s", predicted, inverse(median(seconds)), None, {"compile_s": compile_s})
     launched = trace_tokens(steps, prompts, 0, card.out / f"demo_{mode}.json.gz")
-    yield Row(f"demo, {mode}: kernels", "a token", COUNTED_DEMO[mode], launched["kernels"])
+    yield Row(f"demo, {mode}: kernels", "a token", COUNTED_DEMO, launched["kernels"])
     yield Row(f"demo, {mode}: GPU busy", "%", None, 100 * launched["busy_us"] / 1e6 / median(seconds))
     is_right = launched["graphs"] == 1 if launched["kernels"] else None  # None: the profiler saw nothing
     yield Row(f"demo, {mode}: CUDA graphs launched", "a token", 1, launched["graphs"], is_right)
@@ -151,7 +152,7 @@ DEMO_PARTS: list[Part] = [partial(demo_rows, mode=mode) for mode in WHOLE_MODELS
 class Int4Pack(nn.Module):
     """The product by PyTorch's own int4 operator, whose formula is the same: w = (q - 8) scale + zero."""
 
-    has_kernel, has_collective = False, False
+    has_collective = False
 
     def __init__(self, linear: Int4Linear):
         super().__init__()
@@ -161,6 +162,9 @@ class Int4Pack(nn.Module):
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(swapped, 8))
         self.register_buffer("scales", torch.stack((linear.scales, linear.zeros), -1).transpose(0, 1).contiguous())
 
+    def has_kernel_for(self, x: Tensor) -> bool:
+        return False
+
     def forward(self, x: Tensor) -> Tensor:
         y = torch.ops.aten._weight_int4pack_mm(x.flatten(0, -2), self.packed, self.groupsize, self.scales)
         return y.unflatten(0, x.shape[:-1])
@@ -169,7 +173,7 @@ class Int4Pack(nn.Module):
 def plain_copy(linear: nn.Module) -> nn.Module:
     """The same weights, multiplied by plain PyTorch."""
     twin = copy.copy(linear)
-    twin.has_kernel = False
+    twin.has_kernel, twin.kernel = False, None
     return twin
 
 
@@ -194,22 +198,29 @@ def with_tiles(tiles: tuple[int, int]) -> Call:
     return run_with_tiles
 
 
-def candidates(card: Card, name: str, linears: list[nn.Module], others: bool) -> dict[str, tuple[str, list, Call]]:
+Candidates = dict[str, tuple[str, list[nn.Module], Call]]
+
+
+def candidates(card: Card, name: str, linears: list[nn.Module], rows: int, others: bool) -> Candidates:
     """Ways to compute the product `name`, by label: what the model takes today, or all `others`.
 
     Each is the product's name, without one for the bare product, the modules, and how they are called.
     """
     compiled = torch.compile(call, fullgraph=True, dynamic=False) if card.compile else call
-    if not getattr(linears[0], "has_kernel", False):
-        return {"F.linear, bare": ("", linears, call)} if others else {"Inductor": (name, linears, compiled)}
+    copies, is_float = [plain_copy(linear) for linear in linears], not hasattr(linears[0], "dequantize")
+    plain, bare = {"Inductor": (name, copies, compiled)}, {"F.linear, bare": ("", copies, call)}
+    if not linears[0].has_kernel_for(torch.empty(1, rows, 1, device="meta")):
+        return bare if others else plain
     if not others:
         return {"kernels/gpu.py": (name, linears, call)}
+    if is_float:
+        return {**bare, **plain}
     found = {}
     if isinstance(linears[0], Int4Linear) and card.dtype == torch.bfloat16:
         found["aten._weight_int4pack_mm, bare"] = ("", [Int4Pack(linear) for linear in linears], call)
     for warps, outputs in TILES:
         found[f"kernels/gpu.py, {warps} warps, {outputs} outputs"] = (name, linears, with_tiles((warps, outputs)))
-    return {**found, "Inductor": (name, [plain_copy(linear) for linear in linears], compiled)}
+    return {**found, **plain}
 
 
 def call_all(run: Callable[..., Tensor], each: list[nn.Module], *args: Any) -> list[Tensor]:
@@ -222,7 +233,7 @@ def product_row(card: Card, model: str, name: str, mode: str, rows: int, others:
     rotation = Rotation(linear, card.device, card.dtype, MODES[mode])
     linears, n_bytes = [one.linear for one in rotation.copies], rotation.nbytes / len(rotation.copies)
     seconds, errors, failed = {}, {}, {}
-    for label, (around, modules, run) in candidates(card, name, linears, others).items():
+    for label, (around, modules, run) in candidates(card, name, linears, rows, others).items():
         each = [Surrounded(around, module, card.device, card.dtype) for module in modules]
         x, residual = each[0].inputs(rows, card.device, card.dtype)
         try:

@@ -17,7 +17,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from kernels import gpu, gpu_attention
-from linear import GROUP_SIZES, Int4Linear, Int8Linear, attend_on_gpu, pack_linears
+from linear import GROUP_SIZES, Int4Linear, Int8Linear, attend_on_gpu, multiply_on_gpu, pack_linears
 from model import KVCache, Linear, ModelArgs, RMSNorm, Sharding, Transformer, project, rope_table
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -36,14 +36,25 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
 
 
-def product(module: Int8Linear | Int4Linear, x: torch.Tensor) -> torch.Tensor:
+def product(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     module.has_kernel = True
     return module.to(DEVICE)(x)
 
 
-def is_right(module: Int8Linear | Int4Linear, x: torch.Tensor) -> bool:
-    """The product errs by no more than rounding does, beside float32 arithmetic on the dequantised weights."""
-    y, exact = product(module, x), x.float() @ module.dequantize(torch.float32).T
+def float_linear(weight: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None = None) -> Linear:
+    """A Linear with these weights and the GPU's kernel."""
+    linear = Linear(weight.shape[1], weight.shape[0], bias is not None, Sharding()).requires_grad_(False)
+    linear.weight.data, linear.kernel = weight.to(dtype), multiply_on_gpu
+    if bias is not None:
+        linear.bias.data = bias.to(dtype)
+    return linear
+
+
+def is_right(module: torch.nn.Module, x: torch.Tensor) -> bool:
+    """The product errs by no more than rounding does, beside float32 arithmetic on the same weights."""
+    is_float = isinstance(module, Linear)
+    y, weight = product(module, x), module.weight.float() if is_float else module.dequantize(torch.float32)
+    exact = x.float() @ weight.T
     error = float((y.float() - exact).norm() / exact.norm()) / torch.finfo(x.dtype).eps
     return (y.dtype, y.shape) == (x.dtype, exact.shape) and error < BOUND
 
@@ -57,7 +68,9 @@ def all_are_right(x: torch.Tensor, weight: torch.Tensor) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 18, 64), (1, 3, 1056), (2, 9, 192), (3, 17, 96), (4, 2, 256)])
 def test_few_rows(dtype, rows, n, k):
-    assert all_are_right(normal(rows, k).to(dtype), normal(n, k))
+    x, weight = normal(rows, k).to(dtype), normal(n, k)
+    assert all_are_right(x, weight)
+    assert rows > 2 or is_right(float_linear(weight, dtype), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES if DEVICE == "cuda" else [torch.float16])
@@ -83,13 +96,15 @@ def test_what_surrounds_a_product(rows, n, k, gated):
     norm.weight.data = normal(k).half()
     if not gated:
         around["residual"] = normal(1, rows, n).half()
-    for module in (Int8Linear.from_float(normal(n, k), bias), Int4Linear.from_float(normal(n, k), bias, groupsize=32)):
-        linear = Linear(k, n, True, Sharding()).requires_grad_(False)
-        linear.weight.data, linear.bias.data = module.dequantize(torch.float32), bias.float()
+    modules = [Int8Linear.from_float(normal(n, k), bias), Int4Linear.from_float(normal(n, k), bias, groupsize=32)]
+    for module in modules + ([float_linear(normal(n, k), x.dtype, bias)] if rows <= 2 else []):
+        is_float = isinstance(module, Linear)
+        weight = module.weight.float() if is_float else module.dequantize(torch.float32)
+        linear = float_linear(weight, torch.float32, bias)
+        linear.kernel, module.has_kernel = None, True
         exact = project(
             linear, x[None].float(), norm, **{k: v if k == "gated" else v.float() for k, v in around.items()}
         )
-        module.has_kernel = True
         y = project(module, x[None], norm, **around)
         assert (y.dtype, y.shape) == (x.dtype, exact.shape)
         assert float((y.float() - exact).norm() / exact.norm()) < 2 * torch.finfo(x.dtype).eps
@@ -114,6 +129,7 @@ def test_operators_keep_pytorchs_rules():
     torch.library.opcheck(torch.ops.fast_gpu.int8_linear.default, (x, int8.weight, int8.scales))
     int4 = Int4Linear.from_float(normal(3, 64), groupsize=32)
     torch.library.opcheck(torch.ops.fast_gpu.int4_linear.default, (x, int4.weight, int4.scales, int4.zeros))
+    torch.library.opcheck(torch.ops.fast_gpu.linear.default, (x, normal(3, 64).half()))
 
 
 def test_one_compiled_graph_serves_every_number_of_rows():
@@ -131,6 +147,9 @@ def test_a_weight_of_another_size_is_refused():
     module = Int8Linear.from_float(normal(8, 64))
     with pytest.raises(ValueError, match="x has 128 columns, the weight 64"):
         torch.ops.fast_gpu.int8_linear(normal(1, 128).half(), module.weight, module.scales)
+    for shape in ((1, 128), (3, 64)):
+        with pytest.raises(ValueError, match=f"x is {shape[0]} x {shape[1]}: this takes 2 rows at most, of 64"):
+            torch.ops.fast_gpu.linear(normal(*shape).half(), normal(8, 64).half())
 
 
 REPORTED = ModelArgs(
@@ -139,11 +158,11 @@ REPORTED = ModelArgs(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_the_reports_products(mode):
+@pytest.mark.parametrize(("mode", "rows"), [("bf16", (1, 2)), ("int8", (1, 6, 20)), ("int4", (1, 6, 20))])
+def test_the_reports_products(mode, rows):
     """What `gpu_report.py` asks of a GPU, within its limit."""
-    errors = gpu_correctness.product_errors(mode, REPORTED, DEVICE, torch.float16, (1, 6, 20))
-    assert len(errors) == 6
+    errors = gpu_correctness.product_errors(mode, REPORTED, DEVICE, torch.float16, rows)
+    assert len(errors) == 2 * len(rows)
     assert 0 < max(errors) < 2
 
 
@@ -160,7 +179,7 @@ def test_the_report_times_every_tile(monkeypatch):
     card = gpu_speed.Card(DEVICE, torch.float16, None, compile=False)
     monkeypatch.setattr(gpu, "_multiply_few", Launch())
     chosen = gpu.few_rows_tiles
-    found = gpu_speed.candidates(card, "w13", [linear], others=True)
+    found = gpu_speed.candidates(card, "w13", [linear], 1, others=True)
     for label, (name, modules, call) in found.items():
         run = gpu_correctness.Surrounded(name, modules[0], DEVICE, torch.float16)
         x, residual = run.inputs(1, DEVICE, torch.float16)

@@ -139,7 +139,7 @@ def test_a_product_that_fails_or_errs_is_wrong(card, monkeypatch):
     def failing(run, x, residual):
         raise RuntimeError("out of resources")
 
-    def candidates(card, name, linears, others):
+    def candidates(card, name, linears, rows, others):
         return {label: (name, linears, call) for label, call in calls.items()}
 
     monkeypatch.setattr(gpu_speed, "candidates", candidates)

@@ -112,6 +112,18 @@ def test_few_rows_load_16_bytes_and_exchange_no_weights(compiled, capability, bi
 
 
 @pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("rows", "gated", "present"), [(1, 2, ("norm_ptr",)), (2, 1, ("residual_ptr", "bias_ptr"))])
+def test_few_rows_of_float_weights_load_16_bytes(compiled, capability, rows, gated, present):
+    from kernels import gpu
+
+    types = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), "*bf16") | {"eps": "fp32"}
+    more, absent = surroundings(*present)
+    shape = {"n_in": 4096, "GATED": gated, "ROWS": rows, "BLOCK_N": 4, "BLOCK_K": 1024}
+    ptx = compiled(gpu._multiply_float, capability, 4, types | more, **shape, **absent)
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 4 + rows
+
+
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_more_rows_run_on_the_tensor_cores(compiled, capability, bits):
     from kernels import gpu
