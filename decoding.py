@@ -133,7 +133,7 @@ def kv_slots(n: int, capacity: int) -> int:
     """The number of cache slots to attend when `n` are valid: `n` rounded up to a quarter of its octave, at least 128.
 
     Rounding up reads at most a quarter more than is valid. Sizes are few because a CUDA graph is recorded for each,
-    unless a kernel of ours attends: that takes the whole cache and finds out on the device how many are valid.
+    unless a GPU's kernel attends: that takes the whole cache and finds out on the device how many are valid.
     """
     step = max(128, 1 << max(0, (n - 1).bit_length() - 3))
     return min(-(-n // step) * step, capacity)

@@ -367,9 +367,10 @@ def chat(
     caught = (KeyboardInterrupt,) if ranks.world_size == 1 else ()
     blank = [[0] * max(1, min(64, room // 4))]
     steps, _ = set_up(args, sampling, model, draft, [blank], room, ranks)
-    if args.compile or args.compile_prefill:  # a turn after the first
+    if args.compile or args.compile_prefill:  # a turn after the first, and one that is short enough for a kernel
         plain = steps.plain if isinstance(steps, SpeculativeSteps) else steps
-        deque(stream(plain, blank, 1, cached=len(blank[0]) * 2), maxlen=0)
+        for turn in (blank[0], blank[0][:2]):
+            deque(stream(plain, [turn], 1, cached=len(blank[0]) * 2), maxlen=0)
     if not tokenizer.has_chat_template and args.system is not None:
         raise ValueError("--system needs a chat template, and this model has none")
     if not tokenizer.has_chat_template:

@@ -340,7 +340,7 @@ def _dequantize(
 
 @functools.cache
 def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Why there are no kernels for activations in `dtype` on this GPU, in one line, or None: the smallest has run."""
+    """Why there are no kernels for activations in `dtype` on this GPU, in one line, or None: two small ones ran."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"a GPU's kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -350,6 +350,9 @@ def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
     if not any(map(shutil.which, compilers)) or not headers.exists():
         return f"a GPU's kernels need a C compiler ({' or '.join(compilers)}) and Python's headers"
     try:
+        from kernels import gpu_attention
+
+        gpu_attention.try_out(device, dtype)
         x, weight = (torch.zeros(1, 64, device=device, dtype=kind) for kind in (dtype, torch.int8))
         int8_linear(x, weight, torch.zeros(1, device=device))
         torch.cuda.synchronize(device)

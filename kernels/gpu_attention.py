@@ -8,7 +8,7 @@ kilobytes; the last of them turns the new keys, stores them and the new values, 
 back. How many slots are valid is read on the device: one recording in a CUDA graph serves every length and reads no
 more than is valid.
 
-Worth knowing: unmeasured on a GPU and proven in Triton's interpreter. In its place PyTorch takes 7 to 9 launches a
+Worth knowing: unmeasured on a GPU and proven in Triton's interpreter. In its place PyTorch takes 5 to 7 launches a
 layer for a float cache instead of 2. An int8 or fp8 one it would write out in the queries' type and read again, three
 times the bytes or more.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels import gpu
 
-BLOCK = 64  # slots at a time: with 128 elements a head they fit the shared memory of a consumer's GPU
+BLOCK = 64  # slots at a time
 
 
 @triton.jit
@@ -97,13 +97,13 @@ def _attend_share(
     scale,
     eps,
     n_slots,  # L
+    S,
     KV: tl.constexpr,
     HEADS: tl.constexpr,  # query heads of a key head
-    S: tl.constexpr,
     D: tl.constexpr,
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
-    NEW: tl.constexpr,  # S, rounded up to what a matrix product takes
+    NEW: tl.constexpr,  # S at most
     BLOCK_D: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -181,7 +181,8 @@ def _attend_share(
     found = (tl.program_id(0) * SPLITS + split) * (HEADS * S) + row
     tl.store(peaks_ptr + found, peak, mask=row_ok)
     tl.store(totals_ptr + found, total, mask=row_ok)
-    tl.store(sums_ptr + found[:, None] * D + d[None, :], sums, mask=row_ok[:, None] & d_ok[None, :])
+    if (first < end) | (split == SPLITS - 1):  # of no slots there are no sums
+        tl.store(sums_ptr + found[:, None] * D + d[None, :], sums, mask=row_ok[:, None] & d_ok[None, :])
 
 
 @triton.jit
@@ -190,9 +191,9 @@ def _join_shares(
     peaks_ptr,
     totals_ptr,
     y_ptr,  # [B, S, H, D]
+    S,
     KV: tl.constexpr,
     HEADS: tl.constexpr,
-    S: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -202,16 +203,16 @@ def _join_shares(
     d = tl.arange(0, BLOCK_D)
     at = (group * SPLITS + tl.arange(0, SPLITS)) * (HEADS * S) + row
     peaks = tl.load(peaks_ptr + at)
-    kept = tl.exp(peaks - tl.max(peaks, 0))
-    total = tl.sum(tl.load(totals_ptr + at) * kept, 0)
-    sums = tl.load(sums_ptr + at[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
-    y = tl.sum(sums * kept[:, None], 0) / total
+    totals, kept = tl.load(totals_ptr + at), tl.exp(peaks - tl.max(peaks, 0))
+    ok = (totals > 0)[:, None] & (d < D)[None, :]
+    sums = tl.load(sums_ptr + at[:, None] * D + d[None, :], mask=ok, other=0.0)
+    y = tl.sum(sums * kept[:, None], 0) / tl.sum(totals * kept, 0)
     y_row = (group // KV * S + row % S) * (KV * HEADS) + group % KV * HEADS + row // S
     tl.store(y_ptr + y_row * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
 
 # Before 2.14 a region that is compiled once cannot hold an operator that says what it writes to. There it goes unsaid:
-# nothing else in a step touches the caches, and each call waits for what the one before it has stored.
+# a compiled step touches the caches by this alone, and a call's arguments come from the one before it.
 STORED = ("k", "v", "k_scales", "v_scales") if torch.__version__ >= (2, 14) else ()
 
 
@@ -236,23 +237,26 @@ def decode_attention(
     `[B, S, D / 2]`; with `q_norm` and `k_norm` `[D]` the heads are normed before. Keys and values are stored at their
     positions in the whole cache, `k`, `v` `[B or more, KV, L, D]` of qkv's type, or of int8 or fp8 with float32 scales
     `[B or more, KV, L]`. A query sees the slots up to its position, with a `window` only so many of them.
+    Nothing checks that positions lie in the cache.
     """
     (B, S, width), (_, KV, L, D) = qkv.shape, k.shape
     assert S <= 16
-    assert all(x.is_contiguous() for x in (qkv, cos, sin, k, v))
+    assert k.is_contiguous()
+    assert v.is_contiguous()
     H = width // D - 2 * KV
     rows, splits = H // KV * S, splits_of(B * KV, gpu.multiprocessors(qkv.device))
     found = qkv.new_empty(B * KV * splits * rows, D + 2, dtype=torch.float32)
     peaks, totals, sums = found.view(-1).split((found.shape[0], found.shape[0], found.shape[0] * D))
     y = qkv.new_empty(B, S, H * D)
-    shape = {"KV": KV, "HEADS": H // KV, "S": S, "D": D, "BLOCK_D": triton.next_power_of_2(D), "SPLITS": splits}
+    block = BLOCK if rows <= 128 and D <= 128 else BLOCK // 2  # or it does not fit the shared memory of every GPU
+    shape = {"KV": KV, "HEADS": H // KV, "D": D, "BLOCK_D": triton.next_power_of_2(D), "SPLITS": splits}
     with torch.cuda.device_of(qkv):
         _attend_share[B * KV, splits](
-            qkv, cos, sin, positions.contiguous(), q_norm, k_norm, k, v, k_scales, v_scales, sums, peaks, totals,
-            D**-0.5, eps, L, **shape, WINDOW=window, ROWS=max(16, triton.next_power_of_2(rows)), NEW=16,
-            BLOCK_HALF=max(16, triton.next_power_of_2(D // 2)), BLOCK=BLOCK, num_warps=4 if rows <= 32 else 8,
+            *(x.contiguous() for x in (qkv, cos, sin, positions)), q_norm, k_norm, k, v, k_scales, v_scales, sums,
+            peaks, totals, D**-0.5, eps, L, S, **shape, WINDOW=window, ROWS=max(16, triton.next_power_of_2(rows)),
+            NEW=16, BLOCK_HALF=max(16, triton.next_power_of_2(D // 2)), BLOCK=block, num_warps=4 if rows <= 32 else 8,
         )  # fmt: skip
-        _join_shares[B * KV, rows](sums, peaks, totals, y, **shape)
+        _join_shares[B * KV, rows](sums, peaks, totals, y, S, **shape)
     return y
 
 
@@ -261,6 +265,15 @@ def _fake(qkv, cos, sin, positions, window, q_norm, k_norm, eps, k, *others):
     return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * k.shape[1] * k.shape[3])
 
 
+def try_out(device: torch.device | str, dtype: torch.dtype) -> None:
+    """Attend to nothing but one position; what does not compile or run raises whatever it does."""
+    cache = torch.zeros(2, 1, 1, 1, 64, device=device, dtype=dtype)
+    qkv, turn = (torch.zeros(1, 1, n, device=device, dtype=kind) for n, kind in ((192, dtype), (32, torch.float32)))
+    decode_attention(qkv, turn, turn, turn[..., 0].long(), 0, None, None, 0.0, *cache)
+
+
 def splits_of(n_heads: int, multiprocessors: int) -> int:
-    """Programs that share a key head's slots, for `n_heads` in all rows: about four for every multiprocessor."""
+    """Programs that share a key head's slots, for `n_heads` in all rows: four for a multiprocessor, where two or three
+    run at a time.
+    """
     return min(64, 1 << max(0, (4 * multiprocessors // n_heads).bit_length() - 1))

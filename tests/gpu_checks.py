@@ -269,6 +269,7 @@ def test_attention_keeps_pytorchs_rules(mended, kv_dtype):
         rules = ("test_schema", *rules)
     args = (qkv, cos, sin, positions, 0, None, None, 0.0, *cache.buffers())
     torch.library.opcheck(torch.ops.fast_gpu.decode_attention.default, args, test_utils=rules)
+    gpu_attention.try_out(DEVICE, torch.float16)
 
 
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8])

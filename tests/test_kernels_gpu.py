@@ -142,28 +142,23 @@ def test_more_rows_run_on_the_tensor_cores(compiled, capability, bits):
 
 
 @pytest.mark.parametrize(
-    ("capability", "cached", "S"),
+    ("capability", "cached", "heads", "S"),
     [
-        (80, "*bf16", 1),
-        (90, "*bf16", 1),
-        (86, "*bf16", 16),
-        (80, "*i8", 1),
-        (90, "*i8", 1),
-        (90, "*i8", 6),
-        (90, "*fp8e4nv", 1),
+        (80, "*bf16", 4, 1), (90, "*bf16", 4, 1), (86, "*bf16", 8, 16), (86, "*i8", 8, 16), (80, "*i8", 4, 1),
+        (90, "*i8", 4, 1), (90, "*i8", 4, 6), (90, "*fp8e4nv", 4, 1),
     ],
-)
-def test_attention_runs_on_the_tensor_cores(compiled, capability, cached, S):
+)  # fmt: skip
+def test_attention_runs_on_the_tensor_cores(compiled, capability, cached, heads, S):
     from kernels import gpu_attention
 
-    found = {"sums_ptr": "*fp32", "peaks_ptr": "*fp32", "totals_ptr": "*fp32"}
+    found, rows = {"sums_ptr": "*fp32", "peaks_ptr": "*fp32", "totals_ptr": "*fp32"}, heads * S
     types = dict.fromkeys(("qkv_ptr", "q_norm_ptr", "k_norm_ptr"), "*bf16") | dict.fromkeys(("k_ptr", "v_ptr"), cached)
     types |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "positions_ptr": "*i64", "scale": "fp32", "eps": "fp32", **found}
-    shape = {"KV": 8, "HEADS": 4, "S": S, "D": 128, "BLOCK_D": 128, "SPLITS": 64}
-    blocks = {"ROWS": max(16, triton.next_power_of_2(4 * S)), "NEW": 16, "BLOCK_HALF": 64, "BLOCK": 64}
+    shape = {"KV": 8, "HEADS": heads, "D": 128, "BLOCK_D": 128, "SPLITS": 64, **({"S": 1} if S == 1 else {})}
+    blocks = {"ROWS": max(16, triton.next_power_of_2(rows)), "NEW": 16, "BLOCK_HALF": 64, "BLOCK": 64}
     scales = dict.fromkeys(("k_scales_ptr", "v_scales_ptr"), None if cached == "*bf16" else "*fp32")
     constants = {**shape, **blocks, "WINDOW": 0, **(scales if cached == "*bf16" else {})}
-    kernel, warps = gpu_attention._attend_share, 4 if S <= 8 else 8
+    kernel, warps = gpu_attention._attend_share, 4 if rows <= 32 else 8
     ptx = compiled(kernel, capability, warps, types | scales, **constants)
     assert "mma.sync" in ptx
     assert "cp.async" in ptx
