@@ -657,7 +657,8 @@ def test_the_demo_compiled_as_the_readme_says(tmp_path):
     flags = ["--compile", "--max_new_tokens", 40, "--num_samples", 2, "--metrics_path", tmp_path / "figures.json"]
     run = subprocess.run(**command(*flags), capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert run.stderr == "compiling ...\n"
+    told = [line for line in run.stderr.splitlines() if "No CUDA runtime" not in line]  # torch's own, without a GPU
+    assert told == ["compiling ..."]
     assert "\nThe module" in run.stdout
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     assert figures["compile_s"] > 0
