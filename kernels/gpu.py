@@ -4,16 +4,17 @@
         y = torch.ops.fast_gpu.int4_linear(x, weight, scales, zeros)
 
 `int8_linear` and `int4_linear` take x bfloat16 or float16 `[M, K]` and weights as files have them, and give `[M, N]`,
-with one kernel that reads each weight once: up to 4 rows by multiply-adds in float32, up to 16 on the tensor cores.
-More rows are a prefill: there the weights are written out as numbers for `F.linear`. K is a multiple of 32. `linear`
-is for weights of x's type. No sum depends on which program comes first: equal inputs give equal bits.
+with one kernel that reads each weight once and multiplies on the tensor cores. More rows are a prefill: there the
+weights are written out as numbers for `F.linear`, as for less than 16 outputs. K is a multiple of 32. `linear` is for
+weights of x's type. No sum depends on which program comes first: equal inputs give equal bits.
 
 They also do what surrounds a product (`model.project`): a layer of 7B int4 weights is read in some 25 us, and a kernel
 of its own for norm, gates or residual costs one or two. Bias, gates and residual join the sums where these end. Of the
-norm (2 rows at most) the weight multiplies the inputs on their way in, and what divides them all waits for the end.
+norm (8 rows at most) the weight multiplies the inputs on their way in, and what divides them all waits for the end.
 
 Worth knowing: nothing here has been measured on a GPU. Triton's interpreter proves the numbers on a CPU; tile sizes
-follow from what the compiler makes of the kernels for an H100 (16-byte loads, no spills, four instructions a weight).
+follow from what the compiler makes of the kernels for an H100 (16-byte loads, no spills, three instructions for each
+int4 weight at one row). With norm, float16 inputs overflow where an input times the norm's weight is beyond 65504.
 """
 
 import functools
@@ -29,38 +30,59 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_ROWS = 16  # of x; above it is a prefill
-FEW_ROWS = 4  # of x, up to which a multiply-add per weight and row costs less than what the tensor cores ask for
+FEW_OUTPUTS = 16  # the fewest that a program makes
 FLOAT_ROWS = 2  # of x, up to which there is a kernel for weights of its type
 FLOAT_OUTPUTS = 4  # of a program, there
-NORM_ROWS = 2  # of x, up to which a kernel has registers for the norm's weight
+NORM_ROWS = 8  # of x, up to which a kernel applies the norm's weight
 SMS = 132  # multiprocessors of an H100, where there is none to ask
+ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}  # its bits
+
+# Of dimensions alike, Triton gives threads to the last ones first, registers to what is left; 3.6 began with the first.
+LAST_TO_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6))
 
 
 @triton.jit
-def _four(t):
-    """The columns of `t [A, 4]`, each `[A]`."""
-    even, odd = tl.split(tl.reshape(t, (t.shape[0], 2, 2)))
-    a, c = tl.split(even)
-    b, d = tl.split(odd)
-    return a, b, c, d
+def _registers(index):
+    """Of a tensor to load, the dimension along which a thread has a register for each element."""
+    return index[:, None, None] if LAST_TO_FIRST else index[None, :, None]
 
 
 @triton.jit
-def _eight(t):
-    """The columns of `t [A, 8]`, each `[A]`."""
-    even, odd = tl.split(tl.reshape(t, (t.shape[0], 4, 2)))
-    a, c, e, g = _four(even)
-    b, d, f, h = _four(odd)
-    return a, b, c, d, e, f, g, h
+def _threads(index):
+    """Of a tensor to load, the dimension along which each element has a thread."""
+    return index[None, :, None] if LAST_TO_FIRST else index[:, None, None]
 
 
 @triton.jit
-def _plus(tensors, i: tl.constexpr, more):
-    """The tuple `tensors` with `more` added to the one at i."""
-    changed = ()
-    for at in tl.static_range(len(tensors)):
-        changed = changed + (tensors[at] + more if at == i else tensors[at],)
-    return changed
+def _threads_first(loaded):
+    return tl.permute(loaded, (1, 0, 2)) if LAST_TO_FIRST else loaded
+
+
+@triton.jit
+def _nibbles(words, first: tl.constexpr, J: tl.constexpr, exponent, UP: tl.constexpr, dtype: tl.constexpr):
+    """J of the nibbles in both halves of the words `[S, 8, 4, B / 8, WORDS]`, as numbers `[S, B, 8 * WORDS * J]`.
+
+    These are all four, or every second from `first` on. A nibble becomes a number without a conversion: it is put at
+    the top of the mantissa, UP bits from the end, under an exponent.
+    """
+    S: tl.constexpr = words.shape[0]
+    EIGHTS: tl.constexpr = words.shape[3]
+    WORDS: tl.constexpr = words.shape[4]
+    j = (first + tl.arange(0, J) * (4 // J))[None, None, None, None, None, :, None]
+    half = tl.arange(0, 2)[None, None, None, None, None, None, :]
+    w = tl.reshape(words, (S, 8, 4, EIGHTS, WORDS, 1, 1))
+    w = w << tl.maximum(UP - 4 * j, 0) >> tl.maximum(4 * j - UP, 0)
+    w = ((w & (0x000F000F << UP) ^ exponent) >> (16 * half)).to(tl.uint16).to(dtype, bitcast=True)
+    return tl.reshape(tl.permute(w, (0, 3, 1, 4, 5, 2, 6)), (S, 8 * EIGHTS, 8 * WORDS * J))
+
+
+@triton.jit
+def _for_columns(loaded, S: tl.constexpr, COLUMNS: tl.constexpr):
+    """What belongs to a chunk of each of B outputs, in float32 beside the chunk's sums, `[S, B, COLUMNS]`."""
+    t = _threads_first(loaded).to(tl.float32)
+    B: tl.constexpr = 8 * t.shape[1]
+    t = tl.reshape(tl.permute(tl.reshape(t, (S, 8, 4, B // 8)), (0, 3, 1, 2)), (S, B, 1, 4, 1))
+    return tl.reshape(tl.broadcast_to(t, (S, B, COLUMNS // 8, 4, 2)), (S, B, COLUMNS))
 
 
 @triton.jit
@@ -69,7 +91,7 @@ def _gate(gate, up):
 
 
 @triton.jit
-def _multiply_few(
+def _multiply(
     x_ptr,  # [rows, K]
     words_ptr,  # [N, K * BITS / 32], the stored weights as 32-bit words
     scales_ptr,  # int8: [N]; int4: [N, K / GROUP]
@@ -80,97 +102,110 @@ def _multiply_few(
     y_ptr,  # [rows, N], or of gates and what they let through [rows, N / 2]
     rows,
     n_out,
-    exponent,  # the bits of the float 2^BITS
+    exponent,  # the bits of x's 1.0, twice
     eps,
-    n_chunks: tl.constexpr,  # of 16 bytes in a row of weights
+    n_in: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     GATED: tl.constexpr,  # 1: N is N, 2: every second of a program's outputs belongs to the gate before it
     ROWS: tl.constexpr,  # rows, rounded up to a power of two
+    WORDS: tl.constexpr,  # of an output's weights, that a thread reads at a time
     BLOCK_N: tl.constexpr,
-    CHUNKS: tl.constexpr,  # of a row that are read at once: one per thread
+    SPLITS: tl.constexpr,  # warps of a program, that share K
 ):
-    """`y = x W^T`: a program makes BLOCK_N outputs for all rows of x, a thread reads 16 bytes of weights at a time.
+    """`y = x W^T`: a program makes BLOCK_N outputs for all rows of x, a thread reads a chunk of WORDS at a time.
 
-    A stored weight u of b bits becomes a float without a conversion: put at the top of the mantissa under the exponent
-    of 2^b it is 2^b + u. What that adds, and the zero, the sum of the inputs takes off. The exponent is an argument
-    because the compiler spends two instructions on masking with one constant and merging with another.
+    Each warp multiplies four chunks of K at once, on the tensor cores, which ask of a thread to have the weights of one
+    output at one of four places in K. It has those that it has read: the order of K does not matter, as long as x is
+    brought into the same. So no weight changes hands.
+
+    The four chunks may be of PARTS groups. To sum each on its own, the inputs of one part are in columns of their own,
+    which are zero for the others: of 8 columns the first EACH are for as many rows of x and the first part.
+
+    A stored nibble u of int4 becomes 16 + u; the two of an int8 weight, the sign turned, 24 + upper and 1 + lower / 16.
+    What that adds, and the zero, the sum of the inputs takes off. The exponent is an argument because the compiler
+    spends two instructions on masking with one constant and merging with another.
     """
-    PER_WORD: tl.constexpr = 32 // BITS
-    OFFSET: tl.constexpr = 24 if BITS == 4 else 384  # 2^b, and what u lies above the signed value
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    UP: tl.constexpr = 3 if dtype == tl.bfloat16 else 6  # bits in the mantissa below a nibble
+    J: tl.constexpr = 4 if BITS == 4 else 2  # weights in half a word
+    CHUNK: tl.constexpr = 2 * J * WORDS  # weights
+    PARTS: tl.constexpr = max(1, 4 * CHUNK // GROUP)
+    EACH: tl.constexpr = 8 // PARTS
+    COLUMNS: tl.constexpr = max(8, PARTS * ROWS)
+    LOADS: tl.constexpr = CHUNK // 8  # of 16 bytes, for the inputs of a chunk
+    n_chunks: tl.constexpr = n_in // CHUNK
     exponent = exponent.to(tl.uint32, bitcast=True)
+    top = exponent + ((64 if BITS == 4 else 72) << UP) * 0x10001  # of 16; of 24, which turns the sign
     n_y = n_out // GATED
-    first_n = tl.program_id(0) * (BLOCK_N // GATED)
-    # One tensor for each output and row, so that a thread keeps its chunk: nothing changes hands before the last sum.
-    totals = (tl.zeros((CHUNKS,), tl.float32),) * (BLOCK_N * ROWS)
-    squares = (tl.zeros((CHUNKS,), tl.float32),) * ROWS
-    for first in range(0, n_chunks, CHUNKS):
-        chunk = first + tl.arange(0, CHUNKS)
-        words = ()
-        for b in tl.static_range(BLOCK_N):
-            n = first_n + b // GATED + b % GATED * n_y
-            at = (n * n_chunks + chunk)[:, None] * 4 + tl.arange(0, 4)[None, :]
-            ok = chunk < tl.where(first_n + b // GATED < n_y, n_chunks, 0)
-            stored = tl.load(words_ptr + at, mask=ok[:, None], other=0)
-            stored = stored.to(tl.uint32, bitcast=True)
-            words = words + _four(stored if BITS == 4 else stored ^ 0x80808080)  # 4 times [CHUNKS]
-        dots = (tl.zeros((CHUNKS,), tl.float32),) * (BLOCK_N * ROWS)
-        x_sums = (tl.zeros((CHUNKS,), tl.float32),) * ROWS
-        for i in tl.static_range(4):
-            k = (chunk * 4 + i)[:, None] * PER_WORD + tl.arange(0, PER_WORD)[None, :]
-            if norm_ptr is not None:
-                norm = tl.load(norm_ptr + k, mask=(chunk < n_chunks)[:, None], other=0.0).to(tl.float32)
-                norm = _eight(norm) if BITS == 4 else _four(norm)
-            for r in tl.static_range(ROWS):
-                ok = chunk < tl.where(r < rows, n_chunks, 0)
-                x = tl.load(x_ptr + r * (n_chunks * 4 * PER_WORD) + k, mask=ok[:, None], other=0.0).to(tl.float32)
-                x = _eight(x) if BITS == 4 else _four(x)  # PER_WORD times [CHUNKS]
-                for j in tl.static_range(PER_WORD):
-                    x_j = x[j]
-                    if norm_ptr is not None:
-                        squares = _plus(squares, r, x_j * x_j)
-                        x_j *= norm[j]
-                    x_sums = _plus(x_sums, r, x_j)
-                    for b in tl.static_range(BLOCK_N):
-                        w = ((words[4 * b + i] >> (j * BITS)) & ((1 << BITS) - 1)) << (23 - BITS) | exponent
-                        dots = _plus(dots, b * ROWS + r, w.to(tl.float32, bitcast=True) * x_j)
-        for b in tl.static_range(BLOCK_N):
-            if BITS == 4:
-                n = first_n + b // GATED + b % GATED * n_y
-                group = n * (n_chunks * 32 // GROUP) + chunk * 32 // GROUP
-                ok = chunk < tl.where(first_n + b // GATED < n_y, n_chunks, 0)
-                scales = tl.load(scales_ptr + group, mask=ok, other=0.0).to(tl.float32)
-                zeros = tl.load(zeros_ptr + group, mask=ok, other=0.0).to(tl.float32)
-                for r in tl.static_range(ROWS):
-                    part = dots[b * ROWS + r] * scales + x_sums[r] * (zeros - OFFSET * scales)
-                    totals = _plus(totals, b * ROWS + r, part)
-            else:
-                for r in tl.static_range(ROWS):
-                    totals = _plus(totals, b * ROWS + r, dots[b * ROWS + r] - OFFSET * x_sums[r])
-    for r in tl.static_range(ROWS):
-        factor = 1.0
+    first_n = tl.minimum(tl.program_id(0) * (BLOCK_N // GATED), n_y - BLOCK_N // GATED).to(tl.int64)
+    thread, eights = _threads(tl.arange(0, 32 * SPLITS)), _registers(tl.arange(0, BLOCK_N // 8))
+    eighth, fourth = thread // 4 % 8, thread % 4
+    n = first_n + eights * (8 // GATED) + eighth // GATED + eighth % GATED * n_y
+    part = _registers(tl.arange(0, COLUMNS // 8 * LOADS))  # of a chunk, for EACH rows of x after the other
+    row = part // LOADS * EACH + eighth % EACH
+    ones = tl.full((SPLITS, 16, 4 * CHUNK), 1.0, tl.float32).to(dtype)
+    totals = tl.zeros((SPLITS, BLOCK_N, COLUMNS), tl.float32)
+    place = thread // 32 * 4 + fourth
+    if BITS == 4:  # read a turn ahead: the compiler puts late what is used late, and a warp would wait a second time
+        groups = n * (n_in // GROUP)
+        group = groups + tl.minimum(place, n_chunks - 1) * CHUNK // GROUP
+        next_scales, next_zeros = tl.load(scales_ptr + group), tl.load(zeros_ptr + group)
+    for first in range(0, n_chunks, 4 * SPLITS):
+        chunk = first + place
+        if BITS == 4:
+            scales, zeros = next_scales, next_zeros
+            group = groups + tl.minimum(chunk + 4 * SPLITS, n_chunks - 1) * CHUNK // GROUP
+            next_scales, next_zeros = tl.load(scales_ptr + group), tl.load(zeros_ptr + group)
+        ok = (eighth // EACH == fourth * PARTS // 4) & (row < rows) & (chunk < n_chunks)
+        if n_chunks % (4 * SPLITS) != 0:
+            chunk = tl.minimum(chunk, n_chunks - 1)  # beyond the end any weights will do, x is zero
+        words = tl.load(words_ptr + (n * n_chunks + chunk) * WORDS + tl.arange(0, WORDS)[None, None, :])
+        words = _threads_first(words.to(tl.uint32, bitcast=True))
+        words = tl.reshape(words, (SPLITS, 8, 4, BLOCK_N // 8, WORDS))
+        k = (chunk * LOADS + part % LOADS) * 8 + tl.arange(0, 8)[None, None, :]
+        x = tl.load(x_ptr + row * n_in + k, mask=ok, other=0.0)
         if norm_ptr is not None:
-            factor = tl.rsqrt(tl.sum(squares[r]) / (n_chunks * 4 * PER_WORD) + eps)
-        for b in tl.static_range(0, BLOCK_N, GATED):
-            n = first_n + b // GATED
-            if n < n_y:
-                y = _whole(totals[b * ROWS + r], factor, scales_ptr, bias_ptr, n, BITS)
-                if GATED == 2:
-                    y = _gate(y, _whole(totals[(b + 1) * ROWS + r], factor, scales_ptr, bias_ptr, n_y + n, BITS))
-                if residual_ptr is not None:
-                    y += tl.load(residual_ptr + r * n_y + n, mask=r < rows, other=0.0).to(tl.float32)
-                tl.store(y_ptr + r * n_y + n, y.to(y_ptr.dtype.element_ty), mask=r < rows)
-
-
-@triton.jit
-def _whole(total, factor, scales_ptr, bias_ptr, n, BITS: tl.constexpr):
-    """Output n of a row, from its threads' parts."""
-    y = tl.sum(total) * factor
+            x = (x.to(tl.float32) * tl.load(norm_ptr + k).to(tl.float32)).to(dtype)
+        x = tl.reshape(_threads_first(x), (SPLITS, 8, 4, COLUMNS // 8, WORDS, 2, J))
+        x = tl.reshape(tl.permute(x, (0, 4, 6, 2, 5, 3, 1)), (SPLITS, 4 * CHUNK, COLUMNS))
+        sums = tl.dot(ones, x)
+        sums = tl.broadcast_to(tl.reshape(sums, (SPLITS, 1, 16, COLUMNS)), (SPLITS, BLOCK_N // 16, 16, COLUMNS))
+        sums = tl.reshape(sums, (SPLITS, BLOCK_N, COLUMNS))
+        if BITS == 4:
+            scales, zeros = _for_columns(scales, SPLITS, COLUMNS), _for_columns(zeros, SPLITS, COLUMNS)
+            dots = tl.dot(_nibbles(words, 0, J, top, UP, dtype), x)
+            totals += dots * scales + sums * (zeros - 24 * scales)
+        else:
+            dots = tl.dot(_nibbles(words, 0, J, exponent, UP, dtype), x)
+            dots = tl.dot(_nibbles(words, 1, J, top, UP, dtype), x, dots)
+            totals += dots - 25 * sums
+    y = tl.sum(tl.reshape(totals, (SPLITS, BLOCK_N, COLUMNS // 8, PARTS, EACH)), 3)
+    y = tl.reshape(tl.sum(y, 0), (BLOCK_N, COLUMNS // PARTS))
+    row = tl.arange(0, COLUMNS // PARTS)
+    if norm_ptr is not None:
+        squares = tl.zeros((ROWS, 256 * SPLITS), tl.float32)
+        at = tl.arange(0, ROWS)[:, None]
+        for first in range(0, n_in, 256 * SPLITS):
+            k = first + tl.arange(0, 256 * SPLITS)[None, :]
+            x = tl.load(x_ptr + at * n_in + k, mask=(at < rows) & (k < n_in), other=0.0).to(tl.float32)
+            squares += x * x
+        factors = tl.rsqrt(tl.sum(squares, 1) / n_in + eps)[None, None, :]
+        y *= tl.reshape(tl.broadcast_to(factors, (1, COLUMNS // PARTS // ROWS, ROWS)), (1, COLUMNS // PARTS))
+    lane = tl.arange(0, BLOCK_N)
+    n = first_n + lane // GATED + lane % GATED * n_y
     if BITS == 8:
-        y *= tl.load(scales_ptr + n)
+        y *= 16 * tl.load(scales_ptr + n)[:, None]
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + n).to(tl.float32)
-    return y
+        y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+    if GATED == 2:
+        gate, up = tl.split(tl.permute(tl.reshape(y, (BLOCK_N // 2, 2, COLUMNS // PARTS)), (0, 2, 1)))
+        y = _gate(gate, up)
+    n = first_n + tl.arange(0, BLOCK_N // GATED)
+    at, ok = row[None, :] * n_y + n[:, None], (row < rows)[None, :] & (n < n_y)[:, None]
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(dtype), mask=ok)
 
 
 @triton.jit
@@ -184,139 +219,45 @@ def _multiply_float(
     n_out,
     eps,
     n_in: tl.constexpr,
-    GATED: tl.constexpr,  # as in `_multiply_few`
+    GATED: tl.constexpr,  # as in `_multiply`
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # 16 bytes for each thread
 ):
     """`y = x W^T` for few rows: a program makes BLOCK_N outputs for all of them."""
     n_y = n_out // GATED
-    lane = tl.arange(0, BLOCK_N)
+    lane, row = tl.arange(0, BLOCK_N)[None, :], tl.arange(0, ROWS)[:, None]
     n = tl.program_id(0) * (BLOCK_N // GATED) + lane // GATED
     n_ok = n < n_y
     n = n + lane % GATED * n_y
-    at = n[:, None].to(tl.int64) * n_in
-    totals = (tl.zeros((BLOCK_N, BLOCK_K), tl.float32),) * ROWS
-    squares = (tl.zeros((1, BLOCK_K), tl.float32),) * ROWS
+    at = n[:, :, None].to(tl.int64) * n_in
+    totals = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((ROWS, 1, BLOCK_K), tl.float32)
     for first in range(0, n_in, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)[None, :]
-        w = tl.load(weight_ptr + at + k, mask=n_ok[:, None] & (k < n_in), other=0.0).to(tl.float32)
+        k = first + tl.arange(0, BLOCK_K)[None, None, :]
+        w = tl.load(weight_ptr + at + k, mask=n_ok[:, :, None] & (k < n_in), other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row[:, :, None] * n_in + k, mask=k < n_in, other=0.0).to(tl.float32)
         if norm_ptr is not None:
-            norm = tl.load(norm_ptr + k, mask=k < n_in, other=0.0).to(tl.float32)
-        for r in tl.static_range(ROWS):
-            x = tl.load(x_ptr + r * n_in + k, mask=k < n_in, other=0.0).to(tl.float32)
-            if norm_ptr is not None:
-                squares = _plus(squares, r, x * x)
-                x *= norm
-            totals = _plus(totals, r, w * x)
-    for r in tl.static_range(ROWS):
-        y = tl.sum(totals[r], 1)
-        if norm_ptr is not None:
-            y *= tl.rsqrt(tl.sum(squares[r]) / n_in + eps)
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)
-        if GATED == 2:
-            gate, up = tl.split(tl.reshape(y, (BLOCK_N // 2, 2)))
-            y = _gate(gate, up)
-        to = tl.program_id(0) * (BLOCK_N // GATED) + tl.arange(0, BLOCK_N // GATED)
-        if residual_ptr is not None:
-            y += tl.load(residual_ptr + r * n_y + to, mask=to < n_y, other=0.0).to(tl.float32)
-        tl.store(y_ptr + r * n_y + to, y.to(y_ptr.dtype.element_ty), mask=to < n_y)
-
-
-@triton.jit
-def _weights(
-    weight_ptr,
-    scales_ptr,
-    zeros_ptr,
-    n,
-    first,
-    n_out,
-    n_in: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """The float32 weights of the outputs `n [B]` for SIZE inputs from each of `first [S]` on, `[S, B, SIZE]`.
-
-    SIZE divides GROUP or is a multiple of it. int8 weights come without their scale.
-    """
-    n = n[None, :, None]
-    n_bytes = n_in * BITS // 8
-    at = (first * BITS // 8)[:, None, None] + tl.arange(0, SIZE * BITS // 8)[None, None, :]
-    stored = tl.load(weight_ptr + n.to(tl.int64) * n_bytes + at, mask=(n < n_out) & (at < n_bytes), other=0)
-    if BITS == 4:
-        q = tl.interleave(stored & 0xF, stored >> 4).to(tl.float32) - 8
-        PART: tl.constexpr = GROUP if GROUP < SIZE else SIZE  # of a group
-        n_groups = n_in // GROUP
-        group = (first[:, None, None] + (tl.arange(0, SIZE // PART) * PART)[None, None, :]) // GROUP
-        ok = (n < n_out) & (group < n_groups)
-        scales = tl.load(scales_ptr + n * n_groups + group, mask=ok, other=0.0).to(tl.float32)
-        zeros = tl.load(zeros_ptr + n * n_groups + group, mask=ok, other=0.0).to(tl.float32)
-        w = tl.reshape(q, (q.shape[0], q.shape[1], SIZE // PART, PART)) * scales[:, :, :, None] + zeros[:, :, :, None]
-        w = tl.reshape(w, q.shape)
-    else:
-        w = stored.to(tl.float32)
-    return w
-
-
-@triton.jit
-def _multiply_more(
-    x_ptr,  # [rows, K]
-    weight_ptr,  # [N, K * BITS / 8], as stored
-    scales_ptr,
-    zeros_ptr,
-    bias_ptr,
-    residual_ptr,
-    y_ptr,
-    rows,
-    n_out,
-    n_in: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GATED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """`y = x W^T` for up to 16 rows on the tensor cores. Each of a program's SPLITS warps sums over a share of K.
-
-    Bias, gates and residual as in `_multiply_few`, but the outputs of all gates come before those of what they let
-    through.
-    """
-    WIDTH: tl.constexpr = BLOCK_N // GATED  # outputs of y
-    n_y = n_out // GATED
-    lane = tl.arange(0, BLOCK_N)
-    n = tl.program_id(0) * WIDTH + lane % WIDTH + lane // WIDTH * n_y
-    row = tl.arange(0, 16)[None, :, None]
-    steps: tl.constexpr = (n_in + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    total = tl.zeros((SPLITS, BLOCK_N, 16), tl.float32)
-    for step in range(steps):
-        first = (tl.arange(0, SPLITS) * steps + step) * BLOCK_K
-        w = _weights(weight_ptr, scales_ptr, zeros_ptr, n, first, n_out, n_in, BITS, GROUP, BLOCK_K).to(dtype)
-        k = first[:, None, None] + tl.arange(0, BLOCK_K)[None, None, :]
-        x = tl.load(x_ptr + row * n_in + k, mask=(row < rows) & (k < n_in), other=0.0)  # [SPLITS, 16, BLOCK_K]
-        total = tl.dot(w, tl.permute(x, (0, 2, 1)), total)
-    y = tl.sum(total, 0)  # [BLOCK_N, 16]
-    if BITS == 8:
-        y *= tl.load(scales_ptr + n, mask=n < n_out, other=0.0)[:, None]
+            squares += x * x
+            x *= tl.load(norm_ptr + k, mask=k < n_in, other=0.0).to(tl.float32)
+        totals += w * x
+    y = tl.sum(totals, 2)  # [ROWS, BLOCK_N]
+    if norm_ptr is not None:
+        y *= tl.rsqrt(tl.sum(squares, 2) / n_in + eps)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < n_out, other=0.0).to(tl.float32)[:, None]
+        y += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)
     if GATED == 2:
-        gate, up = tl.split(tl.permute(tl.reshape(y, (2, WIDTH, 16)), (1, 2, 0)))
+        gate, up = tl.split(tl.reshape(y, (ROWS, BLOCK_N // 2, 2)))
         y = _gate(gate, up)
-    n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    row = tl.arange(0, 16)
-    at, ok = row[None, :] * n_y + n[:, None], (n < n_y)[:, None] & (row < rows)[None, :]
+    n = tl.program_id(0) * (BLOCK_N // GATED) + tl.arange(0, BLOCK_N // GATED)[None, :]
     if residual_ptr is not None:
-        y += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, y.to(dtype), mask=ok)
+        y += tl.load(residual_ptr + row * n_y + n, mask=n < n_y, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * n_y + n, y.to(y_ptr.dtype.element_ty), mask=n < n_y)
 
 
 @triton.jit
 def _dequantize(
-    weight_ptr,
+    weight_ptr,  # [N, K * BITS / 8], as stored
     scales_ptr,
     zeros_ptr,
     w_ptr,  # [N, K]
@@ -328,14 +269,21 @@ def _dequantize(
     BLOCK_K: tl.constexpr,
 ):
     """Write the weights out as numbers."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1) * BLOCK_K + tl.arange(0, 1)
-    w = _weights(weight_ptr, scales_ptr, zeros_ptr, n, first, n_out, n_in, BITS, GROUP, BLOCK_K)
-    n = n[None, :, None]
-    k = (first[:, None] + tl.arange(0, BLOCK_K)[None, :])[:, None, :]
-    if BITS == 8:
-        w *= tl.load(scales_ptr + n, mask=n < n_out, other=0.0)
-    tl.store(w_ptr + n.to(tl.int64) * n_in + k, w.to(w_ptr.dtype.element_ty), mask=(n < n_out) & (k < n_in))
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    first = tl.program_id(1) * BLOCK_K
+    at = first * BITS // 8 + tl.arange(0, BLOCK_K * BITS // 8)[None, :]
+    stored = tl.load(weight_ptr + n * (n_in * BITS // 8) + at, mask=(n < n_out) & (at < n_in * BITS // 8), other=0)
+    if BITS == 4:
+        q = tl.reshape(tl.interleave(stored & 0xF, stored >> 4), (BLOCK_N, BLOCK_K // GROUP, GROUP)).to(tl.float32) - 8
+        group = first // GROUP + tl.arange(0, BLOCK_K // GROUP)[None, :]
+        at, ok = n * (n_in // GROUP) + group, (n < n_out) & (group < n_in // GROUP)
+        scales = tl.load(scales_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        zeros = tl.load(zeros_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        w = tl.reshape(q * scales[:, :, None] + zeros[:, :, None], (BLOCK_N, BLOCK_K))
+    else:
+        w = stored.to(tl.float32) * tl.load(scales_ptr + n, mask=n < n_out, other=0.0)
+    k = first + tl.arange(0, BLOCK_K)[None, :]
+    tl.store(w_ptr + n * n_in + k, w.to(w_ptr.dtype.element_ty), mask=(n < n_out) & (k < n_in))
 
 
 @functools.cache
@@ -353,8 +301,8 @@ def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
         from kernels import gpu_attention
 
         gpu_attention.try_out(device, dtype)
-        x, weight = (torch.zeros(1, 64, device=device, dtype=kind) for kind in (dtype, torch.int8))
-        int8_linear(x, weight, torch.zeros(1, device=device))
+        x, weight = (torch.zeros(16, 64, device=device, dtype=kind) for kind in (dtype, torch.int8))
+        int8_linear(x[:1], weight, torch.zeros(16, device=device))
         torch.cuda.synchronize(device)
     except Exception as error:  # of any kind: what Triton, the driver or the chip does not take
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -451,47 +399,42 @@ def _linear(
     if gated and n_out % 2:
         raise ValueError(f"gates are as many as what they let through, not half of {n_out}")
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    if norm is not None and rows > NORM_ROWS:
+    few = rows <= MAX_ROWS and n_out >= FEW_OUTPUTS
+    if norm is not None and not (few and rows <= NORM_ROWS):
         x, norm = F.rms_norm(x, (n_in,), norm, eps), None
-    shape = {"BITS": bits, "GROUP": n_in // scales.shape[1] if bits == 4 else 32}
-    if rows > MAX_ROWS:
+    group, gates = n_in * n_out // scales.numel(), 2 if gated else 1
+    if not few:
         w = x.new_empty(n_out, n_in)
-        _dequantize[-(-n_out // 16), -(-n_in // 256)](
-            weight, scales, zeros, w, n_out, n_in, **shape, BLOCK_N=16, BLOCK_K=256
-        )
+        _dequantize[-(-n_out // 16), -(-n_in // 256)](weight, scales, zeros, w, n_out, n_in, bits, group, 16, 256)
         y = F.linear(x, w, bias)
         if gated:
             gate, up = y.chunk(2, dim=-1)
             y = F.silu(gate) * up
         return y if residual is None else y.add_(residual)
-    shape["GATED"] = 2 if gated else 1
-    y = x.new_empty(rows, n_out // shape["GATED"])
-    if rows <= FEW_ROWS:
-        n_chunks = n_in * bits // 128
-        warps, block = few_rows_tiles(n_out, n_chunks, multiprocessors(x.device))
-        block = max(block, shape["GATED"])
-        _multiply_few[-(-n_out // block),](
-            x, weight.view(torch.int32), scales, zeros, bias, norm, residual, y, rows, n_out, (127 + bits) << 23, eps,
-            n_chunks, **shape, ROWS=1 << (rows - 1).bit_length(), BLOCK_N=block, CHUNKS=32 * warps, num_warps=warps,
-        )  # fmt: skip
-    else:
-        warps = 8 if n_in >= 2048 else 2
-        _multiply_more[-(-n_out // 16),](
-            x, weight, scales, zeros, bias, residual, y, rows, n_out, n_in, **shape,
-            BLOCK_N=16, BLOCK_K=128, SPLITS=warps, num_warps=warps,
-        )  # fmt: skip
+    y = x.new_empty(rows, n_out // gates)
+    words = 4 if 8 * rows <= group else 2  # half a chunk has half as many groups, and thus columns
+    warps, block = few_rows_tiles(rows, n_out, n_in * bits // (32 * words), multiprocessors(x.device))
+    block = max(FEW_OUTPUTS, min(block, 1 << (n_out.bit_length() - 1)))
+    _multiply[-(-n_out // block),](
+        x, weight.view(torch.int32), scales, zeros, bias, norm, residual, y, rows, n_out, ONE[x.dtype] * 0x10001, eps,
+        n_in, bits, group, gates, 1 << (rows - 1).bit_length(), words, block, warps, num_warps=warps,
+        num_stages=3 if rows > 8 else 1,  # many rows leave registers for few warps: they read two turns ahead
+    )  # fmt: skip
     return y
 
 
-def few_rows_tiles(n_out: int, n_chunks: int, multiprocessors: int) -> tuple[int, int]:
-    """Warps of a program and outputs that it makes, for rows of so many 16-byte chunks. Reasoned, not measured.
+def few_rows_tiles(rows: int, n_out: int, n_chunks: int, multiprocessors: int) -> tuple[int, int]:
+    """Warps of a program and outputs that it makes, for rows of so many chunks. Reasoned, not measured.
 
-    As many warps as leave the fewest threads without a chunk in the last turn; as many outputs, which share the inputs'
-    way through the caches, as leave every multiprocessor four programs.
+    The outputs of a program share what is done for the inputs, which is more for more rows; but half of the
+    multiprocessors without a program would be worse. The fewer programs for each multiprocessor, the more warps of a
+    program, as long as all programs run at once: a warp has 1 or 2 KiB on the way at a time. No warp is without a
+    chunk.
     """
-    warps = min((4, 2, 1), key=lambda w: -(-n_chunks // (32 * w)) * w)
-    outputs = next((b for b in (4, 2) if n_out >= 4 * multiprocessors * b), 1)
-    return warps, outputs
+    outputs = 64 if 2 < rows <= 8 and n_out > 64 * multiprocessors else 32 if n_out > 16 * multiprocessors else 16
+    programs = n_out / outputs / multiprocessors
+    warps = 4 if programs > 2 or outputs == 64 else 8 if programs > 1 or rows > 8 else 16
+    return min(warps, 1 << (-(-n_chunks // 4) - 1).bit_length()), outputs
 
 
 @functools.cache

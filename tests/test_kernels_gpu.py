@@ -17,6 +17,7 @@ import torch
 triton = pytest.importorskip("triton", reason="needs the package triton")
 CHECKS = Path(__file__).with_name("gpu_checks.py")
 QUANTIZED = {4: ("*u8", "*bf16"), 8: ("*i8", "*fp32")}  # bits -> types of weights and scales
+ALIGNED = ("n_out", "exponent")
 
 
 def run_checks(**environment: str) -> None:
@@ -51,20 +52,24 @@ def test_kernels_that_do_not_run_are_a_reason(monkeypatch):
 def compiled(tmp_path, monkeypatch):
     """`compiled(kernel, capability, warps, types, **constants)`: its PTX.
 
-    More than two spilled registers are an error, and more shared memory than a program can have.
-    Pointers are to multiples of 16 bytes; what has no type and is no constant is an integer.
+    More than two spilled registers are an error, and more shared memory than a program can have. Pointers are to
+    multiples of 16 bytes, what is ALIGNED a multiple of 16; what has no type and is no constant is an integer.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
-    def make(kernel, capability: int, warps: int, types: dict[str, str], **constants: int | None) -> str:
+    def make(kernel, capability: int, warps: int, types: dict[str, str], stages: int = 3, **constants) -> str:
         names = kernel.arg_names
         signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"}
+        aligned = {
+            (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n in ALIGNED
+        }
         source = ASTSource(kernel, signature, constants, aligned)
-        built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        built = compile(
+            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}
+        )
         assert built.metadata.shared <= {80: 163, 86: 99, 90: 227}[capability] * 1024
         binary = tmp_path / "kernel.cubin"
         binary.write_bytes(built.asm["cubin"])
@@ -86,29 +91,52 @@ def surroundings(*present: str) -> tuple[dict[str, str], dict[str, None]]:
     return dict.fromkeys(present, "*bf16"), dict.fromkeys(names.difference(present))
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("capability", "bits", "rows", "present", "gated"),
+    ("bits", "group", "rows", "present", "gated"),
     [
-        (80, 4, 1, ("norm_ptr",), 2),
-        (90, 4, 1, ("residual_ptr",), 1),
-        (90, 4, 2, ("norm_ptr", "bias_ptr"), 1),
-        (90, 4, 4, ("residual_ptr",), 1),
-        (80, 8, 2, ("norm_ptr",), 2),
-        (90, 8, 2, (), 1),
+        (4, 32, 1, ("norm_ptr",), 2),
+        (4, 32, 2, ("norm_ptr", "bias_ptr"), 1),
+        (4, 32, 4, ("residual_ptr",), 1),
+        (4, 32, 8, ("norm_ptr",), 2),
+        (4, 32, 16, ("residual_ptr",), 1),
+        (4, 128, 8, ("norm_ptr",), 1),
+        (4, 128, 16, (), 2),
+        (8, 4096, 2, ("norm_ptr",), 2),
+        (8, 4096, 8, (), 1),
+        (8, 4096, 16, ("residual_ptr",), 1),
     ],
 )
-def test_few_rows_load_16_bytes_and_exchange_no_weights(compiled, capability, bits, rows, present, gated):
+def test_weights_stay_where_they_are_read(compiled, capability, bits, group, rows, present, gated):
+    """Up to 8 rows, no thread gives another one anything while it multiplies; beyond, copies run ahead of it."""
     from kernels import gpu
 
-    weights, scales = "*i32", QUANTIZED[bits][1]
-    types = {"x_ptr": "*bf16", "words_ptr": weights, "scales_ptr": scales, "zeros_ptr": scales, "y_ptr": "*bf16"}
+    scales, words = QUANTIZED[bits][1], 2 if 8 * rows > group else 4
+    types = {"x_ptr": "*bf16", "words_ptr": "*i32", "scales_ptr": scales, "zeros_ptr": scales, "y_ptr": "*bf16"}
     more, absent = surroundings(*present)
-    shape = {"n_chunks": 4096 * bits // 128, "BITS": bits, "GROUP": 32, "ROWS": rows, "BLOCK_N": 4, "CHUNKS": 128}
+    warps, outputs = gpu.few_rows_tiles(rows, 12288, 4096 * bits // (32 * words), gpu.SMS)
+    shape = {"n_in": 4096, "BITS": bits, "GROUP": group, "GATED": gated, "ROWS": rows, "WORDS": words}
+    shape |= {"BLOCK_N": outputs, "SPLITS": warps} | absent | ({"rows": 1} if rows == 1 else {})  # as Triton takes a 1
     types |= more | {"eps": "fp32"}
-    ptx = compiled(gpu._multiply_few, capability, 4, types, **shape, **absent, GATED=gated)
-    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 4  # one for each of a program's outputs
-    sums = (4 + ("norm_ptr" in present)) * rows
-    assert len(re.findall("bar.sync", ptx)) <= 3 * sums  # the last ones; a layout that does not fit takes more
+    ptx = compiled(gpu._multiply, capability, warps, types, 3 if rows > 8 else 1, **shape)
+    if rows > 8:
+        assert re.search(rf"cp\.async\.c[ag]\.shared\.global .* 0x{4 * words:x},", ptx)
+        return
+    assert len(re.findall(rf"ld\.global\.v{words}\.b32", ptx)) >= outputs // 8
+    products, sums = ptx[: ptx.rindex("mma.sync")], ptx[ptx.rindex("mma.sync") :]
+    assert not re.search("shfl|bar.sync|shared", products[products.index("{") :])
+    assert "bar.sync" in sums
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 256), (8, 4096)])
+def test_weights_are_written_16_bytes_at_a_time(compiled, bits, group):
+    from kernels import gpu
+
+    weights, scales = QUANTIZED[bits]
+    types = {"weight_ptr": weights, "scales_ptr": scales, "zeros_ptr": scales, "w_ptr": "*bf16"}
+    shape = {"n_in": 4096, "BITS": bits, "GROUP": group, "BLOCK_N": 16, "BLOCK_K": 256}
+    for capability in (80, 90):
+        assert "st.global.v4" in compiled(gpu._dequantize, capability, 4, types, **shape)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -121,24 +149,6 @@ def test_few_rows_of_float_weights_load_16_bytes(compiled, capability, rows, gat
     shape = {"n_in": 4096, "GATED": gated, "ROWS": rows, "BLOCK_N": 4, "BLOCK_K": 1024}
     ptx = compiled(gpu._multiply_float, capability, 4, types | more, **shape, **absent)
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 4 + rows
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_more_rows_run_on_the_tensor_cores(compiled, capability, bits):
-    from kernels import gpu
-
-    weights, scales = QUANTIZED[bits]
-    types = {"x_ptr": "*bf16", "weight_ptr": weights, "scales_ptr": scales, "zeros_ptr": scales, "y_ptr": "*bf16"}
-    shape, tiles = {"n_in": 4096, "BITS": bits, "GROUP": 32}, {"BLOCK_N": 16, "BLOCK_K": 128, "SPLITS": 8}
-    for gated, present in ((1, ("residual_ptr",)), (2, ("bias_ptr",))):
-        more, absent = surroundings(*present)
-        del absent["norm_ptr"]
-        ptx = compiled(gpu._multiply_more, capability, 8, types | more, **shape, **tiles, **absent, GATED=gated)
-        assert "mma.sync" in ptx
-        assert re.search(r"cp\.async\.cg\.shared\.global .* 0x10,", ptx)
-    types = {"weight_ptr": weights, "scales_ptr": scales, "zeros_ptr": scales, "w_ptr": "*bf16"}
-    assert "st.global.v4" in compiled(gpu._dequantize, capability, 4, types, **shape, BLOCK_N=16, BLOCK_K=256)
 
 
 @pytest.mark.parametrize(
