@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,23 @@ def test_kernels_that_do_not_run_are_a_reason(monkeypatch):
     assert re.fullmatch(r"a GPU's kernels fail on NVIDIA H100: \w+Error: .+", reason)
 
 
+@dataclass
+class Compiled:
+    ptx: str
+    sass: str
+
+    def issued(self, turns: int) -> int:
+        """Instructions that a warp issues, where the longest loop takes so many turns."""
+        code = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);", self.sass)
+        jumps = [(at, re.search("0x([0-9a-f]+)", to)) for at, what, to in code if what.startswith("BRA")]
+        loops = [range(int(to[1], 16), int(at, 16) + 1) for at, to in jumps if to]
+        longest = max(loops, key=len)  # a jump forward is an empty range
+        return len(code) + (turns - 1) * sum(int(at, 16) in longest for at, *_ in code)
+
+
 @pytest.fixture
 def compiled(tmp_path, monkeypatch):
-    """`compiled(kernel, capability, warps, types, **constants)`: its PTX.
+    """`compiled(kernel, capability, warps, types, **constants)`: its PTX and the chip's own code.
 
     More than two spilled registers are an error, and more shared memory than a program can have. Pointers are to
     multiples of 16 bytes, what is ALIGNED a multiple of 16; what has no type and is no constant is an integer.
@@ -60,7 +75,7 @@ def compiled(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
-    def make(kernel, capability: int, warps: int, types: dict[str, str], stages: int = 3, **constants) -> str:
+    def make(kernel, capability: int, warps: int, types: dict[str, str], stages: int = 3, **constants) -> Compiled:
         names = kernel.arg_names
         signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
         aligned = {
@@ -74,13 +89,14 @@ def compiled(tmp_path, monkeypatch):
         binary = tmp_path / "kernel.cubin"
         binary.write_bytes(built.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
-        ).stdout
+        usage, sass = (
+            subprocess.run([tool, what, binary], capture_output=True, text=True, check=True).stdout
+            for what in ("--dump-resource-usage", "--dump-sass")
+        )
         stack, local = re.search(r"STACK:(\d+) .* LOCAL:(\d+) ", usage).groups()
         assert int(stack) <= 8, usage
         assert local == "0", usage
-        return built.asm["ptx"]
+        return Compiled(built.asm["ptx"], sass)
 
     return make
 
@@ -93,22 +109,25 @@ def surroundings(*present: str) -> tuple[dict[str, str], dict[str, None]]:
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("bits", "group", "rows", "present", "gated"),
+    ("bits", "group", "rows", "present", "gated", "most"),
     [
-        (4, 32, 1, ("norm_ptr",), 2),
-        (4, 32, 2, ("norm_ptr", "bias_ptr"), 1),
-        (4, 32, 4, ("residual_ptr",), 1),
-        (4, 32, 8, ("norm_ptr",), 2),
-        (4, 32, 16, ("residual_ptr",), 1),
-        (4, 128, 8, ("norm_ptr",), 1),
-        (4, 128, 16, (), 2),
-        (8, 4096, 2, ("norm_ptr",), 2),
-        (8, 4096, 8, (), 1),
-        (8, 4096, 16, ("residual_ptr",), 1),
+        (4, 32, 1, ("norm_ptr",), 2, 3),
+        (4, 32, 2, ("norm_ptr", "bias_ptr"), 1, 3),
+        (4, 32, 4, ("residual_ptr",), 1, 3),
+        (4, 32, 8, ("norm_ptr",), 2, 4),
+        (4, 32, 16, ("residual_ptr",), 1, 6.5),
+        (4, 128, 8, ("norm_ptr",), 1, 2.5),
+        (4, 128, 16, (), 2, 4),
+        (8, 4096, 2, ("norm_ptr",), 2, 4.5),
+        (8, 4096, 8, (), 1, 3.5),
+        (8, 4096, 16, ("residual_ptr",), 1, 5.5),
     ],
 )
-def test_weights_stay_where_they_are_read(compiled, capability, bits, group, rows, present, gated):
-    """Up to 8 rows, no thread gives another one anything while it multiplies; beyond, copies run ahead of it."""
+def test_weights_stay_where_they_are_read(compiled, capability, bits, group, rows, present, gated, most):
+    """And for each at most so many instructions are issued, all of the program's counted.
+
+    Up to 8 rows, no thread gives another one anything while it multiplies; beyond, copies run ahead of it.
+    """
     from kernels import gpu
 
     scales, words = QUANTIZED[bits][1], 2 if 8 * rows > group else 4
@@ -118,7 +137,9 @@ def test_weights_stay_where_they_are_read(compiled, capability, bits, group, row
     shape = {"n_in": 4096, "BITS": bits, "GROUP": group, "GATED": gated, "ROWS": rows, "WORDS": words}
     shape |= {"BLOCK_N": outputs, "SPLITS": warps} | absent | ({"rows": 1} if rows == 1 else {})  # as Triton takes a 1
     types |= more | {"eps": "fp32"}
-    ptx = compiled(gpu._multiply, capability, warps, types, 3 if rows > 8 else 1, **shape)
+    code = compiled(gpu._multiply, capability, warps, types, 3 if rows > 8 else 1, **shape)
+    ptx, turns = code.ptx, 4096 * bits // (32 * words) // (4 * warps)
+    assert 32 * warps * code.issued(turns) < most * outputs * 4096
     if rows > 8:
         assert re.search(rf"cp\.async\.c[ag]\.shared\.global .* 0x{4 * words:x},", ptx)
         return
@@ -136,7 +157,7 @@ def test_weights_are_written_16_bytes_at_a_time(compiled, bits, group):
     types = {"weight_ptr": weights, "scales_ptr": scales, "zeros_ptr": scales, "w_ptr": "*bf16"}
     shape = {"n_in": 4096, "BITS": bits, "GROUP": group, "BLOCK_N": 16, "BLOCK_K": 256}
     for capability in (80, 90):
-        assert "st.global.v4" in compiled(gpu._dequantize, capability, 4, types, **shape)
+        assert "st.global.v4" in compiled(gpu._dequantize, capability, 4, types, **shape).ptx
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -147,7 +168,7 @@ def test_few_rows_of_float_weights_load_16_bytes(compiled, capability, rows, gat
     types = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), "*bf16") | {"eps": "fp32"}
     more, absent = surroundings(*present)
     shape = {"n_in": 4096, "GATED": gated, "ROWS": rows, "BLOCK_N": 4, "BLOCK_K": 1024}
-    ptx = compiled(gpu._multiply_float, capability, 4, types | more, **shape, **absent)
+    ptx = compiled(gpu._multiply_float, capability, 4, types | more, **shape, **absent).ptx
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 4 + rows
 
 
@@ -169,7 +190,7 @@ def test_attention_runs_on_the_tensor_cores(compiled, capability, cached, heads,
     scales = dict.fromkeys(("k_scales_ptr", "v_scales_ptr"), None if cached == "*bf16" else "*fp32")
     constants = {**shape, **blocks, "WINDOW": 0, **(scales if cached == "*bf16" else {})}
     kernel, warps = gpu_attention._attend_share, 4 if rows <= 32 else 8
-    ptx = compiled(kernel, capability, warps, types | scales, **constants)
+    ptx = compiled(kernel, capability, warps, types | scales, **constants).ptx
     assert "mma.sync" in ptx
     assert "cp.async" in ptx
     compiled(gpu_attention._join_shares, capability, 4, {**found, "y_ptr": "*bf16"}, **shape)
