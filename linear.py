@@ -190,22 +190,24 @@ def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
     has_kernels = kernels_missing(device, dtype) is None
-    on_cpu = has_kernels and device.type == "cpu"
+    on_cpu, on_gpu = (has_kernels and device.type == kind for kind in ("cpu", "cuda"))
+    if on_gpu:
+        from kernels import gpu, gpu_attention  # noqa: F401 - registers its operator
+
+        has_fp8 = torch.cuda.get_device_capability(device) >= (8, 9)
+        cached = (dtype, torch.int8, *[torch.float8_e4m3fn] * has_fp8)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.pack(dtype)
         elif isinstance(module, nn.Linear) and on_cpu and module.in_features % 2 == 0:
             module.register_buffer("packed", cpu.pack_bf16(module.weight))
             module.weight, module.kernel = None, multiply_on_cpu
-        elif isinstance(module, nn.Linear) and has_kernels and device.type == "cuda":
-            module.kernel, module.kernel_batch = multiply_on_gpu, 2
+        elif isinstance(module, nn.Linear) and on_gpu:
+            module.kernel, module.kernel_batch = multiply_on_gpu, gpu.FLOAT_ROWS
         elif hasattr(module, "kv_cache") and on_cpu and cpu.is_fast() and module.head_dim % 32 == 0:
             module.kernels = dict.fromkeys((torch.bfloat16, torch.int8), attend_on_cpu)
-        elif hasattr(module, "kv_cache") and has_kernels and device.type == "cuda" and module.head_dim <= 128:
-            from kernels import gpu_attention  # noqa: F401 - registers the operator
-
-            has_fp8 = torch.cuda.get_device_capability(device) >= (8, 9)
-            module.kernels = dict.fromkeys((dtype, torch.int8, *[torch.float8_e4m3fn] * has_fp8), attend_on_gpu)
+        elif hasattr(module, "kv_cache") and on_gpu and module.head_dim <= 128:
+            module.kernels = dict.fromkeys(cached, attend_on_gpu)
 
 
 def multiply_on_cpu(linear: nn.Module, x: Tensor, *around: Any) -> Tensor:

@@ -248,7 +248,7 @@ def decode_attention(
     found = qkv.new_empty(B * KV * splits * rows, D + 2, dtype=torch.float32)
     peaks, totals, sums = found.view(-1).split((found.shape[0], found.shape[0], found.shape[0] * D))
     y = qkv.new_empty(B, S, H * D)
-    block = BLOCK if rows <= 128 and D <= 128 else BLOCK // 2  # or it does not fit the shared memory of every GPU
+    block = BLOCK if rows <= 128 else BLOCK // 2  # or with D = 128 it does not fit the shared memory of every GPU
     shape = {"KV": KV, "HEADS": H // KV, "D": D, "BLOCK_D": triton.next_power_of_2(D), "SPLITS": splits}
     with torch.cuda.device_of(qkv):
         _attend_share[B * KV, splits](

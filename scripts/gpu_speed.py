@@ -227,24 +227,40 @@ def call_all(run: Callable[..., Tensor], each: list[nn.Module], *args: Any) -> l
     return [run(one, *args) for one in each]
 
 
+def time_each(ways: dict[str, Callable[[], float]], otherwise: str) -> tuple[str, dict[str, float], dict[str, str]]:
+    """The label of the fastest, the seconds of each, and why others failed; RuntimeError where none is left.
+
+    One that does not compile here is a finding: the others are timed all the same.
+    """
+    seconds, failed = {}, {}
+    for label, time_it in ways.items():
+        try:
+            seconds[label] = time_it()
+        except Exception as error:
+            failed[label] = f"{type(error).__name__}: {error}"
+    torch.compiler.reset()  # lets go of what they compiled, and of the weights in it
+    if not seconds:
+        raise RuntimeError(f"{otherwise}: {failed}")
+    return min(seconds, key=seconds.get), seconds, failed
+
+
 def product_row(card: Card, model: str, name: str, mode: str, rows: int, others: bool) -> Row:
     """The fastest candidate for one product, with weights that take turns so that no cache holds them."""
     linear = SHAPES[name](meta_model(MODELS[model], card.dtype, MODES[mode]))
     rotation = Rotation(linear, card.device, card.dtype, MODES[mode])
     linears, n_bytes = [one.linear for one in rotation.copies], rotation.nbytes / len(rotation.copies)
-    seconds, errors, failed = {}, {}, {}
-    for label, (around, modules, run) in candidates(card, name, linears, rows, others).items():
+    errors = {}
+
+    def time_it(label: str, around: str, modules: list[nn.Module], run: Call) -> float:
         each = [Surrounded(around, module, card.device, card.dtype) for module in modules]
         x, residual = each[0].inputs(rows, card.device, card.dtype)
-        try:
-            errors[label] = product_error(each[0], x, residual, run(each[0], x, residual))
-            seconds[label] = replay_seconds(card.device, call_all, run, each, x, residual) / len(each)
-        except Exception as error:  # one that does not compile here is a finding: the others are timed all the same
-            failed[label] = f"{type(error).__name__}: {error}"
-    torch.compiler.reset()  # lets go of the weights
-    if not seconds:
-        raise RuntimeError(f"{model} {name}, {mode}: nothing multiplies: {failed}")
-    fastest, predicted = min(seconds, key=seconds.get), card.copy and n_bytes / card.copy
+        errors[label] = product_error(each[0], x, residual, run(each[0], x, residual))
+        return replay_seconds(card.device, call_all, run, each, x, residual) / len(each)
+
+    found = candidates(card, name, linears, rows, others)
+    ways = {label: partial(time_it, label, *way) for label, way in found.items()}
+    fastest, seconds, failed = time_each(ways, f"{model} {name}, {mode}: nothing multiplies")
+    predicted = card.copy and n_bytes / card.copy
     if predicted and rows == 1 and fastest == "kernels/gpu.py":
         issued = COUNTED_INSTRUCTIONS[mode.split()[0]][name] * linear.in_features * linear.out_features / 32
         predicted = max(predicted, issued / issue_rate(card.device))
@@ -288,18 +304,14 @@ def attention_rows(card: Card, batch: int) -> Iterator[Row]:
             shape = (batch, args.n_kv_heads, context + 1, args.head_dim)
             layers[-1].kv_cache = KVCache(shape, torch.device(card.device), card.dtype)
         qkv = torch.randn(batch, 1, sum(layers[0].qkv_sizes), device=card.device, dtype=card.dtype)
-        seconds, failed = {}, {}
-        for label, attend in ways.items():
-            given = (attend, layers, qkv, *rope_table(args, position), position, context)
-            try:
-                seconds[label] = replay_seconds(card.device, call_all, *given) / len(layers)
-            except Exception as error:  # as in `product_row`
-                failed[label] = f"{type(error).__name__}: {error}"
-        fastest, n_bytes = min(seconds, key=seconds.get), sum(x.nbytes for x in layers[0].kv_cache.buffers())
+        given = (layers, qkv, *rope_table(args, position), position, context)
+        calls = {label: partial(replay_seconds, card.device, call_all, way, *given) for label, way in ways.items()}
+        fastest, seconds, failed = time_each(calls, f"8B attention, {batch} at {context}: nothing attends")
+        n_bytes = sum(x.nbytes for x in layers[0].kv_cache.buffers())
         predicted = card.step_seconds(n_bytes, COUNTED_ATTENTION)
-        more = {"us": {k: s * 1e6 for k, s in seconds.items()}, "failed": failed, "bytes": n_bytes}
-        what = f"8B attention, {batch} at {context}: {fastest}"
-        yield Row(what, "us", predicted and predicted * 1e6, seconds[fastest] * 1e6, False if failed else None, more)
+        us = {label: total / len(layers) * 1e6 for label, total in seconds.items()}
+        more, what = {"us": us, "failed": failed, "bytes": n_bytes}, f"8B attention, {batch} at {context}: {fastest}"
+        yield Row(what, "us", predicted and predicted * 1e6, us[fastest], False if failed else None, more)
 
 
 QUANTIZED = ("int4", "int8", "int4 g128")
