@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import cpu
+from kernels import cpu, gpu_choice
 from model import Transformer
 from sampling import Sampling
 
@@ -213,10 +213,21 @@ def wait(host: Tensor, event: torch.cuda.Event | None) -> Tensor:
     return host
 
 
+def time_kernels(model: Transformer, n_rows: int, n_positions: int) -> None:
+    """On a GPU, find out which kernels are the fastest for so many positions of each row, unless that is known."""
+    if model.slots.is_cuda:
+        idx = model.slots.new_zeros(n_rows, n_positions)
+        with torch.cuda.device_of(model.slots):
+            gpu_choice.measure(model, idx, model.slots[:n_positions], model.slots)
+
+
 def warm_up(steps: Steps, prompts: list[list[int]], max_new_tokens: int) -> float:
-    """Compile, and on a GPU record the graph for every cache size these prompts will reach; the seconds it took."""
+    """Compile, and on a GPU time its kernels and record the graph for every cache size these prompts will reach; the
+    seconds it took.
+    """
     start = time.perf_counter()
     model, longest = steps.model, max(map(len, prompts))
+    time_kernels(model, len(prompts), 1)
     if not steps.prefill_is_compiled and not model.slots.is_cuda:
         prompts = [prompt[:2] for prompt in prompts]  # nothing to gain from a whole one
     deque(stream(steps, prompts, min(2, max_new_tokens)), maxlen=0)

@@ -89,7 +89,7 @@ class Int8Linear(QuantizedLinear):
 
     def multiply(self, x: Tensor, *around: Any) -> Tensor:
         if self.packed is None:
-            return torch.ops.fast_gpu.int8_linear(x, self.weight, self.scales, *around)
+            return torch.ops.fast_gpu.linear(x, self.weight, self.scales, None, *around)
         return torch.ops.fast.int8_linear(x, self.packed, self.out_features, *around)
 
 
@@ -135,7 +135,7 @@ class Int4Linear(QuantizedLinear):
 
     def multiply(self, x: Tensor, *around: Any) -> Tensor:
         if self.packed is None:
-            return torch.ops.fast_gpu.int4_linear(x, self.weight, self.scales, self.zeros, *around)
+            return torch.ops.fast_gpu.linear(x, self.weight, self.scales, self.zeros, *around)
         return torch.ops.fast.int4_linear(x, self.packed, self.out_features, self.groupsize, *around)
 
 
@@ -217,7 +217,7 @@ def multiply_on_cpu(linear: nn.Module, x: Tensor, *around: Any) -> Tensor:
 
 def multiply_on_gpu(linear: nn.Module, x: Tensor, *around: Any) -> Tensor:
     """The product of a `model.Linear` with one row or two."""
-    return torch.ops.fast_gpu.linear(x, linear.weight, *around)
+    return torch.ops.fast_gpu.linear(x, linear.weight, None, None, *around)
 
 
 def attend_on_cpu(

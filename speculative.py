@@ -28,7 +28,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import load_model
-from decoding import Steps, check_fit, compile_step, copy_to_host, in_a_team, kv_slots, lay_out, stream, wait
+from decoding import (
+    Steps,
+    check_fit,
+    compile_step,
+    copy_to_host,
+    in_a_team,
+    kv_slots,
+    lay_out,
+    stream,
+    time_kernels,
+    wait,
+)
 from metrics import bytes_per_step
 from model import Transformer
 from sampling import Sampling, draw
@@ -280,8 +291,14 @@ def _seconds(start: Any, end: Any) -> float:
 
 
 def warm_up_speculation(steps: SpeculativeSteps, prompts: list[list[int]], max_new_tokens: int) -> float:
-    """Compile the speculative step, and on a GPU record it for every cache size; the seconds it took."""
+    """Compile the speculative step, and on a GPU time its kernels and record it for every cache size; the seconds it
+    took.
+    """
     start, model, k = time.perf_counter(), steps.model, steps.k
+    time_kernels(model, len(prompts), k + 1)
+    if isinstance(steps.drafter, DraftModel):
+        for n in (2, 1):  # the pair first, then token by token
+            time_kernels(steps.drafter.model, len(prompts), n)
     if not steps.plain.prefill_is_compiled and not model.slots.is_cuda:
         prompts = [prompt[:2] for prompt in prompts]  # nothing to gain from a whole one
     deque(speculate(steps, prompts, min(2 * k + 3, max_new_tokens)), maxlen=0)  # two steps at least

@@ -1,18 +1,18 @@
 """The GPU's kernels, in Triton: products of up to 16 rows with int8 and int4 weights, of up to 2 with float ones.
 
     if gpu.missing("cuda", torch.bfloat16) is None:
-        y = torch.ops.fast_gpu.int4_linear(x, weight, scales, zeros)
+        y = torch.ops.fast_gpu.linear(x, weight, scales, zeros)
 
-`int8_linear` and `int4_linear` take x bfloat16 or float16 `[M, K]` and weights as files have them, and give `[M, N]`,
-with one kernel that reads each weight once and multiplies on the tensor cores. More rows are a prefill: there the
-weights are written out as numbers for `F.linear`, as for less than 16 outputs. K is a multiple of 32. `linear` is for
-weights of x's type. No sum depends on which program comes first: equal inputs give equal bits.
+Weights are taken as files have them. Quantised ones have a kernel that reads each once and multiplies on the tensor
+cores. More rows are a prefill: there the weights are written out as numbers for `F.linear`, as for less than 16
+outputs. Which tiles a kernel takes, or whether Inductor's product is faster, `gpu_choice.py` measures. No sum depends
+on which program comes first: equal inputs give equal bits.
 
 They also do what surrounds a product (`model.project`): a layer of 7B int4 weights is read in some 25 us, and a kernel
 of its own for norm, gates or residual costs one or two. Bias, gates and residual join the sums where these end. Of the
 norm (8 rows at most) the weight multiplies the inputs on their way in, and what divides them all waits for the end.
 
-Worth knowing: nothing here has been measured on a GPU. Triton's interpreter proves the numbers on a CPU; tile sizes
+Worth knowing: nothing here has run on a GPU yet. Triton's interpreter proves the numbers on a CPU; unmeasured, tiles
 follow from what the compiler makes of the kernels for an H100 (16-byte loads, no spills, three instructions for each
 int4 weight at one row). With norm, float16 inputs overflow where an input times the norm's weight is beyond 65504.
 """
@@ -21,6 +21,8 @@ import functools
 import os
 import shutil
 import sysconfig
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,11 +31,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu_choice import INDUCTOR, fastest
+
 MAX_ROWS = 16  # of x; above it is a prefill
 FEW_OUTPUTS = 16  # the fewest that a program makes
 FLOAT_ROWS = 2  # of x, up to which there is a kernel for weights of its type
-FLOAT_OUTPUTS = 4  # of a program, there
 NORM_ROWS = 8  # of x, up to which a kernel applies the norm's weight
+# Warps of a program, and outputs that it makes: what is worth a try.
+TILES = ((4, 16), (8, 16), (16, 16), (4, 32), (8, 32), (16, 32), (4, 64))
+FLOAT_TILES = ((4, 4), (1, 4), (2, 4), (1, 8), (2, 8), (4, 8))  # the first is taken unmeasured
 SMS = 132  # multiprocessors of an H100, where there is none to ask
 ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}  # its bits
 
@@ -302,7 +308,7 @@ def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
 
         gpu_attention.try_out(device, dtype)
         x, weight = (torch.zeros(16, 64, device=device, dtype=kind) for kind in (dtype, torch.int8))
-        int8_linear(x[:1], weight, torch.zeros(16, device=device))
+        linear(x[:1], weight, torch.zeros(16, device=device))
         torch.cuda.synchronize(device)
     except Exception as error:  # of any kind: what Triton, the driver or the chip does not take
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -310,121 +316,70 @@ def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
     return None
 
 
-@torch.library.custom_op("fast_gpu::int8_linear", mutates_args=())
-def int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    bias: Tensor | None = None,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    residual: Tensor | None = None,
-    gated: bool = False,
-) -> Tensor:
-    """`x W^T`, `[M, N]`, for x `[M, K]` and int8 weights `[N, K]` with scales `[N]`; the rest as in `model.project`."""
-    with torch.cuda.device_of(x):
-        return _linear(x, weight, scales, scales, 8, bias, norm, eps, residual, gated)
-
-
-@torch.library.custom_op("fast_gpu::int4_linear", mutates_args=())
-def int4_linear(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bias: Tensor | None = None,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    residual: Tensor | None = None,
-    gated: bool = False,
-) -> Tensor:
-    """`x W^T` for x `[M, K]` and 4-bit weights `[N, K / 2]`, scales and zeros `[N, K / G]`; else as `int8_linear`."""
-    with torch.cuda.device_of(x):
-        return _linear(x, weight, scales, zeros, 4, bias, norm, eps, residual, gated)
-
-
 @torch.library.custom_op("fast_gpu::linear", mutates_args=())
 def linear(
     x: Tensor,
     weight: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
     bias: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """`x W^T`, `[M, N]`, for x `[M, K]` of 1 or 2 rows and weights `[N, K]` of its type; else as `int8_linear`."""
-    (rows, n_in), n_out, gates = x.shape, weight.shape[0], 2 if gated else 1
-    if rows > FLOAT_ROWS or weight.shape[1] != n_in:
-        raise ValueError(f"x is {rows} x {n_in}: this takes {FLOAT_ROWS} rows at most, of {weight.shape[1]}")
-    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    y = x.new_empty(rows, n_out // gates)
-    with torch.cuda.device_of(x):
-        _multiply_float[-(-n_out // FLOAT_OUTPUTS),](
-            x, weight, bias, norm, residual, y, n_out, eps, n_in, gates, rows, FLOAT_OUTPUTS, 1024, num_warps=4
-        )
-    return y
+    """`x W^T`, `[M, N]`, for x `[M, K]` in bfloat16 or float16; bias, norm, residual and gates as in `model.project`.
 
-
-@linear.register_fake
-def _linear_fake(x, weight, bias=None, norm=None, eps=0.0, residual=None, gated=False):
-    return x.new_empty(x.shape[0], weight.shape[0] // (2 if gated else 1))
-
-
-@int8_linear.register_fake
-def _int8_fake(x, weight, scales, *around, **named):
-    return _linear_fake(x, weight, *around, **named)
-
-
-@int4_linear.register_fake
-def _int4_fake(x, weight, scales, zeros, *around, **named):
-    return _linear_fake(x, weight, *around, **named)
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gated: bool,
-) -> Tensor:
-    (rows, n_in), n_out = x.shape, weight.shape[0]
-    if weight.shape[1] * 8 != n_in * bits or n_in % 32:
-        raise ValueError(f"x has {n_in} columns, the weight {weight.shape[1] * 8 // bits}, and 32 must divide them")
+    The weight is of x's type, `[N, K]`; or int8 `[N, K]` with `scales [N]`; or 4-bit `[N, K / 2]` with `scales` and
+    `zeros [N, K / G]`, and K a multiple of 32 for both. Raises ValueError for sizes that do not fit.
+    """
+    again = functools.partial(linear, x, weight, scales, zeros, bias, norm, eps, residual, gated)
+    (rows, n_in), n_out, bits = x.shape, weight.shape[0], 4 if zeros is not None else 8 * weight.element_size()
+    found = 8 * weight[0].nbytes // bits
+    if found != n_in or (scales is not None and n_in % 32):
+        raise ValueError(f"x has {n_in} columns, the weight {found}, and 32 must divide them if it is quantised")
     if gated and n_out % 2:
         raise ValueError(f"gates are as many as what they let through, not half of {n_out}")
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    few = rows <= MAX_ROWS and n_out >= FEW_OUTPUTS
-    if norm is not None and not (few and rows <= NORM_ROWS):
+    few = rows <= FLOAT_ROWS if scales is None else rows <= MAX_ROWS and n_out >= FEW_OUTPUTS
+    if norm is not None and few and rows > NORM_ROWS:
         x, norm = F.rms_norm(x, (n_in,), norm, eps), None
-    group, gates = n_in * n_out // scales.numel(), 2 if gated else 1
-    if not few:
-        w = x.new_empty(n_out, n_in)
-        _dequantize[-(-n_out // 16), -(-n_in // 256)](weight, scales, zeros, w, n_out, n_in, bits, group, 16, 256)
-        y = F.linear(x, w, bias)
-        if gated:
-            gate, up = y.chunk(2, dim=-1)
-            y = F.silu(gate) * up
-        return y if residual is None else y.add_(residual)
-    y = x.new_empty(rows, n_out // gates)
-    words = 4 if 8 * rows <= group else 2  # half a chunk has half as many groups, and thus columns
-    warps, block = few_rows_tiles(rows, n_out, n_in * bits // (32 * words), multiprocessors(x.device))
-    block = max(FEW_OUTPUTS, min(block, 1 << (n_out.bit_length() - 1)))
-    _multiply[-(-n_out // block),](
-        x, weight.view(torch.int32), scales, zeros, bias, norm, residual, y, rows, n_out, ONE[x.dtype] * 0x10001, eps,
-        n_in, bits, group, gates, 1 << (rows - 1).bit_length(), words, block, warps, num_warps=warps,
-        num_stages=3 if rows > 8 else 1,  # many rows leave registers for few warps: they read two turns ahead
-    )  # fmt: skip
-    return y
+    group, gates = n_in if scales is None else n_in * n_out // scales.numel(), 2 if gated else 1
+    with torch.cuda.device_of(x):
+        if not few:
+            w = weight if scales is None else _written_out(x, weight, scales, zeros, bits, group)
+            return _plain(x, w, bias, norm, eps, residual, gated)
+        sms = multiprocessors(x.device)
+        every = FLOAT_TILES if scales is None else quantized_tiles(rows, n_in, n_out, bits, group, sms)
+        ways = {f"{warps} warps, {outputs} outputs": (warps, outputs) for warps, outputs in every}
+        if scales is None:
+            ways[INDUCTOR] = None
+        key = f"{rows} x {n_in} to {n_out}, {bits} bits in groups of {group}, {x.dtype}"
+        around = {"bias": bias, "norm": norm, "residual": residual, "gates": gated or None}
+        key += "".join(f", {name}" for name, given in around.items() if given is not None)
+        tiles = fastest(key, ways, again)
+        if tiles is None:
+            return _compiled(key)(x, weight, bias, norm, eps, residual, gated)
+        y, grid = x.new_empty(rows, n_out // gates), (-(-n_out // tiles[1]),)
+        if scales is None:
+            constants = float_constants(rows, n_in, gates, *tiles)
+            _multiply_float[grid](x, weight, bias, norm, residual, y, n_out, eps, **constants)
+        else:
+            constants = quantized_constants(rows, n_in, bits, group, gates, *tiles)
+            words, one = weight.view(torch.int32), ONE[x.dtype] * 0x10001
+            _multiply[grid](x, words, scales, zeros, bias, norm, residual, y, rows, n_out, one, eps, **constants)
+        return y
 
 
-def few_rows_tiles(rows: int, n_out: int, n_chunks: int, multiprocessors: int) -> tuple[int, int]:
-    """Warps of a program and outputs that it makes, for rows of so many chunks. Reasoned, not measured.
+@linear.register_fake
+def _linear_fake(x, weight, scales=None, zeros=None, bias=None, norm=None, eps=0.0, residual=None, gated=False):
+    return x.new_empty(x.shape[0], weight.shape[0] // (2 if gated else 1))
+
+
+def quantized_tiles(
+    rows: int, n_in: int, n_out: int, bits: int, group: int, multiprocessors: int
+) -> list[tuple[int, int]]:
+    """Warps of a program and outputs that it makes: all that is worth a try. The first is reasoned, not measured.
 
     The outputs of a program share what is done for the inputs, which is more for more rows; but half of the
     multiprocessors without a program would be worse. The fewer programs for each multiprocessor, the more warps of a
@@ -434,7 +389,54 @@ def few_rows_tiles(rows: int, n_out: int, n_chunks: int, multiprocessors: int) -
     outputs = 64 if 2 < rows <= 8 and n_out > 64 * multiprocessors else 32 if n_out > 16 * multiprocessors else 16
     programs = n_out / outputs / multiprocessors
     warps = 4 if programs > 2 or outputs == 64 else 8 if programs > 1 or rows > 8 else 16
-    return min(warps, 1 << (-(-n_chunks // 4) - 1).bit_length()), outputs
+    n_chunks = n_in * bits // (32 * chunk_words(rows, group))
+    most = 1 << (-(-n_chunks // 4) - 1).bit_length()
+    reasoned = min(warps, most), min(outputs, 1 << (n_out.bit_length() - 1))
+    return list(dict.fromkeys([reasoned, *(way for way in TILES if way[0] <= most and way[1] <= n_out)]))
+
+
+def chunk_words(rows: int, group: int) -> int:
+    """The words of 32 bits that a thread reads at a time. Fewer are of fewer groups, which makes fewer columns."""
+    return 4 if 8 * rows <= group else 2
+
+
+def quantized_constants(
+    rows: int, n_in: int, bits: int, group: int, gates: int, warps: int, outputs: int
+) -> dict[str, int]:
+    """What `_multiply` is compiled for."""
+    shape = {"n_in": n_in, "BITS": bits, "GROUP": group, "GATED": gates, "ROWS": 1 << (rows - 1).bit_length()}
+    blocks = {"WORDS": chunk_words(rows, group), "BLOCK_N": outputs, "SPLITS": warps}
+    # Many rows leave registers for few warps: they read two turns ahead.
+    return {**shape, **blocks, "num_warps": warps, "num_stages": 3 if rows > 8 else 1}
+
+
+def float_constants(rows: int, n_in: int, gates: int, warps: int, outputs: int) -> dict[str, int]:
+    """What `_multiply_float` is compiled for."""
+    blocks = {"BLOCK_N": outputs, "BLOCK_K": 256 * warps, "num_warps": warps}
+    return {"n_in": n_in, "GATED": gates, "ROWS": rows, **blocks}
+
+
+def _written_out(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
+    """Quantised weights as numbers of x's type, `[N, K]`."""
+    n_out, n_in = weight.shape[0], x.shape[1]
+    w = x.new_empty(n_out, n_in)
+    _dequantize[-(-n_out // 16), -(-n_in // 256)](weight, scales, zeros, w, n_out, n_in, bits, group, 16, 256)
+    return w
+
+
+def _plain(x, weight, bias, norm, eps, residual, gated):
+    """`linear` with float weights, in PyTorch's operators."""
+    y = F.linear(x if norm is None else F.rms_norm(x, x.shape[-1:], norm, eps), weight, bias)
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+@functools.cache
+def _compiled(key: str) -> Callable[..., Tensor]:
+    """`_plain`, compiled for one product alone: its code is copied, as torch.compile counts what it compiles of one."""
+    return torch.compile(types.FunctionType(_plain.__code__.replace(), globals()), fullgraph=True, dynamic=False)
 
 
 @functools.cache

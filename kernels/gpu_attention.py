@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import gpu
+from kernels.gpu_choice import fastest
 
 BLOCK = 64  # slots at a time
 
@@ -244,11 +245,21 @@ def decode_attention(
     assert k.is_contiguous()
     assert v.is_contiguous()
     H = width // D - 2 * KV
-    rows, splits = H // KV * S, splits_of(B * KV, gpu.multiprocessors(qkv.device))
+    rows, sms = H // KV * S, gpu.multiprocessors(qkv.device)
+    block = BLOCK if rows <= 128 else BLOCK // 2  # or with D = 128 it does not fit the shared memory of every GPU
+    every = [(splits_of(B * KV, n * sms), size) for size in (block, block // 2) for n in (4, 2, 8)]
+    ways = {f"{splits} programs a head, {size} slots at a time": (splits, size) for splits, size in every}
+
+    def at_the_end() -> Tensor:
+        """Where it takes longest. What it stores there, later positions store anew."""
+        last = positions + (L - S - positions[:, :1])
+        return decode_attention(qkv, cos, sin, last, window, q_norm, k_norm, eps, k, v, k_scales, v_scales)
+
+    key = f"attention of {B} x {KV} heads, {rows} rows, {k.dtype} {D} wide, below {1 << L.bit_length()} slots"
+    splits, block = fastest(key, ways, again=at_the_end)
     found = qkv.new_empty(B * KV * splits * rows, D + 2, dtype=torch.float32)
     peaks, totals, sums = found.view(-1).split((found.shape[0], found.shape[0], found.shape[0] * D))
     y = qkv.new_empty(B, S, H * D)
-    block = BLOCK if rows <= 128 else BLOCK // 2  # or with D = 128 it does not fit the shared memory of every GPU
     shape = {"KV": KV, "HEADS": H // KV, "D": D, "BLOCK_D": triton.next_power_of_2(D), "SPLITS": splits}
     with torch.cuda.device_of(qkv):
         _attend_share[B * KV, splits](
@@ -272,8 +283,6 @@ def try_out(device: torch.device | str, dtype: torch.dtype) -> None:
     decode_attention(qkv, turn, turn, turn[..., 0].long(), 0, None, None, 0.0, *cache)
 
 
-def splits_of(n_heads: int, multiprocessors: int) -> int:
-    """Programs that share a key head's slots, for `n_heads` in all rows: four for a multiprocessor, where two or three
-    run at a time.
-    """
-    return min(64, 1 << max(0, (4 * multiprocessors // n_heads).bit_length() - 1))
+def splits_of(n_heads: int, programs: int) -> int:
+    """So many programs share a key head's slots, where there are `n_heads` in all rows and about `programs` in all."""
+    return min(64, 1 << max(0, (programs // n_heads).bit_length() - 1))

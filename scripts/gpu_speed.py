@@ -44,8 +44,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import quantize
 from checkpoint import load_model
-from decoding import Steps, build_steps, compile_step, kv_slots, stream, warm_up
+from decoding import Steps, build_steps, compile_step, kv_slots, stream, time_kernels, warm_up
 from generate import DEMO
+from kernels.gpu_choice import asked_by, trying
 from linear import Int4Linear, attend_on_gpu, kernels_missing
 from metrics import bytes_per_step
 from model import Attention, KVCache, Transformer, rope_table
@@ -57,7 +58,6 @@ N_LAYERS = 8  # of the 8B shape, so that it fits small GPUs
 FEWER_LAYERS = 4  # what N_LAYERS take more than these says what a layer takes
 CONTEXTS, BATCHES, NEW_TOKENS = (128, 8192), (1, 8), 32
 PROMPT_LENGTHS = (200, 517, 1111)
-TILES = ((4, 16), (8, 16), (16, 16), (4, 32), (8, 32), (16, 32), (4, 64))  # warps of a program, outputs that it makes
 
 # Launches of a compiled step of Llama-3.1-8B, counted on 2026-11-26 with torch 2.14.1 in the code that Inductor writes
 # for an H100: (for each layer, around the layers), by mode and batch size; a topk counts as one.
@@ -184,18 +184,14 @@ def call(run: Surrounded, x: Tensor, residual: Tensor) -> Tensor:
     return run(x, residual)
 
 
-def with_tiles(tiles: tuple[int, int]) -> Call:
-    """A call of kernels/gpu.py with these tiles instead of those it would choose."""
-    from kernels import gpu
+def taking(way: str) -> Call:
+    """A call in which the operator takes this way instead of the one it would choose."""
 
-    def run_with_tiles(run: Surrounded, x: Tensor, residual: Tensor) -> Tensor:
-        chosen, gpu.few_rows_tiles = gpu.few_rows_tiles, lambda *_: tiles
-        try:
+    def run_with_way(run: Surrounded, x: Tensor, residual: Tensor) -> Tensor:
+        with trying(way):
             return run(x, residual)
-        finally:
-            gpu.few_rows_tiles = chosen
 
-    return run_with_tiles
+    return run_with_way
 
 
 Candidates = dict[str, tuple[str, list[nn.Module], Call]]
@@ -213,14 +209,12 @@ def candidates(card: Card, name: str, linears: list[nn.Module], rows: int, other
         return bare if others else plain
     if not others:
         return {"kernels/gpu.py": (name, linears, call)}
-    if is_float:
-        return {**bare, **plain}
-    found = {}
+    found = bare if is_float else plain
     if isinstance(linears[0], Int4Linear) and card.dtype == torch.bfloat16:
         found["aten._weight_int4pack_mm, bare"] = ("", [Int4Pack(linear) for linear in linears], call)
-    for warps, outputs in TILES:
-        found[f"kernels/gpu.py, {warps} warps, {outputs} outputs"] = (name, linears, with_tiles((warps, outputs)))
-    return {**found, **plain}
+    run = Surrounded(name, linears[0], card.device, card.dtype)
+    ((ways, _),) = asked_by(run, *run.inputs(rows, card.device, card.dtype)).values()
+    return {**{f"kernels/gpu.py, {way}": (name, linears, taking(way)) for way in ways}, **found}
 
 
 def call_all(run: Callable[..., Tensor], each: list[nn.Module], *args: Any) -> list[Tensor]:
@@ -402,6 +396,7 @@ def decode_rows(card: Card, mode: str, batch: int) -> Iterator[Row]:
     deep, shallow = (with_caches(build(card, mode, n), batch, [room])[0] for n in (N_LAYERS, FEWER_LAYERS))
     per_layer, around = COUNTED_LAUNCHES[mode, batch]
     steps = build_steps(deep, Sampling(), card.compile)
+    time_kernels(deep, batch, 1)
     for context in CONTEXTS:
         what = f"8B, {mode}, {batch} at {context}"
         seconds, share = time_stream(steps, yardstick, mode, batch, context)
@@ -497,7 +492,8 @@ def startup_rows(card: Card) -> Iterator[Row]:
     """`generate.py --compile` on the demo with empty compile caches, and with those that this left."""
     script = DEMO.parent.parent / "generate.py"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        env = {name: f"{folder}/{name}" for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        names = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME"
+        env = {name: f"{folder}/{name}" for name in names}
         metrics = Path(folder) / "metrics.json"
         command = [sys.executable, script, "--device", card.device, "--max_new_tokens", "20", "--metrics_path", metrics]
         command += ["--compile"] if card.compile else []

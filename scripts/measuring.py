@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decoding import Steps, stream
+from kernels import gpu_choice
+from kernels.gpu_choice import seconds_by_events
 from linear import pack_linears, swap_linears
 from metrics import bytes_per_step, memory_to_read
 from model import ModelArgs, Transformer
@@ -103,32 +105,11 @@ def with_caches(
 
 
 def replay_seconds(device: str, function: Callable[..., Any], *args: Any) -> float:
-    """Seconds that the kernels of a call take on a GPU, by events around replays of its CUDA graph.
-
-    The median of 5 stretches of at least 5 ms. On a CPU a call's own time, the median of 5.
-    """
-    for _ in range(3):  # compiles, and takes the memory that it needs
-        function(*args)
-    if not device.startswith("cuda"):
-        return median(_elapsed(function, *args) for _ in range(5))
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function(*args)
-    n = 1 + int(5e-3 / _by_events(3, graph.replay))
-    _by_events(10 * n, graph.replay)  # wakes the clocks, which fall while the host compiles
-    return median(_by_events(n, graph.replay) for _ in range(5))
-
-
-def _by_events(n: int, function: Callable[..., Any], *args: Any) -> float:
-    """Seconds that a GPU takes for one of `n` calls in a row, by its own clock."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(n):
-        function(*args)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / n
+    """Seconds that the kernels of a call take on a GPU, without the host; on a CPU a call's own, the median of 5."""
+    if device.startswith("cuda"):
+        return gpu_choice.replay_seconds(function, *args)
+    function(*args)  # the first may compile
+    return median(_elapsed(function, *args) for _ in range(5))
 
 
 def _elapsed(function: Callable[..., Any], *args: Any) -> float:
@@ -152,7 +133,8 @@ class Yardstick:
         """How long a call takes; on a GPU the mean of as many as take 5 ms, by its own clock: the host runs ahead."""
         if not self.is_cuda:
             return _elapsed(function, *args)
-        return _by_events(1 + int(5e-3 / _by_events(1, function, *args)), function, *args)
+        n = 1 + int(5e-3 / seconds_by_events(1, function, *args))
+        return seconds_by_events(n, function, *args)
 
     def bandwidth(self) -> float:
         """Bytes per second of one plain read on a CPU, of copies on a GPU (reads plus writes)."""

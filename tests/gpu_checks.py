@@ -16,9 +16,9 @@ import torch
 import triton.language as tl
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from kernels import gpu, gpu_attention
+from kernels import gpu, gpu_attention, gpu_choice
 from linear import GROUP_SIZES, Int4Linear, Int8Linear, attend_on_gpu, multiply_on_gpu, pack_linears
-from model import KVCache, Linear, ModelArgs, RMSNorm, Sharding, Transformer, project, rope_table
+from model import Attention, KVCache, Linear, ModelArgs, RMSNorm, Sharding, Transformer, project, rope_table
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.bfloat16, torch.float16]
@@ -34,6 +34,12 @@ def _small_gpu(monkeypatch):
     """
     torch.manual_seed(0)
     monkeypatch.setattr(gpu, "multiprocessors", lambda device: 1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    gpu_choice.remembered.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -160,10 +166,9 @@ def test_a_bias_a_batch_and_a_view():
 
 def test_operators_keep_pytorchs_rules():
     x, int8 = normal(2, 64).half(), Int8Linear.from_float(normal(3, 64))
-    torch.library.opcheck(torch.ops.fast_gpu.int8_linear.default, (x, int8.weight, int8.scales))
     int4 = Int4Linear.from_float(normal(3, 64), groupsize=32)
-    torch.library.opcheck(torch.ops.fast_gpu.int4_linear.default, (x, int4.weight, int4.scales, int4.zeros))
-    torch.library.opcheck(torch.ops.fast_gpu.linear.default, (x, normal(3, 64).half()))
+    for weights in ((int8.weight, int8.scales), (int4.weight, int4.scales, int4.zeros), (normal(3, 64).half(),)):
+        torch.library.opcheck(torch.ops.fast_gpu.linear.default, (x, *weights))
 
 
 def test_one_compiled_graph_serves_every_number_of_rows():
@@ -179,11 +184,10 @@ def test_one_compiled_graph_serves_every_number_of_rows():
 
 def test_a_weight_of_another_size_is_refused():
     module = Int8Linear.from_float(normal(8, 64))
-    with pytest.raises(ValueError, match="x has 128 columns, the weight 64"):
-        torch.ops.fast_gpu.int8_linear(normal(1, 128).half(), module.weight, module.scales)
-    for shape in ((1, 128), (3, 64)):
-        with pytest.raises(ValueError, match=f"x is {shape[0]} x {shape[1]}: this takes 2 rows at most, of 64"):
-            torch.ops.fast_gpu.linear(normal(*shape).half(), normal(8, 64).half())
+    int4 = Int4Linear.from_float(normal(8, 64), groupsize=32)
+    for weights in ((module.weight, module.scales), (int4.weight, int4.scales, int4.zeros), (normal(8, 64).half(),)):
+        with pytest.raises(ValueError, match="x has 128 columns, the weight 64"):
+            torch.ops.fast_gpu.linear(normal(1, 128).half(), *weights)
 
 
 REPORTED = ModelArgs(
@@ -200,27 +204,67 @@ def test_the_reports_products(mode, rows):
     assert 0 < max(errors) < 2
 
 
-def test_the_report_times_every_tile(monkeypatch):
-    """Each candidate launches the tiles it is named after, and multiplies right; afterwards the choice is as before."""
-    launched, multiply = [], gpu._multiply
+def launches_of(monkeypatch, name: str, module=gpu) -> list[dict[str, int]]:
+    """The constants of every launch of this kernel from now on."""
+    launched, kernel = [], getattr(module, name)
 
     class Launch:
         def __getitem__(self, grid):
-            return lambda *args, **named: (launched.append(args[-2]), multiply[grid](*args, **named))
+            return lambda *args, **constants: (launched.append(constants), kernel[grid](*args, **constants))
 
-    linear = Int4Linear.from_float(normal(64, 64), groupsize=32)
+    monkeypatch.setattr(module, name, Launch())
+    return launched
+
+
+@pytest.mark.parametrize("kind", ["float", "int4"])
+def test_the_report_times_every_way(monkeypatch, kind):
+    """Each candidate launches the tiles it is named after, and multiplies right."""
+    weight = normal(64, 2048) / 16
+    linear = float_linear(weight, torch.float16) if kind == "float" else Int4Linear.from_float(weight, groupsize=32)
     linear.has_kernel = True
     card = gpu_speed.Card(DEVICE, torch.float16, None, compile=False)
-    monkeypatch.setattr(gpu, "_multiply", Launch())
-    chosen = gpu.few_rows_tiles
+    launched = launches_of(monkeypatch, "_multiply_float" if kind == "float" else "_multiply")
     found = gpu_speed.candidates(card, "w13", [linear], 1, others=True)
+    launched.clear()
     for label, (name, modules, call) in found.items():
         run = gpu_correctness.Surrounded(name, modules[0], DEVICE, torch.float16)
         x, residual = run.inputs(1, DEVICE, torch.float16)
         assert gpu_correctness.product_error(run, x, residual, call(run, x, residual)) < 2, label
-    assert launched == [outputs for _, outputs in gpu_speed.TILES]
-    assert list(found)[-1] == "Inductor"  # which took plain PyTorch
-    assert gpu.few_rows_tiles is chosen
+    names = [f"kernels/gpu.py, {way['num_warps']} warps, {way['BLOCK_N']} outputs" for way in launched]
+    others = ["kernels/gpu.py, Inductor", "F.linear, bare"] if kind == "float" else ["Inductor"]
+    assert list(found) == names + others
+    assert len(names) == len(gpu.FLOAT_TILES if kind == "float" else gpu.TILES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "best"), [("float", 2, 1), ("float", 1, -1), ("int8", 1, 2), ("int4", 6, -1), ("int4", 16, 1)]
+)
+def test_the_fastest_way_is_taken(monkeypatch, kind, rows, best):
+    """By a clock that has one way win; all of them are right."""
+    weight, norm = normal(64, 512) / 16, RMSNorm(512, 1e-5).half().to(DEVICE).requires_grad_(False)
+    quantized = Int8Linear.from_float(weight) if kind == "int8" else Int4Linear.from_float(weight, groupsize=32)
+    linear = float_linear(weight, torch.float16) if kind == "float" else quantized
+    linear.has_kernel, x, timed = True, normal(1, rows, 512).half(), []
+
+    def step() -> torch.Tensor:
+        return project(linear, x, norm, gated=True)
+
+    def clock(function, *args) -> float:
+        function(*args)
+        timed.append(function)
+        return float(len(timed) != 1 + names.index(names[best]))
+
+    launched, expected = launches_of(monkeypatch, "_multiply_float" if kind == "float" else "_multiply"), step()
+    ((names, _),) = gpu_choice.asked_by(step).values()
+    for name in names:
+        with gpu_choice.trying(name):
+            assert torch.allclose(step(), expected, rtol=0.01, atol=0.002), name
+    gpu_choice.measure(step, seconds=clock)
+    assert len(timed) == len(names)
+    launched.clear()
+    step()
+    tiles = [f"{constants['num_warps']} warps, {constants['BLOCK_N']} outputs" for constants in launched]
+    assert tiles == ([] if names[best] == gpu_choice.INDUCTOR else [names[best]])
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
@@ -273,6 +317,39 @@ def test_attention_over_a_cache(monkeypatch, mended, heads, kv_heads, S, D, wind
     positions = torch.tensor([[0], [130], [301 - S]], device=DEVICE) + torch.arange(S, device=DEVICE)
     error = gpu_correctness.attention_error(args, positions, 301, kv_dtype, DEVICE, torch.float16)
     assert 0 < error < 2
+
+
+@pytest.mark.parametrize("best", [0, 1, -1])
+def test_the_fastest_attention_is_taken(monkeypatch, mended, best):
+    """Each way is right, is timed at the cache's end and leaves what was stored before it as it was."""
+    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 6)
+    args, shape = attention_args(4, 2, 32), (2, 2, 300, 32)
+    attention, positions = Attention(args).half().to(DEVICE), torch.tensor([[7], [290]], device=DEVICE)
+    attention.kv_cache = KVCache(shape, DEVICE, torch.float16)
+    for buffer in attention.kv_cache.buffers():
+        buffer.copy_(normal(*shape))
+    qkv, (cos, sin), timed = normal(2, 1, 8 * 32).half(), rope_table(args, positions), []
+
+    def step() -> torch.Tensor:
+        return attend_on_gpu(attention, qkv, cos, sin, positions, 300)
+
+    def clock(function, *args) -> float:
+        function(*args)
+        timed.append(attention.kv_cache.k[:, :, -1].equal(before[:, :, -1]))
+        return float(len(timed) != 1 + names.index(names[best]))
+
+    expected, before = step(), attention.kv_cache.k.clone()
+    ((names, _),) = gpu_choice.asked_by(step).values()
+    for name in names:
+        with gpu_choice.trying(name):
+            assert torch.allclose(step(), expected, atol=0.002), name
+    launched = launches_of(monkeypatch, "_attend_share", gpu_attention)
+    gpu_choice.measure(step, seconds=clock)
+    assert timed == [False] * len(names)
+    assert attention.kv_cache.k[:, :, :-1].equal(before[:, :, :-1])
+    launched.clear()
+    assert torch.allclose(step(), expected, atol=0.002)
+    assert [f"{way['SPLITS']} programs a head, {way['BLOCK']} slots at a time" for way in launched] == [names[best]]
 
 
 @pytest.mark.parametrize("wrong", ["a slot less", "no new key", "another angle"])

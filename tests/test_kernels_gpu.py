@@ -65,7 +65,7 @@ class Compiled:
 
 @pytest.fixture
 def compiled(tmp_path, monkeypatch):
-    """`compiled(kernel, capability, warps, types, **constants)`: its PTX and the chip's own code.
+    """`compiled(kernel, capability, types, **constants)`: its PTX and the chip's own code.
 
     More than two spilled registers are an error, and more shared memory than a program can have. Pointers are to
     multiples of 16 bytes, what is ALIGNED a multiple of 16; what has no type and is no constant is an integer.
@@ -75,16 +75,15 @@ def compiled(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
-    def make(kernel, capability: int, warps: int, types: dict[str, str], stages: int = 3, **constants) -> Compiled:
+    def make(kernel, capability: int, types: dict[str, str], num_warps=4, num_stages=3, **constants) -> Compiled:
         names = kernel.arg_names
         signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
         aligned = {
             (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n in ALIGNED
         }
         source = ASTSource(kernel, signature, constants, aligned)
-        built = compile(
-            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}
-        )
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        built = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert built.metadata.shared <= {80: 163, 86: 99, 90: 227}[capability] * 1024
         binary = tmp_path / "kernel.cubin"
         binary.write_bytes(built.asm["cubin"])
@@ -105,6 +104,11 @@ def surroundings(*present: str) -> tuple[dict[str, str], dict[str, None]]:
     """Types and constants of the kernels' arguments for what surrounds a product."""
     names = {"bias_ptr", "norm_ptr", "residual_ptr"}
     return dict.fromkeys(present, "*bf16"), dict.fromkeys(names.difference(present))
+
+
+def as_one(rows: int) -> dict[str, int]:
+    """Triton takes a 1 for a constant."""
+    return {"rows": 1} if rows == 1 else {}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -130,14 +134,13 @@ def test_weights_stay_where_they_are_read(compiled, capability, bits, group, row
     """
     from kernels import gpu
 
-    scales, words = QUANTIZED[bits][1], 2 if 8 * rows > group else 4
+    scales = QUANTIZED[bits][1]
     types = {"x_ptr": "*bf16", "words_ptr": "*i32", "scales_ptr": scales, "zeros_ptr": scales, "y_ptr": "*bf16"}
     more, absent = surroundings(*present)
-    warps, outputs = gpu.few_rows_tiles(rows, 12288, 4096 * bits // (32 * words), gpu.SMS)
-    shape = {"n_in": 4096, "BITS": bits, "GROUP": group, "GATED": gated, "ROWS": rows, "WORDS": words}
-    shape |= {"BLOCK_N": outputs, "SPLITS": warps} | absent | ({"rows": 1} if rows == 1 else {})  # as Triton takes a 1
-    types |= more | {"eps": "fp32"}
-    code = compiled(gpu._multiply, capability, warps, types, 3 if rows > 8 else 1, **shape)
+    (warps, outputs), *_ = gpu.quantized_tiles(rows, 4096, 12288, bits, group, gpu.SMS)
+    shape = gpu.quantized_constants(rows, 4096, bits, group, gated, warps, outputs)
+    words = shape["WORDS"]
+    code = compiled(gpu._multiply, capability, types | more | {"eps": "fp32"}, **shape, **absent, **as_one(rows))
     ptx, turns = code.ptx, 4096 * bits // (32 * words) // (4 * warps)
     assert 32 * warps * code.issued(turns) < most * outputs * 4096
     if rows > 8:
@@ -157,7 +160,7 @@ def test_weights_are_written_16_bytes_at_a_time(compiled, bits, group):
     types = {"weight_ptr": weights, "scales_ptr": scales, "zeros_ptr": scales, "w_ptr": "*bf16"}
     shape = {"n_in": 4096, "BITS": bits, "GROUP": group, "BLOCK_N": 16, "BLOCK_K": 256}
     for capability in (80, 90):
-        assert "st.global.v4" in compiled(gpu._dequantize, capability, 4, types, **shape).ptx
+        assert "st.global.v4" in compiled(gpu._dequantize, capability, types, **shape).ptx
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -167,9 +170,10 @@ def test_few_rows_of_float_weights_load_16_bytes(compiled, capability, rows, gat
 
     types = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), "*bf16") | {"eps": "fp32"}
     more, absent = surroundings(*present)
-    shape = {"n_in": 4096, "GATED": gated, "ROWS": rows, "BLOCK_N": 4, "BLOCK_K": 1024}
-    ptx = compiled(gpu._multiply_float, capability, 4, types | more, **shape, **absent).ptx
-    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 4 + rows
+    for warps, outputs in gpu.FLOAT_TILES:
+        shape = gpu.float_constants(rows, 4096, gated, warps, outputs)
+        ptx = compiled(gpu._multiply_float, capability, types | more, **shape, **absent).ptx
+        assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= outputs + rows
 
 
 @pytest.mark.parametrize(
@@ -189,8 +193,8 @@ def test_attention_runs_on_the_tensor_cores(compiled, capability, cached, heads,
     blocks = {"ROWS": max(16, triton.next_power_of_2(rows)), "NEW": 16, "BLOCK_HALF": 64, "BLOCK": 64}
     scales = dict.fromkeys(("k_scales_ptr", "v_scales_ptr"), None if cached == "*bf16" else "*fp32")
     constants = {**shape, **blocks, "WINDOW": 0, **(scales if cached == "*bf16" else {})}
-    kernel, warps = gpu_attention._attend_share, 4 if rows <= 32 else 8
-    ptx = compiled(kernel, capability, warps, types | scales, **constants).ptx
+    warps = 4 if rows <= 32 else 8
+    ptx = compiled(gpu_attention._attend_share, capability, types | scales, num_warps=warps, **constants).ptx
     assert "mma.sync" in ptx
     assert "cp.async" in ptx
-    compiled(gpu_attention._join_shares, capability, 4, {**found, "y_ptr": "*bf16"}, **shape)
+    compiled(gpu_attention._join_shares, capability, {**found, "y_ptr": "*bf16"}, **shape)

@@ -1,0 +1,194 @@
+"""Which way to compute a product is the fastest on this GPU: timed on it once, and remembered.
+
+    measure(model, *args)                               # before a step is recorded
+    tiles = fastest(key, ways, again=call)              # in an operator
+
+An operator asks `fastest` how to compute what `key` describes, and brings its `ways` by name. `measure` calls a model,
+gathers what its operators ask, and times what is not known yet: on the model's own weights, those of all
+layers in turn, in a CUDA graph, after clearing the L2 cache. The winners' names are kept under `~/.cache/fast-llm`, in
+a file for each combination of GPU, torch, triton and source of these kernels. Rank 0 measures for all ranks.
+
+Worth knowing: without a measurement an operator takes the first of its ways, which is reasoned.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+Way = TypeVar("Way")
+Asked = dict[str, tuple[list[str], list[Callable[[], Any]]]]  # by key: names of the ways, the calls that asked
+
+INDUCTOR = "Inductor"  # the name of a way that torch.compile makes
+CLEARING = 1 << 28  # bytes to write so that no L2 cache holds anything else
+
+_asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
+_tried: ContextVar[str | None] = ContextVar("tried", default=None)
+
+
+def fastest(key: str, ways: dict[str, Way], again: Callable[[], Any]) -> Way:
+    """The way to compute what `key` describes: the one being tried, else the fastest measured, else the first.
+
+    again: calls the operator once more with the same arguments.
+    """
+    asked = _asked.get()
+    if asked is not None:
+        asked.setdefault(key, (list(ways), []))[1].append(again)
+    name = _tried.get() or remembered().get(key)
+    return ways[name if name in ways else next(iter(ways))]
+
+
+@contextlib.contextmanager
+def trying(name: str) -> Iterator[None]:
+    """Inside, operators take the way of this name if they have it."""
+    token = _tried.set(name)
+    try:
+        yield
+    finally:
+        _tried.reset(token)
+
+
+def asked_by(function: Callable[..., Any], *args: Any) -> Asked:
+    """Call `function`; what the operators in it ask."""
+    token = _asked.set({})
+    try:
+        function(*args)
+        return _asked.get()
+    finally:
+        _asked.reset(token)
+
+
+def measure(model: Callable[..., Any], *args: Any, seconds: Callable[..., float] | None = None) -> None:
+    """Call `model` once, then time the ways to do what its operators asked, unless they are known.
+
+    seconds: the clock, called with a function and its arguments; by default `cold_seconds`. A way that fails has lost.
+    """
+    asked = asked_by(model, *args)
+    if not asked:
+        return
+    known = remembered()
+    new = {key: found for key, found in asked.items() if known.get(key) not in found[0]}
+    has_ranks = dist.is_available() and dist.is_initialized()
+    if new and not (has_ranks and dist.get_rank()):
+        known |= _winners(new, seconds or cold_seconds)
+        with contextlib.suppress(OSError):  # the next process measures again
+            _write(_read() | known)
+    if has_ranks:
+        tables = [known]
+        dist.broadcast_object_list(tables, src=0)
+        known |= tables[0]
+
+
+def _winners(asked: Asked, seconds: Callable[..., float]) -> dict[str, str]:
+    """The name of the fastest way for each key; none where all fail."""
+    found = {}
+    total = sum(len(names) for names, _ in asked.values())
+    with tqdm(total=total, desc="timing kernels on this GPU, once", unit="kernel") as bar:
+        for key, (names, calls) in asked.items():
+            _compile_together(names, calls[0])
+            timed = {}
+            for name in names:
+                with trying(name), contextlib.suppress(Exception):  # of any kind: it does not compile or run here
+                    timed[name] = seconds(_call_all, calls)
+                bar.update()
+            if timed:
+                found[key] = min(timed, key=timed.get)
+    return found
+
+
+def _compile_together(names: list[str], call: Callable[[], Any]) -> None:
+    """Compile the kernels of these ways on all the CPU's cores, by calling each once."""
+    if not torch.cuda.is_available():  # Triton's interpreter compiles nothing
+        return
+
+    def run(name: str) -> None:
+        with trying(name), contextlib.suppress(Exception):  # it will fail again where that counts
+            call()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(run, (name for name in names if name != INDUCTOR)))
+
+
+def _call_all(calls: list[Callable[[], Any]]) -> None:
+    for call in calls:
+        call()
+
+
+def cold_seconds(function: Callable[..., Any], *args: Any) -> float:
+    """`replay_seconds` of a call that finds the L2 cache cleared, with the time that the clearing takes."""
+    other = torch.empty(CLEARING, dtype=torch.uint8, device="cuda")
+    return replay_seconds(lambda: (other.zero_(), function(*args)))
+
+
+def replay_seconds(function: Callable[..., Any], *args: Any) -> float:
+    """Seconds that the kernels of a call take, by events around replays of its CUDA graph.
+
+    The median of 5 stretches of at least 5 ms.
+    """
+    for _ in range(3):  # compiles, and takes the memory that it needs
+        function(*args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function(*args)
+    n = 1 + int(5e-3 / seconds_by_events(3, graph.replay))
+    seconds_by_events(10 * n, graph.replay)  # wakes the clocks, which fall while the host compiles
+    return median(seconds_by_events(n, graph.replay) for _ in range(5))
+
+
+def seconds_by_events(n: int, function: Callable[..., Any], *args: Any) -> float:
+    """Seconds that a GPU takes for one of `n` calls in a row, by its own clock."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(n):
+        function(*args)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / n
+
+
+@functools.cache
+def remembered() -> dict[str, str]:
+    """The names of the fastest ways by key, as far as they are known in this process."""
+    return _read()
+
+
+def _file() -> Path:
+    """Where this GPU's are kept. Other versions, and kernels that have changed, have other files."""
+    import triton
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("gpu*.py")))
+    versions = f"{gpu}, torch {torch.__version__}, triton {triton.__version__}"
+    key = hashlib.sha256(source + versions.encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return folder / "fast-llm" / f"fastest-{key}.json"
+
+
+def _read() -> dict[str, str]:
+    try:
+        table = json.loads(_file().read_text())
+        return {key: name for key, name in table.items() if isinstance(name, str)}
+    except (OSError, ValueError, AttributeError):  # no file, or not one of these
+        return {}
+
+
+def _write(table: dict[str, str]) -> None:
+    """Keep the table; another process sees all of it or what was there before."""
+    path = _file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(json.dumps(table, indent=1))
+    os.replace(file.name, path)

@@ -1,0 +1,239 @@
+"""The choice among ways to compute a product, by fake clocks: what wins, what is remembered, what is survived.
+
+    python -m pytest tests/test_gpu_choice.py
+
+What the GPU's operators ask, and that all they offer is right, `gpu_checks.py` tests.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GREEDY, prompt_of
+
+import decoding
+import speculative
+from decoding import time_kernels
+from kernels import gpu_choice
+
+pytest.importorskip("triton", reason="needs the package triton")
+ROOT = Path(__file__).resolve().parent.parent
+KEY = "1 x 64 to 64"
+WAYS = {"first": 1, "second": 2, "third": 3}
+
+
+class Operator:
+    """It asks which of WAYS to take, takes it and notes so; a way that `fails` raises."""
+
+    def __init__(self, fails: tuple[str, ...] = ()):
+        self.fails, self.taken = fails, []
+
+    def __call__(self, layer: int = 0) -> int:
+        way = gpu_choice.fastest(KEY, WAYS, again=lambda: self(layer))
+        name = next(name for name in WAYS if WAYS[name] == way)
+        if name in self.fails:
+            raise RuntimeError("out of resources")
+        self.taken.append((name, layer))
+        return way
+
+    def clock(self, **seconds: float) -> Callable[..., float]:
+        """It tells these seconds of a call by the way that it took."""
+
+        def tell(function, *args) -> float:
+            function(*args)
+            return seconds[self.taken[-1][0]]
+
+        return tell
+
+
+@pytest.fixture(autouse=True)
+def new_process(monkeypatch, tmp_path) -> Callable[[], None]:
+    """A folder without anything remembered; call it and this process has forgotten what it knew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    gpu_choice.remembered.cache_clear()
+    yield gpu_choice.remembered.cache_clear
+    gpu_choice.remembered.cache_clear()
+
+
+def kept(folder: Path) -> list[Path]:
+    return list((folder / "fast-llm").iterdir())
+
+
+def test_the_fastest_is_taken_from_then_on(new_process, tmp_path, capsys):
+    """Timed on all that asked; remembered by this process and by the next, which measures nothing."""
+    operator = Operator()
+    assert operator() == 1  # unmeasured, the first
+    operator.taken.clear()
+    gpu_choice.measure(
+        lambda n: [operator(layer) for layer in range(n)], 2, seconds=operator.clock(first=3, second=1, third=2)
+    )
+    assert operator.taken == [(name, layer) for name in ("first", *WAYS) for layer in range(2)]
+    assert "timing kernels on this GPU, once: 100%" in capsys.readouterr().err
+    assert operator() == 2
+    new_process()
+    assert operator() == 2
+    gpu_choice.measure(operator, seconds=operator.clock())
+    assert operator() == 2
+    assert capsys.readouterr().err == ""
+    (path,) = kept(tmp_path)
+    assert json.loads(path.read_text()) == {KEY: "second"}
+
+
+def test_another_size_joins_what_is_kept(new_process, tmp_path, monkeypatch):
+    """Also where another process has written meanwhile."""
+    operator = Operator()
+    gpu_choice.remembered()
+    gpu_choice._write({"of another process": "x"})
+    gpu_choice.measure(operator, seconds=operator.clock(first=3, second=1, third=2))
+    assert json.loads(kept(tmp_path)[0].read_text()) == {KEY: "second", "of another process": "x"}
+
+
+def test_a_way_that_fails_has_lost():
+    operator = Operator(fails=("second",))
+    gpu_choice.measure(operator, seconds=operator.clock(first=3, third=2))
+    assert operator() == 3
+
+
+def test_where_all_fail_nothing_is_known():
+    operator = Operator()
+
+    def clock(function, *args) -> float:
+        raise RuntimeError("no clock")
+
+    gpu_choice.measure(operator, seconds=clock)
+    assert operator() == 1
+    gpu_choice.measure(operator, seconds=operator.clock(first=3, second=1, third=2))
+    assert operator() == 2
+
+
+def test_ways_are_compiled_all_at_once(monkeypatch):
+    """But for Inductor's, which compiles on several cores itself and times what it compiles."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    operator = Operator(fails=("second",))
+    gpu_choice._compile_together([*WAYS, gpu_choice.INDUCTOR], operator)
+    assert set(operator.taken) == {("first", 0), ("third", 0)}
+
+
+def test_the_caches_are_cleared_before_a_call(monkeypatch):
+    other = torch.ones(4)
+    monkeypatch.setattr(torch, "empty", lambda *size, **named: other)
+    monkeypatch.setattr(gpu_choice, "replay_seconds", lambda function: function()[1])
+    assert gpu_choice.cold_seconds(lambda x: float(x + other.sum()), 5.0) == 5.0
+
+
+def test_being_stopped_leaves_no_trace(tmp_path):
+    def clock(function, *args) -> float:
+        raise KeyboardInterrupt
+
+    operator = Operator()
+    with pytest.raises(KeyboardInterrupt):
+        gpu_choice.measure(operator, seconds=clock)
+    operator.taken.clear()
+    assert operator() == 1
+    assert operator.taken == [("first", 0)]
+    assert not (tmp_path / "fast-llm").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe", b"{", b"[1]", b"null", b'{"1 x 64 to 64": ["second"]}', b'{"1 x 64 to 64": "gone"}']
+)
+def test_a_broken_file_is_measured_anew(new_process, content):
+    gpu_choice._write({})
+    gpu_choice._file().write_bytes(content)
+    new_process()
+    operator = Operator()
+    assert operator() == 1
+    gpu_choice.measure(operator, seconds=operator.clock(first=3, second=1, third=2))
+    new_process()
+    assert operator() == 2
+
+
+def test_other_versions_have_other_files(new_process, monkeypatch):
+    gpu_choice._write({KEY: "third"})
+    assert Operator()() == 3
+    new_process()
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    assert Operator()() == 1
+
+
+def test_without_a_folder_to_write_to_it_is_known_until_the_end(new_process, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    operator = Operator()
+    gpu_choice.measure(operator, seconds=operator.clock(first=3, second=1, third=2))
+    assert operator() == 2
+
+
+def test_a_step_that_asks_nothing_is_no_matter(tmp_path, capsys):
+    gpu_choice.measure(lambda: None)
+    assert not (tmp_path / "fast-llm").exists()
+    assert capsys.readouterr().err == ""
+
+
+RANK = f"""
+import sys
+import torch.distributed as dist
+from kernels import gpu_choice
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+if rank == 1:
+    gpu_choice._write({{"{KEY}": "third"}})
+times = iter([3.0, 1.0, 2.0])
+ask = lambda: gpu_choice.fastest("{KEY}", {WAYS}, again=lambda: None)
+for _ in range(2):
+    gpu_choice.measure(ask, seconds=lambda *args: next(times))
+print(ask(), list(times))
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_agree(tmp_path):
+    """Rank 0 measures, rank 1 takes that over though it remembers otherwise."""
+    commands = [[sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")] for rank in range(2)]
+    environments = [
+        {**os.environ, "XDG_CACHE_HOME": str(tmp_path / str(rank)), "GLOO_SOCKET_IFNAME": "lo"} for rank in range(2)
+    ]
+    ranks = [
+        subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for command, env in zip(commands, environments, strict=True)
+    ]
+    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["2 []\n", "2 [3.0, 1.0, 2.0]\n"]
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that says otherwise."""
+
+    is_cuda = True
+
+
+def test_a_pass_of_the_model_is_what_is_measured(ours, monkeypatch):
+    model, passes = ours(rows=3), []
+    monkeypatch.setattr(gpu_choice, "measure", lambda model, *args: passes.append(model(*args).shape))
+    time_kernels(model, 3, 2)
+    assert passes == []
+    model.slots = model.slots.as_subclass(OnGpu)
+    with torch.no_grad():
+        time_kernels(model, 3, 2)
+    assert passes == [(3, 2, 128)]
+
+
+def test_warming_up_times_the_kernels(ours, monkeypatch):
+    """For every number of rows that the steps will have, before anything else."""
+    timed, (target, draft) = [], (ours(rows=2) for _ in range(2))
+    for model in (target, draft):
+        model.setup_caches(2, 64, spare=speculative.SPARE)
+    for module in (decoding, speculative):
+        monkeypatch.setattr(module, "time_kernels", lambda model, *sizes: timed.append((model, *sizes)))
+    steps, prompts = decoding.build_steps(target, GREEDY), [prompt_of(5), prompt_of(3)]
+    with torch.no_grad():
+        decoding.warm_up(steps, prompts, 4)
+        assert timed == [(target, 2, 1)]
+        timed.clear()
+        drafter = speculative.DraftModel(draft, GREEDY, k=5)
+        speculative.warm_up_speculation(speculative.build_speculative_steps(steps, drafter, GREEDY), prompts, 4)
+    assert timed == [(target, 2, 6), (draft, 2, 2), (draft, 2, 1)]
