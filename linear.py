@@ -202,8 +202,8 @@ def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
         elif isinstance(module, nn.Linear) and on_cpu and module.in_features % 2 == 0:
             module.register_buffer("packed", cpu.pack_bf16(module.weight))
             module.weight, module.kernel = None, multiply_on_cpu
-        elif isinstance(module, nn.Linear) and on_gpu:
-            module.kernel, module.kernel_batch = multiply_on_gpu, gpu.FLOAT_ROWS
+        elif isinstance(module, nn.Linear) and on_gpu and module.in_features % 32 == 0:
+            module.kernel, module.kernel_rows = multiply_on_gpu, gpu.MAX_ROWS
         elif hasattr(module, "kv_cache") and on_cpu and cpu.is_fast() and module.head_dim % 32 == 0:
             module.kernels = dict.fromkeys((torch.bfloat16, torch.int8), attend_on_cpu)
         elif hasattr(module, "kv_cache") and on_gpu and module.head_dim <= 128:
@@ -216,7 +216,7 @@ def multiply_on_cpu(linear: nn.Module, x: Tensor, *around: Any) -> Tensor:
 
 
 def multiply_on_gpu(linear: nn.Module, x: Tensor, *around: Any) -> Tensor:
-    """The product of a `model.Linear` with one row or two."""
+    """The product of a `model.Linear` with a few rows."""
     return torch.ops.fast_gpu.linear(x, linear.weight, None, None, *around)
 
 

@@ -310,7 +310,7 @@ class Linear(nn.Linear):
     """
 
     kernel: Callable[..., Tensor] | None = None
-    kernel_batch: int | None = None  # rows of a batch, of one position each, that it takes at most; None: any x
+    kernel_rows: int | None = None  # of x that it takes at most; None: any
     has_collective = False  # what follows the module under tensor parallelism; a kernel cannot go past it
 
     def __init__(self, in_features: int, out_features: int, bias: bool, sharding: Sharding):
@@ -318,10 +318,7 @@ class Linear(nn.Linear):
         self.sharding = sharding
 
     def has_kernel_for(self, x: Tensor) -> bool:
-        """Asked in this order a compiler knows: a length that it leaves open is not 1."""
-        return self.kernel is not None and (
-            self.kernel_batch is None or (x.shape[-2] == 1 and x.shape[:-2].numel() <= self.kernel_batch)
-        )
+        return self.kernel is not None and (self.kernel_rows is None or x.shape[:-1].numel() <= self.kernel_rows)
 
     def multiply(self, x: Tensor, *around: Any) -> Tensor:
         """The kernel's product for `x [M, K]`; `around` as for `project`."""

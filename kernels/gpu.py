@@ -1,12 +1,12 @@
-"""The GPU's kernels, in Triton: products of up to 16 rows with int8 and int4 weights, of up to 2 with float ones.
+"""The GPU's kernels, in Triton: products of up to 16 rows with float, int8 and int4 weights.
 
     if gpu.missing("cuda", torch.bfloat16) is None:
         y = torch.ops.fast_gpu.linear(x, weight, scales, zeros)
 
-Weights are taken as files have them. Quantised ones have a kernel that reads each once and multiplies on the tensor
-cores. More rows are a prefill: there the weights are written out as numbers for `F.linear`, as for less than 16
-outputs. Which tiles a kernel takes, or whether Inductor's product is faster, `gpu_choice.py` measures. No sum depends
-on which program comes first: equal inputs give equal bits.
+Weights are taken as files have them. One kernel reads each once and multiplies on the tensor cores. More rows are a
+prefill: there quantised weights are written out as numbers for `F.linear`, as for less than 16 outputs. Which tiles the
+kernel takes, or whether Inductor's product of float weights is faster, `gpu_choice.py` measures. No sum depends on
+which program comes first: equal inputs give equal bits.
 
 They also do what surrounds a product (`model.project`): a layer of 7B int4 weights is read in some 25 us, and a kernel
 of its own for norm, gates or residual costs one or two. Bias, gates and residual join the sums where these end. Of the
@@ -35,11 +35,9 @@ from kernels.gpu_choice import INDUCTOR, fastest
 
 MAX_ROWS = 16  # of x; above it is a prefill
 FEW_OUTPUTS = 16  # the fewest that a program makes
-FLOAT_ROWS = 2  # of x, up to which there is a kernel for weights of its type
 NORM_ROWS = 8  # of x, up to which a kernel applies the norm's weight
 # Warps of a program, and outputs that it makes: what is worth a try.
 TILES = ((4, 16), (8, 16), (16, 16), (4, 32), (8, 32), (16, 32), (4, 64))
-FLOAT_TILES = ((4, 4), (1, 4), (2, 4), (1, 8), (2, 8), (4, 8))  # the first is taken unmeasured
 SMS = 132  # multiprocessors of an H100, where there is none to ask
 ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}  # its bits
 
@@ -83,6 +81,18 @@ def _nibbles(words, first: tl.constexpr, J: tl.constexpr, exponent, UP: tl.const
 
 
 @triton.jit
+def _halves(words, dtype: tl.constexpr):
+    """Both halves of the words `[S, 8, 4, B / 8, WORDS]` as they are, `[S, B, 8 * WORDS]`."""
+    S: tl.constexpr = words.shape[0]
+    EIGHTS: tl.constexpr = words.shape[3]
+    WORDS: tl.constexpr = words.shape[4]
+    half = tl.arange(0, 2)[None, None, None, None, None, :]
+    w = tl.reshape(words, (S, 8, 4, EIGHTS, WORDS, 1)) >> (16 * half)
+    w = w.to(tl.uint16).to(dtype, bitcast=True)
+    return tl.reshape(tl.permute(w, (0, 3, 1, 4, 2, 5)), (S, 8 * EIGHTS, 8 * WORDS))
+
+
+@triton.jit
 def _for_columns(loaded, S: tl.constexpr, COLUMNS: tl.constexpr):
     """What belongs to a chunk of each of B outputs, in float32 beside the chunk's sums, `[S, B, COLUMNS]`."""
     t = _threads_first(loaded).to(tl.float32)
@@ -99,7 +109,7 @@ def _gate(gate, up):
 @triton.jit
 def _multiply(
     x_ptr,  # [rows, K]
-    words_ptr,  # [N, K * BITS / 32], the stored weights as 32-bit words
+    words_ptr,  # [N, K * BITS / 32], the stored weights as 32-bit words; BITS = 16: they are of x's type
     scales_ptr,  # int8: [N]; int4: [N, K / GROUP]
     zeros_ptr,  # int4: [N, K / GROUP]
     bias_ptr,  # [N] or None
@@ -134,7 +144,7 @@ def _multiply(
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     UP: tl.constexpr = 3 if dtype == tl.bfloat16 else 6  # bits in the mantissa below a nibble
-    J: tl.constexpr = 4 if BITS == 4 else 2  # weights in half a word
+    J: tl.constexpr = 16 // BITS  # weights in half a word
     CHUNK: tl.constexpr = 2 * J * WORDS  # weights
     PARTS: tl.constexpr = max(1, 4 * CHUNK // GROUP)
     EACH: tl.constexpr = 8 // PARTS
@@ -175,13 +185,16 @@ def _multiply(
             x = (x.to(tl.float32) * tl.load(norm_ptr + k).to(tl.float32)).to(dtype)
         x = tl.reshape(_threads_first(x), (SPLITS, 8, 4, COLUMNS // 8, WORDS, 2, J))
         x = tl.reshape(tl.permute(x, (0, 4, 6, 2, 5, 3, 1)), (SPLITS, 4 * CHUNK, COLUMNS))
-        sums = tl.dot(ones, x)
-        sums = tl.broadcast_to(tl.reshape(sums, (SPLITS, 1, 16, COLUMNS)), (SPLITS, BLOCK_N // 16, 16, COLUMNS))
-        sums = tl.reshape(sums, (SPLITS, BLOCK_N, COLUMNS))
+        if BITS < 16:
+            sums = tl.dot(ones, x)
+            sums = tl.broadcast_to(tl.reshape(sums, (SPLITS, 1, 16, COLUMNS)), (SPLITS, BLOCK_N // 16, 16, COLUMNS))
+            sums = tl.reshape(sums, (SPLITS, BLOCK_N, COLUMNS))
         if BITS == 4:
             scales, zeros = _for_columns(scales, SPLITS, COLUMNS), _for_columns(zeros, SPLITS, COLUMNS)
             dots = tl.dot(_nibbles(words, 0, J, top, UP, dtype), x)
             totals += dots * scales + sums * (zeros - 24 * scales)
+        elif BITS == 16:
+            totals = tl.dot(_halves(words, dtype), x, totals)
         else:
             dots = tl.dot(_nibbles(words, 0, J, exponent, UP, dtype), x)
             dots = tl.dot(_nibbles(words, 1, J, top, UP, dtype), x, dots)
@@ -212,53 +225,6 @@ def _multiply(
     if residual_ptr is not None:
         y += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y.to(dtype), mask=ok)
-
-
-@triton.jit
-def _multiply_float(
-    x_ptr,  # [ROWS, K]
-    weight_ptr,  # [N, K], of x's type
-    bias_ptr,  # [N] or None
-    norm_ptr,  # [K] or None
-    residual_ptr,  # like y, or None
-    y_ptr,  # [ROWS, N], or of gates and what they let through [ROWS, N / 2]
-    n_out,
-    eps,
-    n_in: tl.constexpr,
-    GATED: tl.constexpr,  # as in `_multiply`
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # 16 bytes for each thread
-):
-    """`y = x W^T` for few rows: a program makes BLOCK_N outputs for all of them."""
-    n_y = n_out // GATED
-    lane, row = tl.arange(0, BLOCK_N)[None, :], tl.arange(0, ROWS)[:, None]
-    n = tl.program_id(0) * (BLOCK_N // GATED) + lane // GATED
-    n_ok = n < n_y
-    n = n + lane % GATED * n_y
-    at = n[:, :, None].to(tl.int64) * n_in
-    totals = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)
-    squares = tl.zeros((ROWS, 1, BLOCK_K), tl.float32)
-    for first in range(0, n_in, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)[None, None, :]
-        w = tl.load(weight_ptr + at + k, mask=n_ok[:, :, None] & (k < n_in), other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + row[:, :, None] * n_in + k, mask=k < n_in, other=0.0).to(tl.float32)
-        if norm_ptr is not None:
-            squares += x * x
-            x *= tl.load(norm_ptr + k, mask=k < n_in, other=0.0).to(tl.float32)
-        totals += w * x
-    y = tl.sum(totals, 2)  # [ROWS, BLOCK_N]
-    if norm_ptr is not None:
-        y *= tl.rsqrt(tl.sum(squares, 2) / n_in + eps)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)
-    if GATED == 2:
-        gate, up = tl.split(tl.reshape(y, (ROWS, BLOCK_N // 2, 2)))
-        y = _gate(gate, up)
-    n = tl.program_id(0) * (BLOCK_N // GATED) + tl.arange(0, BLOCK_N // GATED)[None, :]
-    if residual_ptr is not None:
-        y += tl.load(residual_ptr + row * n_y + n, mask=n < n_y, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * n_y + n, y.to(y_ptr.dtype.element_ty), mask=n < n_y)
 
 
 @triton.jit
@@ -331,17 +297,17 @@ def linear(
     """`x W^T`, `[M, N]`, for x `[M, K]` in bfloat16 or float16; bias, norm, residual and gates as in `model.project`.
 
     The weight is of x's type, `[N, K]`; or int8 `[N, K]` with `scales [N]`; or 4-bit `[N, K / 2]` with `scales` and
-    `zeros [N, K / G]`, and K a multiple of 32 for both. Raises ValueError for sizes that do not fit.
+    `zeros [N, K / G]`. K is a multiple of 32. Raises ValueError for sizes that do not fit.
     """
     again = functools.partial(linear, x, weight, scales, zeros, bias, norm, eps, residual, gated)
     (rows, n_in), n_out, bits = x.shape, weight.shape[0], 4 if zeros is not None else 8 * weight.element_size()
     found = 8 * weight[0].nbytes // bits
-    if found != n_in or (scales is not None and n_in % 32):
-        raise ValueError(f"x has {n_in} columns, the weight {found}, and 32 must divide them if it is quantised")
+    if found != n_in or n_in % 32:
+        raise ValueError(f"x has {n_in} columns, the weight {found}, and 32 must divide them")
     if gated and n_out % 2:
         raise ValueError(f"gates are as many as what they let through, not half of {n_out}")
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    few = rows <= FLOAT_ROWS if scales is None else rows <= MAX_ROWS and n_out >= FEW_OUTPUTS
+    few = rows <= MAX_ROWS and n_out >= FEW_OUTPUTS
     if norm is not None and few and rows > NORM_ROWS:
         x, norm = F.rms_norm(x, (n_in,), norm, eps), None
     group, gates = n_in if scales is None else n_in * n_out // scales.numel(), 2 if gated else 1
@@ -349,25 +315,21 @@ def linear(
         if not few:
             w = weight if scales is None else _written_out(x, weight, scales, zeros, bits, group)
             return _plain(x, w, bias, norm, eps, residual, gated)
-        sms = multiprocessors(x.device)
-        every = FLOAT_TILES if scales is None else quantized_tiles(rows, n_in, n_out, bits, group, sms)
+        every = tiles(rows, n_in, n_out, bits, group, multiprocessors(x.device))
         ways = {f"{warps} warps, {outputs} outputs": (warps, outputs) for warps, outputs in every}
         if scales is None:
             ways[INDUCTOR] = None
         key = f"{rows} x {n_in} to {n_out}, {bits} bits in groups of {group}, {x.dtype}"
         around = {"bias": bias, "norm": norm, "residual": residual, "gates": gated or None}
         key += "".join(f", {name}" for name, given in around.items() if given is not None)
-        tiles = fastest(key, ways, again)
-        if tiles is None:
+        way = fastest(key, ways, again)
+        if way is None:
             return _compiled(key)(x, weight, bias, norm, eps, residual, gated)
-        y, grid = x.new_empty(rows, n_out // gates), (-(-n_out // tiles[1]),)
-        if scales is None:
-            constants = float_constants(rows, n_in, gates, *tiles)
-            _multiply_float[grid](x, weight, bias, norm, residual, y, n_out, eps, **constants)
-        else:
-            constants = quantized_constants(rows, n_in, bits, group, gates, *tiles)
-            words, one = weight.view(torch.int32), ONE[x.dtype] * 0x10001
-            _multiply[grid](x, words, scales, zeros, bias, norm, residual, y, rows, n_out, one, eps, **constants)
+        y, constants = x.new_empty(rows, n_out // gates), constants_of(rows, n_in, bits, group, gates, *way)
+        words, one = weight.view(torch.int32), ONE[x.dtype] * 0x10001
+        _multiply[-(-n_out // way[1]),](
+            x, words, scales, zeros, bias, norm, residual, y, rows, n_out, one, eps, **constants
+        )
         return y
 
 
@@ -376,9 +338,7 @@ def _linear_fake(x, weight, scales=None, zeros=None, bias=None, norm=None, eps=0
     return x.new_empty(x.shape[0], weight.shape[0] // (2 if gated else 1))
 
 
-def quantized_tiles(
-    rows: int, n_in: int, n_out: int, bits: int, group: int, multiprocessors: int
-) -> list[tuple[int, int]]:
+def tiles(rows: int, n_in: int, n_out: int, bits: int, group: int, multiprocessors: int) -> list[tuple[int, int]]:
     """Warps of a program and outputs that it makes: all that is worth a try. The first is reasoned, not measured.
 
     The outputs of a program share what is done for the inputs, which is more for more rows; but half of the
@@ -389,31 +349,23 @@ def quantized_tiles(
     outputs = 64 if 2 < rows <= 8 and n_out > 64 * multiprocessors else 32 if n_out > 16 * multiprocessors else 16
     programs = n_out / outputs / multiprocessors
     warps = 4 if programs > 2 or outputs == 64 else 8 if programs > 1 or rows > 8 else 16
-    n_chunks = n_in * bits // (32 * chunk_words(rows, group))
+    n_chunks = n_in * bits // (32 * chunk_words(rows, bits, group))
     most = 1 << (-(-n_chunks // 4) - 1).bit_length()
     reasoned = min(warps, most), min(outputs, 1 << (n_out.bit_length() - 1))
     return list(dict.fromkeys([reasoned, *(way for way in TILES if way[0] <= most and way[1] <= n_out)]))
 
 
-def chunk_words(rows: int, group: int) -> int:
+def chunk_words(rows: int, bits: int, group: int) -> int:
     """The words of 32 bits that a thread reads at a time. Fewer are of fewer groups, which makes fewer columns."""
-    return 4 if 8 * rows <= group else 2
+    return 4 if bits == 16 or 8 * rows <= group else 2
 
 
-def quantized_constants(
-    rows: int, n_in: int, bits: int, group: int, gates: int, warps: int, outputs: int
-) -> dict[str, int]:
+def constants_of(rows: int, n_in: int, bits: int, group: int, gates: int, warps: int, outputs: int) -> dict[str, int]:
     """What `_multiply` is compiled for."""
     shape = {"n_in": n_in, "BITS": bits, "GROUP": group, "GATED": gates, "ROWS": 1 << (rows - 1).bit_length()}
-    blocks = {"WORDS": chunk_words(rows, group), "BLOCK_N": outputs, "SPLITS": warps}
+    blocks = {"WORDS": chunk_words(rows, bits, group), "BLOCK_N": outputs, "SPLITS": warps}
     # Many rows leave registers for few warps: they read two turns ahead.
     return {**shape, **blocks, "num_warps": warps, "num_stages": 3 if rows > 8 else 1}
-
-
-def float_constants(rows: int, n_in: int, gates: int, warps: int, outputs: int) -> dict[str, int]:
-    """What `_multiply_float` is compiled for."""
-    blocks = {"BLOCK_N": outputs, "BLOCK_K": 256 * warps, "num_warps": warps}
-    return {"n_in": n_in, "GATED": gates, "ROWS": rows, **blocks}
 
 
 def _written_out(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:

@@ -59,20 +59,17 @@ FEWER_LAYERS = 4  # what N_LAYERS take more than these says what a layer takes
 CONTEXTS, BATCHES, NEW_TOKENS = (128, 8192), (1, 8), 32
 PROMPT_LENGTHS = (200, 517, 1111)
 
-# Launches of a compiled step of Llama-3.1-8B, counted on 2026-11-26 with torch 2.14.1 in the code that Inductor writes
-# for an H100: (for each layer, around the layers), by mode and batch size; a topk counts as one.
-COUNTED_LAUNCHES = {
-    ("bf16", 1): (6, 8), ("int8", 1): (6, 8), ("int4", 1): (6, 8),
-    ("bf16", 8): (10, 8), ("int8", 8): (6, 7), ("int4", 8): (6, 7),
-}  # fmt: skip
-COUNTED_VERIFY = {"bf16": 98, "int8": 65, "int4": 65}  # the pass over 6 rows, 8 layers; 2 more with torch 2.11
+# Launches of a compiled step of Llama-3.1-8B in every mode, counted on 2026-11-26 with torch 2.14.1 in the code that
+# Inductor writes for an H100: (for each layer, around the layers), by batch size; a topk counts as one.
+COUNTED_LAUNCHES = {1: (6, 8), 8: (6, 7)}
+COUNTED_VERIFY = 65  # the pass over 6 rows, 8 layers; 2 more with torch 2.11
 COUNTED_DEMO = 36  # a greedy decode step of the demo
 COUNTED_ATTENTION = 2  # that of kernels/gpu_attention.py
 # Instructions for each weight that kernels/gpu.py issues at one row, counted the same day in sm_90 machine code.
 COUNTED_INSTRUCTIONS = {
     "int4": {"wqkv": 3.0, "wo": 3.4, "w13": 2.6, "w2": 2.5, "output": 2.7},
     "int8": {"wqkv": 3.8, "wo": 4.2, "w13": 3.6, "w2": 3.4, "output": 3.5},
-    "bf16": {"wqkv": 6.4, "wo": 5.2, "w13": 7.0, "w2": 4.2, "output": 6.4},
+    "bf16": {"wqkv": 1.5, "wo": 1.7, "w13": 2.0, "w2": 1.1, "output": 1.8},
 }
 
 
@@ -362,26 +359,24 @@ def time_stream(steps: Steps, yardstick: Yardstick, mode: str, batch: int, conte
     return batch / figures["tokens_per_s"], figures["share"][0]
 
 
-def predicted_rate(card: Card, mode: str, batch: int, n_layers: int, n_bytes: float) -> float | None:
+def predicted_rate(card: Card, batch: int, n_layers: int, n_bytes: float) -> float | None:
     """Tokens per second that the bytes and the counted launches let expect."""
-    per_layer, around = COUNTED_LAUNCHES[mode, batch]
+    per_layer, around = COUNTED_LAUNCHES[batch]
     return inverse(card.step_seconds(n_bytes, n_layers * per_layer + around), batch)
 
 
-def layer_rows(
-    card: Card, what: str, mode: str, batch: int, looped: float, deep: Timed, shallow: Timed
-) -> Iterator[Row]:
+def layer_rows(card: Card, what: str, batch: int, looped: float, deep: Timed, shallow: Timed) -> Iterator[Row]:
     """What a layer takes, by two depths on the GPU alone; what 32 layers would take in the loop."""
     n = N_LAYERS - FEWER_LAYERS
     seconds, n_bytes = (deep.seconds - shallow.seconds) / n, (deep.n_bytes - shallow.n_bytes) / n  # of a layer
-    predicted = predicted_rate(card, mode, batch, N_LAYERS, deep.n_bytes)
+    predicted = predicted_rate(card, batch, N_LAYERS, deep.n_bytes)
     yield Row(f"{what}: {N_LAYERS} layers, the graph alone", "tokens/s", predicted, inverse(deep.seconds, batch))
     if card.copy and card.launch:
-        reading, launching = n_bytes / card.copy, COUNTED_LAUNCHES[mode, batch][0] * card.launch
+        reading, launching = n_bytes / card.copy, COUNTED_LAUNCHES[batch][0] * card.launch
         yield Row(f"{what}: a layer's bytes, as a copy moves them", "us", None, reading * 1e6)
         yield Row(f"{what}: the rest of a layer", "us", launching * 1e6, (seconds - reading) * 1e6)
     more = 32 - N_LAYERS
-    predicted = predicted_rate(card, mode, batch, 32, deep.n_bytes + more * n_bytes)
+    predicted = predicted_rate(card, batch, 32, deep.n_bytes + more * n_bytes)
     yield Row(f"{what}: 32 layers, from these", "tokens/s", predicted, inverse(looped + more * seconds, batch))
 
 
@@ -394,21 +389,21 @@ def decode_rows(card: Card, mode: str, batch: int) -> Iterator[Row]:
     """Decode steps of the 8B shape at every length of context, each with a Chrome trace."""
     yardstick, room = Yardstick(MODELS["8B"], card.device, card.dtype), max(CONTEXTS) + NEW_TOKENS
     deep, shallow = (with_caches(build(card, mode, n), batch, [room])[0] for n in (N_LAYERS, FEWER_LAYERS))
-    per_layer, around = COUNTED_LAUNCHES[mode, batch]
+    per_layer, around = COUNTED_LAUNCHES[batch]
     steps = build_steps(deep, Sampling(), card.compile)
     time_kernels(deep, batch, 1)
     for context in CONTEXTS:
         what = f"8B, {mode}, {batch} at {context}"
         seconds, share = time_stream(steps, yardstick, mode, batch, context)
         n_bytes = bytes_per_step(deep, batch, context + NEW_TOKENS / 2)
-        predicted = predicted_rate(card, mode, batch, N_LAYERS, n_bytes)
+        predicted = predicted_rate(card, batch, N_LAYERS, n_bytes)
         yield Row(f"{what}: {N_LAYERS} layers", "tokens/s", predicted, inverse(seconds, batch))
         yield Row(f"{what}: share of the copy's bandwidth", "%", None, 100 * share)
         path = card.out / f"8B_{mode}_{batch}_at_{context}.json.gz"
         launched = trace_tokens(steps, [[1]] * batch, context - 1, path)["kernels"]
         yield Row(f"{what}: kernels", "a token", N_LAYERS * per_layer + around, launched)
         both = (time_replays(card, model, batch, context) for model in (deep, shallow))
-        yield from layer_rows(card, what, mode, batch, seconds, *both)
+        yield from layer_rows(card, what, batch, seconds, *both)
 
 
 DECODES: list[Part] = [partial(decode_rows, mode=mode, batch=batch) for batch in BATCHES for mode in WHOLE_MODELS]
@@ -431,7 +426,7 @@ def verify_rows(card: Card, mode: str) -> Iterator[Row]:
     brought, _ = timed(speculate(steps, prompts, NEW_TOKENS))
     verify_s = median(step.verify_s for step in brought)
     n_bytes = bytes_per_step(model, 1, 128 + NEW_TOKENS / 2)
-    predicted = card.step_seconds(n_bytes, COUNTED_VERIFY[mode])
+    predicted = card.step_seconds(n_bytes, COUNTED_VERIFY)
     yield Row(f"8B, {mode}: verifying 6 rows", "ms", predicted and predicted * 1e3, verify_s * 1e3)
     yield Row(f"8B, {mode}: the same in decoded tokens", "tokens", 1, verify_s / token_s)
 

@@ -83,7 +83,8 @@ def is_right(module: torch.nn.Module, x: torch.Tensor) -> bool:
 
 def all_are_right(x: torch.Tensor, weight: torch.Tensor) -> bool:
     groupsizes = [size for size in GROUP_SIZES if weight.shape[1] % size == 0]
-    modules = [Int8Linear.from_float(weight)] + [Int4Linear.from_float(weight, groupsize=size) for size in groupsizes]
+    modules = [float_linear(weight, x.dtype), Int8Linear.from_float(weight)]
+    modules += [Int4Linear.from_float(weight, groupsize=size) for size in groupsizes]
     return all(is_right(module, x) for module in modules)
 
 
@@ -95,7 +96,6 @@ def all_are_right(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def test_few_rows(dtype, rows, n, k):
     x, weight = normal(rows, k).to(dtype), normal(n, k)
     assert all_are_right(x, weight)
-    assert rows > 2 or is_right(float_linear(weight, dtype), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -137,7 +137,7 @@ def test_what_surrounds_a_product(rows, n, k, gated):
     if not gated:
         around["residual"] = normal(1, rows, n).half()
     modules = [Int8Linear.from_float(normal(n, k), bias), Int4Linear.from_float(normal(n, k), bias, groupsize=32)]
-    for module in modules + ([float_linear(normal(n, k), x.dtype, bias)] if rows <= 2 else []):
+    for module in [*modules, float_linear(normal(n, k), x.dtype, bias)]:
         is_float = isinstance(module, Linear)
         weight = module.weight.float() if is_float else module.dequantize(torch.float32)
         linear = float_linear(weight, torch.float32, bias)
@@ -196,7 +196,7 @@ REPORTED = ModelArgs(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("mode", "rows"), [("bf16", (1, 2)), ("int8", (1, 6, 20)), ("int4", (1, 6, 20))])
+@pytest.mark.parametrize(("mode", "rows"), [(mode, (1, 6, 20)) for mode in ("bf16", "int8", "int4")])
 def test_the_reports_products(mode, rows):
     """What `gpu_report.py` asks of a GPU, within its limit."""
     errors = gpu_correctness.product_errors(mode, REPORTED, DEVICE, torch.float16, rows)
@@ -223,7 +223,7 @@ def test_the_report_times_every_way(monkeypatch, kind):
     linear = float_linear(weight, torch.float16) if kind == "float" else Int4Linear.from_float(weight, groupsize=32)
     linear.has_kernel = True
     card = gpu_speed.Card(DEVICE, torch.float16, None, compile=False)
-    launched = launches_of(monkeypatch, "_multiply_float" if kind == "float" else "_multiply")
+    launched = launches_of(monkeypatch, "_multiply")
     found = gpu_speed.candidates(card, "w13", [linear], 1, others=True)
     launched.clear()
     for label, (name, modules, call) in found.items():
@@ -233,7 +233,7 @@ def test_the_report_times_every_way(monkeypatch, kind):
     names = [f"kernels/gpu.py, {way['num_warps']} warps, {way['BLOCK_N']} outputs" for way in launched]
     others = ["kernels/gpu.py, Inductor", "F.linear, bare"] if kind == "float" else ["Inductor"]
     assert list(found) == names + others
-    assert len(names) == len(gpu.FLOAT_TILES if kind == "float" else gpu.TILES)
+    assert len(names) == len(gpu.TILES)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_the_fastest_way_is_taken(monkeypatch, kind, rows, best):
         timed.append(function)
         return float(len(timed) != 1 + names.index(names[best]))
 
-    launched, expected = launches_of(monkeypatch, "_multiply_float" if kind == "float" else "_multiply"), step()
+    launched, expected = launches_of(monkeypatch, "_multiply"), step()
     ((names, _),) = gpu_choice.asked_by(step).values()
     for name in names:
         with gpu_choice.trying(name):

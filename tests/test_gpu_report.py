@@ -164,9 +164,9 @@ def test_whole_steps_and_waits(card):
 
 def test_32_layers_follow_from_two_depths(card, monkeypatch):
     """3 layers take 1.6 ms on the GPU and 2 ms in the loop, a layer 0.2 ms, of which its bytes 0.1 ms."""
-    monkeypatch.setitem(gpu_speed.COUNTED_LAUNCHES, ("bf16", 1), (13, 12))
+    monkeypatch.setitem(gpu_speed.COUNTED_LAUNCHES, 1, (13, 12))
     deep, shallow = (gpu_speed.Timed(n_bytes=n * 1e6, seconds=1e-3 + n * 2e-4) for n in (3, 1))
-    rows = by_name(card, lambda card: gpu_speed.layer_rows(card, "8B", "bf16", 1, 2e-3, deep, shallow))
+    rows = by_name(card, lambda card: gpu_speed.layer_rows(card, "8B", 1, 2e-3, deep, shallow))
     assert rows["8B: 3 layers, the graph alone"].predicted == pytest.approx(1 / (3e6 / 1e10 + (3 * 13 + 12) * 1e-6))
     assert rows["8B: 3 layers, the graph alone"].measured == pytest.approx(1 / 1.6e-3)
     assert rows["8B: a layer's bytes, as a copy moves them"].measured == pytest.approx(100)

@@ -17,7 +17,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="needs the package triton")
 CHECKS = Path(__file__).with_name("gpu_checks.py")
-QUANTIZED = {4: ("*u8", "*bf16"), 8: ("*i8", "*fp32")}  # bits -> types of weights and scales
+STORED = {4: ("*u8", "*bf16"), 8: ("*i8", "*fp32"), 16: ("*bf16", None)}  # bits -> types of weights and scales
 ALIGNED = ("n_out", "exponent")
 
 
@@ -125,6 +125,9 @@ def as_one(rows: int) -> dict[str, int]:
         (8, 4096, 2, ("norm_ptr",), 2, 4.5),
         (8, 4096, 8, (), 1, 3.5),
         (8, 4096, 16, ("residual_ptr",), 1, 5.5),
+        (16, 4096, 1, ("norm_ptr",), 2, 2.5),
+        (16, 4096, 6, ("norm_ptr", "bias_ptr"), 1, 3.5),
+        (16, 4096, 16, ("residual_ptr",), 1, 3.5),
     ],
 )
 def test_weights_stay_where_they_are_read(compiled, capability, bits, group, rows, present, gated, most):
@@ -134,11 +137,12 @@ def test_weights_stay_where_they_are_read(compiled, capability, bits, group, row
     """
     from kernels import gpu
 
-    scales = QUANTIZED[bits][1]
-    types = {"x_ptr": "*bf16", "words_ptr": "*i32", "scales_ptr": scales, "zeros_ptr": scales, "y_ptr": "*bf16"}
+    types = {"x_ptr": "*bf16", "words_ptr": "*i32", "y_ptr": "*bf16"}
     more, absent = surroundings(*present)
-    (warps, outputs), *_ = gpu.quantized_tiles(rows, 4096, 12288, bits, group, gpu.SMS)
-    shape = gpu.quantized_constants(rows, 4096, bits, group, gated, warps, outputs)
+    scales = dict.fromkeys(("scales_ptr", "zeros_ptr"), STORED[bits][1])
+    types, absent = (types, absent | scales) if bits == 16 else (types | scales, absent)
+    (warps, outputs), *_ = gpu.tiles(rows, 4096, 12288, bits, group, gpu.SMS)
+    shape = gpu.constants_of(rows, 4096, bits, group, gated, warps, outputs)
     words = shape["WORDS"]
     code = compiled(gpu._multiply, capability, types | more | {"eps": "fp32"}, **shape, **absent, **as_one(rows))
     ptx, turns = code.ptx, 4096 * bits // (32 * words) // (4 * warps)
@@ -156,24 +160,11 @@ def test_weights_stay_where_they_are_read(compiled, capability, bits, group, row
 def test_weights_are_written_16_bytes_at_a_time(compiled, bits, group):
     from kernels import gpu
 
-    weights, scales = QUANTIZED[bits]
+    weights, scales = STORED[bits]
     types = {"weight_ptr": weights, "scales_ptr": scales, "zeros_ptr": scales, "w_ptr": "*bf16"}
     shape = {"n_in": 4096, "BITS": bits, "GROUP": group, "BLOCK_N": 16, "BLOCK_K": 256}
     for capability in (80, 90):
         assert "st.global.v4" in compiled(gpu._dequantize, capability, types, **shape).ptx
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("rows", "gated", "present"), [(1, 2, ("norm_ptr",)), (2, 1, ("residual_ptr", "bias_ptr"))])
-def test_few_rows_of_float_weights_load_16_bytes(compiled, capability, rows, gated, present):
-    from kernels import gpu
-
-    types = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), "*bf16") | {"eps": "fp32"}
-    more, absent = surroundings(*present)
-    for warps, outputs in gpu.FLOAT_TILES:
-        shape = gpu.float_constants(rows, 4096, gated, warps, outputs)
-        ptx = compiled(gpu._multiply_float, capability, types | more, **shape, **absent).ptx
-        assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= outputs + rows
 
 
 @pytest.mark.parametrize(
