@@ -40,6 +40,7 @@ NORM_ROWS = 8  # of x, up to which a kernel applies the norm's weight
 TILES = ((4, 16), (8, 16), (16, 16), (4, 32), (8, 32), (16, 32), (4, 64))
 SMS = 132  # multiprocessors of an H100, where there is none to ask
 ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}  # its bits
+OVERLAP = False  # from Hopper on a kernel may start before the one before it ends; until a GPU has shown a gain
 
 # Of dimensions alike, Triton gives threads to the last ones first, registers to what is left; 3.6 began with the first.
 LAST_TO_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6))
@@ -102,6 +103,22 @@ def _for_columns(loaded, S: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def let_overlap(OVERLAP: tl.constexpr):
+    """Programmatic dependent launch: the next kernel may start; here what earlier ones wrote is waited for.
+
+    What a kernel reads or writes that another one writes or reads comes after this.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+def overlapping() -> dict[str, bool]:
+    """The arguments of a launch for a kernel that calls `let_overlap`."""
+    return {"OVERLAP": OVERLAP, "launch_pdl": OVERLAP}
+
+
+@triton.jit
 def _gate(gate, up):
     return gate * tl.sigmoid(gate) * up
 
@@ -128,6 +145,7 @@ def _multiply(
     WORDS: tl.constexpr,  # of an output's weights, that a thread reads at a time
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,  # warps of a program, that share K
+    OVERLAP: tl.constexpr,
 ):
     """`y = x W^T`: a program makes BLOCK_N outputs for all rows of x, a thread reads a chunk of WORDS at a time.
 
@@ -167,6 +185,7 @@ def _multiply(
         groups = n * (n_in // GROUP)
         group = groups + tl.minimum(place, n_chunks - 1) * CHUNK // GROUP
         next_scales, next_zeros = tl.load(scales_ptr + group), tl.load(zeros_ptr + group)
+    let_overlap(OVERLAP)
     for first in range(0, n_chunks, 4 * SPLITS):
         chunk = first + place
         if BITS == 4:
@@ -328,7 +347,7 @@ def linear(
         y, constants = x.new_empty(rows, n_out // gates), constants_of(rows, n_in, bits, group, gates, *way)
         words, one = weight.view(torch.int32), ONE[x.dtype] * 0x10001
         _multiply[-(-n_out // way[1]),](
-            x, words, scales, zeros, bias, norm, residual, y, rows, n_out, one, eps, **constants
+            x, words, scales, zeros, bias, norm, residual, y, rows, n_out, one, eps, **constants, **overlapping()
         )
         return y
 

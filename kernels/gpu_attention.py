@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import gpu
+from kernels.gpu import let_overlap
 from kernels.gpu_choice import fastest
 
 BLOCK = 64  # slots at a time
@@ -109,12 +110,14 @@ def _attend_share(
     BLOCK_HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The softmax, over a share of the valid slots, of all queries that look at one key head: HEADS times S rows."""
     HALF: tl.constexpr = D // 2
     WIDTH: tl.constexpr = (HEADS + 2) * KV * D
     KIND: tl.constexpr = k_ptr.dtype.element_ty
     batch, head, split = tl.program_id(0) // KV, tl.program_id(0) % KV, tl.program_id(1)
+    let_overlap(OVERLAP)
     n_cached = tl.load(positions_ptr + batch * S).to(tl.int32)
     row, d, half = tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_HALF)
     row_ok, d_ok, half_ok = row < HEADS * S, d < D, half < HALF
@@ -198,11 +201,13 @@ def _join_shares(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One row of the result, from what every share found for it."""
     group, row = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     at = (group * SPLITS + tl.arange(0, SPLITS)) * (HEADS * S) + row
+    let_overlap(OVERLAP)
     peaks = tl.load(peaks_ptr + at)
     totals, kept = tl.load(totals_ptr + at), tl.exp(peaks - tl.max(peaks, 0))
     ok = (totals > 0)[:, None] & (d < D)[None, :]
@@ -261,6 +266,7 @@ def decode_attention(
     peaks, totals, sums = found.view(-1).split((found.shape[0], found.shape[0], found.shape[0] * D))
     y = qkv.new_empty(B, S, H * D)
     shape = {"KV": KV, "HEADS": H // KV, "D": D, "BLOCK_D": triton.next_power_of_2(D), "SPLITS": splits}
+    shape |= gpu.overlapping()
     with torch.cuda.device_of(qkv):
         _attend_share[B * KV, splits](
             *(x.contiguous() for x in (qkv, cos, sin, positions)), q_norm, k_norm, k, v, k_scales, v_scales, sums,

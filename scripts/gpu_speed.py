@@ -56,7 +56,7 @@ from tokenizer import load_tokenizer
 
 N_LAYERS = 8  # of the 8B shape, so that it fits small GPUs
 FEWER_LAYERS = 4  # what N_LAYERS take more than these says what a layer takes
-CONTEXTS, BATCHES, NEW_TOKENS = (128, 8192), (1, 8), 32
+CONTEXTS, NEW_TOKENS = (128, 8192), 32
 PROMPT_LENGTHS = (200, 517, 1111)
 
 # Launches of a compiled step of Llama-3.1-8B in every mode, counted on 2026-11-26 with torch 2.14.1 in the code that
@@ -406,7 +406,28 @@ def decode_rows(card: Card, mode: str, batch: int) -> Iterator[Row]:
         yield from layer_rows(card, what, batch, seconds, *both)
 
 
-DECODES: list[Part] = [partial(decode_rows, mode=mode, batch=batch) for batch in BATCHES for mode in WHOLE_MODELS]
+def overlap_rows(card: Card, mode: str) -> Iterator[Row]:
+    """The model's kernels in a graph, where each may start before the one before it ends, beside the same without."""
+    if card.device.startswith("cuda") and torch.cuda.get_device_capability(card.device) < (9, 0):
+        return
+    from kernels import gpu
+
+    (model,) = with_caches(build(card, mode, N_LAYERS), 1, [CONTEXTS[0] + 1])
+    args = *torch.full((2, 1, 1), CONTEXTS[0], device=card.device), model.slots
+    rates, logits = [], []
+    try:
+        for gpu.OVERLAP in (False, True):
+            rates.append(1 / replay_seconds(card.device, model, *args))
+            logits.append(model(*args))
+    finally:
+        gpu.OVERLAP = False
+    is_right = None if torch.equal(*logits) else False
+    yield Row(f"8B, {mode}, 1 at {CONTEXTS[0]}: overlapping kernels, no sampling", "tokens/s", *rates, is_right)
+
+
+DECODES: list[Part] = [partial(decode_rows, mode=mode, batch=1) for mode in WHOLE_MODELS]
+DECODES += [partial(overlap_rows, mode="int4")]
+DECODES += [partial(decode_rows, mode=mode, batch=8) for mode in WHOLE_MODELS]
 
 
 # ---- Step 6: what a user waits for.

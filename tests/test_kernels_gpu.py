@@ -77,6 +77,7 @@ def compiled(tmp_path, monkeypatch):
 
     def make(kernel, capability: int, types: dict[str, str], num_warps=4, num_stages=3, **constants) -> Compiled:
         names = kernel.arg_names
+        constants = {name: value for name, value in ({"OVERLAP": False} | constants).items() if name in names}
         signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
         aligned = {
             (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n in ALIGNED
@@ -100,15 +101,13 @@ def compiled(tmp_path, monkeypatch):
     return make
 
 
-def surroundings(*present: str) -> tuple[dict[str, str], dict[str, None]]:
-    """Types and constants of the kernels' arguments for what surrounds a product."""
-    names = {"bias_ptr", "norm_ptr", "residual_ptr"}
-    return dict.fromkeys(present, "*bf16"), dict.fromkeys(names.difference(present))
-
-
-def as_one(rows: int) -> dict[str, int]:
-    """Triton takes a 1 for a constant."""
-    return {"rows": 1} if rows == 1 else {}
+def product_types(bits: int, *present: str) -> tuple[dict[str, str], dict[str, None]]:
+    """Types of `_multiply`'s arguments, and which are None: of what surrounds a product all that is not `present`."""
+    types = {"x_ptr": "*bf16", "words_ptr": "*i32", "y_ptr": "*bf16", "eps": "fp32", **dict.fromkeys(present, "*bf16")}
+    absent = {"bias_ptr", "norm_ptr", "residual_ptr"}.difference(present)
+    if bits == 16:
+        return types, dict.fromkeys(absent | {"scales_ptr", "zeros_ptr"})
+    return types | dict.fromkeys(("scales_ptr", "zeros_ptr"), STORED[bits][1]), dict.fromkeys(absent)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -137,14 +136,12 @@ def test_weights_stay_where_they_are_read(compiled, capability, bits, group, row
     """
     from kernels import gpu
 
-    types = {"x_ptr": "*bf16", "words_ptr": "*i32", "y_ptr": "*bf16"}
-    more, absent = surroundings(*present)
-    scales = dict.fromkeys(("scales_ptr", "zeros_ptr"), STORED[bits][1])
-    types, absent = (types, absent | scales) if bits == 16 else (types | scales, absent)
+    types, absent = product_types(bits, *present)
     (warps, outputs), *_ = gpu.tiles(rows, 4096, 12288, bits, group, gpu.SMS)
     shape = gpu.constants_of(rows, 4096, bits, group, gated, warps, outputs)
     words = shape["WORDS"]
-    code = compiled(gpu._multiply, capability, types | more | {"eps": "fp32"}, **shape, **absent, **as_one(rows))
+    one = {"rows": 1} if rows == 1 else {}  # as Triton takes a 1
+    code = compiled(gpu._multiply, capability, types, **shape, **absent, **one)
     ptx, turns = code.ptx, 4096 * bits // (32 * words) // (4 * warps)
     assert 32 * warps * code.issued(turns) < most * outputs * 4096
     if rows > 8:
@@ -154,6 +151,22 @@ def test_weights_stay_where_they_are_read(compiled, capability, bits, group, row
     products, sums = ptx[: ptx.rindex("mma.sync")], ptx[ptx.rindex("mma.sync") :]
     assert not re.search("shfl|bar.sync|shared", products[products.index("{") :])
     assert "bar.sync" in sums
+
+
+@pytest.mark.parametrize(("bits", "before"), [(4, 4), (8, 0), (16, 0)])
+def test_a_product_that_overlaps_waits_for_its_inputs(compiled, bits, before):
+    """Only scales and zeros are read before; of 32 outputs a thread has 4."""
+    from kernels import gpu
+
+    types, absent = product_types(bits, "norm_ptr", "residual_ptr")
+    constants = gpu.constants_of(1, 4096, bits, 32 if bits == 4 else 4096, 1, 4, 32)
+    ptx = compiled(gpu._multiply, 90, types, **constants, **absent, rows=1, OVERLAP=True).ptx
+    assert accesses_before_waiting(ptx) == 2 * before
+
+
+def accesses_before_waiting(ptx: str) -> int:
+    assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait")
+    return len(re.findall(r"(?:ld|st)\.global|cp\.async", ptx[: ptx.index("griddepcontrol.wait")]))
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 256), (8, 4096)])
@@ -185,7 +198,10 @@ def test_attention_runs_on_the_tensor_cores(compiled, capability, cached, heads,
     scales = dict.fromkeys(("k_scales_ptr", "v_scales_ptr"), None if cached == "*bf16" else "*fp32")
     constants = {**shape, **blocks, "WINDOW": 0, **(scales if cached == "*bf16" else {})}
     warps = 4 if rows <= 32 else 8
-    ptx = compiled(gpu_attention._attend_share, capability, types | scales, num_warps=warps, **constants).ptx
-    assert "mma.sync" in ptx
-    assert "cp.async" in ptx
-    compiled(gpu_attention._join_shares, capability, {**found, "y_ptr": "*bf16"}, **shape)
+    for overlap in (False, True) if capability == 90 else (False,):
+        constants["OVERLAP"] = shape["OVERLAP"] = overlap
+        ptx = compiled(gpu_attention._attend_share, capability, types | scales, num_warps=warps, **constants).ptx
+        joined = compiled(gpu_attention._join_shares, capability, {**found, "y_ptr": "*bf16"}, **shape).ptx
+        assert "mma.sync" in ptx
+        assert "cp.async" in ptx
+        assert not overlap or accesses_before_waiting(ptx) == accesses_before_waiting(joined) == 0
