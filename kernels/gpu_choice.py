@@ -1,12 +1,12 @@
-"""Which way to compute a product is the fastest on this GPU: timed on it once, and remembered.
+"""Which way to multiply or to attend is the fastest on this GPU: timed on it once, and remembered.
 
     measure(model, *args)                               # before a step is recorded
     tiles = fastest(key, ways, again=call)              # in an operator
 
 An operator asks `fastest` how to compute what `key` describes, and brings its `ways` by name. `measure` calls a model,
-gathers what its operators ask, and times what is not known yet: on the model's own weights, those of all
-layers in turn, in a CUDA graph, after clearing the L2 cache. The winners' names are kept under `~/.cache/fast-llm`, in
-a file for each combination of GPU, torch, triton and source of these kernels. Rank 0 measures for all ranks.
+gathers what its operators ask, and times what is not known yet: on the model's own weights, those of all layers in
+turn, in a CUDA graph, after clearing the L2 cache. The winners' names are kept under `~/.cache/fast-llm`, in a file for
+each combination of GPU, torch, triton and source of these kernels. Rank 0 measures for all ranks.
 
 Worth knowing: without a measurement an operator takes the first of its ways, which is reasoned.
 """
