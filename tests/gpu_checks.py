@@ -319,19 +319,19 @@ def test_attention_over_a_cache(monkeypatch, mended, heads, kv_heads, S, D, wind
     assert 0 < error < 2
 
 
-@pytest.mark.parametrize("best", [0, 1, -1])
+@pytest.mark.parametrize("best", [0, -1])
 def test_the_fastest_attention_is_taken(monkeypatch, mended, best):
     """Each way is right, is timed at the cache's end and leaves what was stored before it as it was."""
-    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 6)
-    args, shape = attention_args(4, 2, 32), (2, 2, 300, 32)
-    attention, positions = Attention(args).half().to(DEVICE), torch.tensor([[7], [290]], device=DEVICE)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 2)
+    args, shape = attention_args(4, 2, 32), (2, 2, 150, 32)
+    attention, positions = Attention(args).half().to(DEVICE), torch.tensor([[7], [140]], device=DEVICE)
     attention.kv_cache = KVCache(shape, DEVICE, torch.float16)
     for buffer in attention.kv_cache.buffers():
         buffer.copy_(normal(*shape))
     qkv, (cos, sin), timed = normal(2, 1, 8 * 32).half(), rope_table(args, positions), []
 
     def step() -> torch.Tensor:
-        return attend_on_gpu(attention, qkv, cos, sin, positions, 300)
+        return attend_on_gpu(attention, qkv, cos, sin, positions, 150)
 
     def clock(function, *args) -> float:
         function(*args)

@@ -198,7 +198,7 @@ def test_attention_runs_on_the_tensor_cores(compiled, capability, cached, heads,
     scales = dict.fromkeys(("k_scales_ptr", "v_scales_ptr"), None if cached == "*bf16" else "*fp32")
     constants = {**shape, **blocks, "WINDOW": 0, **(scales if cached == "*bf16" else {})}
     warps = 4 if rows <= 32 else 8
-    for overlap in (False, True) if capability == 90 else (False,):
+    for overlap in (False, True) if (capability, cached) == (90, "*bf16") else (False,):
         constants["OVERLAP"] = shape["OVERLAP"] = overlap
         ptx = compiled(gpu_attention._attend_share, capability, types | scales, num_warps=warps, **constants).ptx
         joined = compiled(gpu_attention._join_shares, capability, {**found, "y_ptr": "*bf16"}, **shape).ptx
