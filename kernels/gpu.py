@@ -40,7 +40,7 @@ NORM_ROWS = 8  # of x, up to which a kernel applies the norm's weight
 TILES = ((4, 16), (8, 16), (16, 16), (4, 32), (8, 32), (16, 32), (4, 64))
 SMS = 132  # multiprocessors of an H100, where there is none to ask
 ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}  # its bits
-OVERLAP = False  # from Hopper on a kernel may start before the one before it ends; until a GPU has shown a gain
+OVERLAP = False  # from Hopper on a kernel may start before the one before it ends; off until a GPU has shown a gain
 
 # Of dimensions alike, Triton gives threads to the last ones first, registers to what is left; 3.6 began with the first.
 LAST_TO_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6))

@@ -261,6 +261,7 @@ def decode_attention(
         return decode_attention(qkv, cos, sin, last, window, q_norm, k_norm, eps, k, v, k_scales, v_scales)
 
     key = f"attention of {B} x {KV} heads, {rows} rows, {k.dtype} {D} wide, below {1 << L.bit_length()} slots"
+    key += f", a window of {window}" if window else ""
     splits, block = fastest(key, ways, again=at_the_end)
     found = qkv.new_empty(B * KV * splits * rows, D + 2, dtype=torch.float32)
     peaks, totals, sums = found.view(-1).split((found.shape[0], found.shape[0], found.shape[0] * D))

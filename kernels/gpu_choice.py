@@ -8,11 +8,10 @@ gathers what its operators ask, and times what is not known yet: on the model's 
 turn, in a CUDA graph, after clearing the L2 cache. The winners' names are kept under `~/.cache/fast-llm`, in a file for
 each combination of GPU, torch, triton and source of these kernels. Rank 0 measures for all ranks.
 
-Worth knowing: without a measurement an operator takes the first of its ways, which is reasoned.
+Worth knowing: where this process has not called `measure`, an operator takes the first of its ways, which is reasoned.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -34,6 +33,7 @@ Asked = dict[str, tuple[list[str], list[Callable[[], Any]]]]  # by key: names of
 INDUCTOR = "Inductor"  # the name of a way that torch.compile makes
 CLEARING = 1 << 28  # bytes to write so that no L2 cache holds anything else
 
+_fastest: dict[str, str] = {}  # the names by key, of what this process has asked
 _asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
 _tried: ContextVar[str | None] = ContextVar("tried", default=None)
 
@@ -46,7 +46,7 @@ def fastest(key: str, ways: dict[str, Way], again: Callable[[], Any]) -> Way:
     asked = _asked.get()
     if asked is not None:
         asked.setdefault(key, (list(ways), []))[1].append(again)
-    name = _tried.get() or remembered().get(key)
+    name = _tried.get() or _fastest.get(key)
     return ways[name if name in ways else next(iter(ways))]
 
 
@@ -75,20 +75,20 @@ def measure(model: Callable[..., Any], *args: Any, seconds: Callable[..., float]
 
     seconds: the clock, called with a function and its arguments; by default `cold_seconds`. A way that fails has lost.
     """
-    asked = asked_by(model, *args)
-    if not asked:
-        return
-    known = remembered()
-    new = {key: found for key, found in asked.items() if known.get(key) not in found[0]}
+    new = {key: found for key, found in asked_by(model, *args).items() if key not in _fastest}
     has_ranks = dist.is_available() and dist.is_initialized()
     if new and not (has_ranks and dist.get_rank()):
-        known |= _winners(new, seconds or cold_seconds)
-        with contextlib.suppress(OSError):  # the next process measures again
-            _write(_read() | known)
-    if has_ranks:
-        tables = [known]
+        kept = _read()
+        _fastest.update({key: kept[key] for key, (names, _) in new.items() if kept.get(key) in names})
+        unknown = {key: found for key, found in new.items() if key not in _fastest}
+        if unknown:
+            _fastest.update(_winners(unknown, seconds or cold_seconds))
+            with contextlib.suppress(OSError):  # the next process measures again
+                _write(_read() | _fastest)
+    if new and has_ranks:
+        tables = [_fastest]
         dist.broadcast_object_list(tables, src=0)
-        known |= tables[0]
+        _fastest.update(tables[0])
 
 
 def _winners(asked: Asked, seconds: Callable[..., float]) -> dict[str, str]:
@@ -157,12 +157,6 @@ def seconds_by_events(n: int, function: Callable[..., Any], *args: Any) -> float
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / n
-
-
-@functools.cache
-def remembered() -> dict[str, str]:
-    """The names of the fastest ways by key, as far as they are known in this process."""
-    return _read()
 
 
 def _file() -> Path:

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from decoding import Steps, stream
 from kernels import gpu_choice
-from kernels.gpu_choice import seconds_by_events
 from linear import pack_linears, swap_linears
 from metrics import bytes_per_step, memory_to_read
 from model import ModelArgs, Transformer
@@ -133,8 +132,8 @@ class Yardstick:
         """How long a call takes; on a GPU the mean of as many as take 5 ms, by its own clock: the host runs ahead."""
         if not self.is_cuda:
             return _elapsed(function, *args)
-        n = 1 + int(5e-3 / seconds_by_events(1, function, *args))
-        return seconds_by_events(n, function, *args)
+        n = 1 + int(5e-3 / gpu_choice.seconds_by_events(1, function, *args))
+        return gpu_choice.seconds_by_events(n, function, *args)
 
     def bandwidth(self) -> float:
         """Bytes per second of one plain read on a CPU, of copies on a GPU (reads plus writes)."""

@@ -39,7 +39,7 @@ def _small_gpu(monkeypatch):
 @pytest.fixture(autouse=True)
 def _nothing_remembered(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    gpu_choice.remembered.cache_clear()
+    monkeypatch.setattr(gpu_choice, "_fastest", {})
 
 
 @pytest.fixture(autouse=True)
