@@ -334,10 +334,7 @@ def linear(
         if not few:
             w = weight if scales is None else _written_out(x, weight, scales, zeros, bits, group)
             return _plain(x, w, bias, norm, eps, residual, gated)
-        every = tiles(rows, n_in, n_out, bits, group, multiprocessors(x.device))
-        ways = {f"{warps} warps, {outputs} outputs": (warps, outputs) for warps, outputs in every}
-        if scales is None:
-            ways[INDUCTOR] = None
+        ways = ways_of(rows, n_in, n_out, bits, group, multiprocessors(x.device))
         key = f"{rows} x {n_in} to {n_out}, {bits} bits in groups of {group}, {x.dtype}"
         around = {"bias": bias, "norm": norm, "residual": residual, "gates": gated or None}
         key += "".join(f", {name}" for name, given in around.items() if given is not None)
@@ -357,13 +354,16 @@ def _linear_fake(x, weight, scales=None, zeros=None, bias=None, norm=None, eps=0
     return x.new_empty(x.shape[0], weight.shape[0] // (2 if gated else 1))
 
 
-def tiles(rows: int, n_in: int, n_out: int, bits: int, group: int, multiprocessors: int) -> list[tuple[int, int]]:
-    """Warps of a program and outputs that it makes: all that is worth a try. The first is reasoned, not measured.
+@functools.cache
+def ways_of(
+    rows: int, n_in: int, n_out: int, bits: int, group: int, multiprocessors: int
+) -> dict[str, tuple[int, int] | None]:
+    """By name, warps of a program and outputs that it makes: all that is worth a try; None: Inductor's product.
 
-    The outputs of a program share what is done for the inputs, which is more for more rows; but half of the
-    multiprocessors without a program would be worse. The fewer programs for each multiprocessor, the more warps of a
-    program, as long as all programs run at once: a warp has 1 or 2 KiB on the way at a time. No warp is without a
-    chunk.
+    The first is reasoned, not measured. The outputs of a program share what is done for the inputs, which is more for
+    more rows; but half of the multiprocessors without a program would be worse. The fewer programs for each
+    multiprocessor, the more warps of a program, as long as all programs run at once: a warp has 1 or 2 KiB on the way
+    at a time. No warp is without a chunk.
     """
     outputs = 64 if 2 < rows <= 8 and n_out > 64 * multiprocessors else 32 if n_out > 16 * multiprocessors else 16
     programs = n_out / outputs / multiprocessors
@@ -371,7 +371,9 @@ def tiles(rows: int, n_in: int, n_out: int, bits: int, group: int, multiprocesso
     n_chunks = n_in * bits // (32 * chunk_words(rows, bits, group))
     most = 1 << (-(-n_chunks // 4) - 1).bit_length()
     reasoned = min(warps, most), min(outputs, 1 << (n_out.bit_length() - 1))
-    return list(dict.fromkeys([reasoned, *(way for way in TILES if way[0] <= most and way[1] <= n_out)]))
+    fitting = (way for way in TILES if way[0] <= most and way[1] <= n_out)
+    ways = {f"{warps} warps, {outputs} outputs": (warps, outputs) for warps, outputs in (reasoned, *fitting)}
+    return ways | {INDUCTOR: None} if bits == 16 else ways
 
 
 def chunk_words(rows: int, bits: int, group: int) -> int:

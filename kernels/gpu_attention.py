@@ -13,6 +13,8 @@ layer for a float cache instead of 2. An int8 or fp8 one it would write out in t
 times the bytes or more.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -250,10 +252,9 @@ def decode_attention(
     assert k.is_contiguous()
     assert v.is_contiguous()
     H = width // D - 2 * KV
-    rows, sms = H // KV * S, gpu.multiprocessors(qkv.device)
+    rows = H // KV * S
     block = BLOCK if rows <= 128 else BLOCK // 2  # or with D = 128 it does not fit the shared memory of every GPU
-    every = [(splits_of(B * KV, n * sms), size) for size in (block, block // 2) for n in (4, 2, 8)]
-    ways = {f"{splits} programs a head, {size} slots at a time": (splits, size) for splits, size in every}
+    ways = ways_of(B * KV, gpu.multiprocessors(qkv.device), block)
 
     def at_the_end() -> Tensor:
         """Where it takes longest. What it stores there, later positions store anew."""
@@ -290,6 +291,12 @@ def try_out(device: torch.device | str, dtype: torch.dtype) -> None:
     decode_attention(qkv, turn, turn, turn[..., 0].long(), 0, None, None, 0.0, *cache)
 
 
-def splits_of(n_heads: int, programs: int) -> int:
-    """So many programs share a key head's slots, where there are `n_heads` in all rows and about `programs` in all."""
-    return min(64, 1 << max(0, (programs // n_heads).bit_length() - 1))
+@functools.cache
+def ways_of(n_heads: int, multiprocessors: int, block: int) -> dict[str, tuple[int, int]]:
+    """By name, programs that share a key head's slots and slots that each takes at a time: all that is worth a try.
+
+    n_heads: in all rows. The first is reasoned, not measured: four programs for a multiprocessor.
+    """
+    shares = [min(64, 1 << max(0, (n * multiprocessors // n_heads).bit_length() - 1)) for n in (4, 2, 8)]
+    every = [(splits, size) for size in (block, block // 2) for splits in shares]
+    return {f"{splits} programs a head, {size} slots at a time": (splits, size) for splits, size in every}

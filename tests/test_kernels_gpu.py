@@ -137,7 +137,7 @@ def test_weights_stay_where_they_are_read(compiled, capability, bits, group, row
     from kernels import gpu
 
     types, absent = product_types(bits, *present)
-    (warps, outputs), *_ = gpu.tiles(rows, 4096, 12288, bits, group, gpu.SMS)
+    (warps, outputs), *_ = gpu.ways_of(rows, 4096, 12288, bits, group, gpu.SMS).values()
     shape = gpu.constants_of(rows, 4096, bits, group, gated, warps, outputs)
     words = shape["WORDS"]
     one = {"rows": 1} if rows == 1 else {}  # as Triton takes a 1
