@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from decoding import missing_compiler, set_compile_flags
-from generate import CACHE_DTYPES, DEMO, load, resolve_device, resolve_kv_dtype
+from fast.cli import CACHE_DTYPES, DEMO, load, resolve_device, resolve_kv_dtype
+from fast.decoding import missing_compiler, set_compile_flags
+from fast.perplexity import perplexity
+from fast.scoring import parse_batch_size
+from fast.tokenizer import Tokenizer
 from model import Transformer
-from perplexity import perplexity
-from scoring import parse_batch_size
-from tokenizer import Tokenizer
 from tp import ALONE, Ranks
 
 HARNESS = "lm_eval>=0.4.9,<0.5"
@@ -144,7 +144,7 @@ def check_args(args: argparse.Namespace) -> None:
 def import_harness() -> ModuleType:
     """The adapter. Raises ImportError that says how to install what it needs."""
     try:
-        import harness
+        from fast import harness
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise

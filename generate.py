@@ -2,7 +2,7 @@
 
     python generate.py --compile --checkpoint_path checkpoints/$MODEL_REPO/model.pth --prompt "Hello, my name is"
 
-Without `--checkpoint_path` the embedded demo model runs. The loop itself is in `decoding.py`.
+Without `--checkpoint_path` the embedded demo model runs. The loop itself is in `fast/decoding.py`.
 """
 
 import argparse
@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 
-from checkpoint import check_device, load_model
-from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
-from linear import kernels_missing
-from metrics import bytes_per_step, check_writable, count_parameters, describe, parameter_bytes, report, write_json
-from model import Transformer
-from rows import Row, run_rows
-from sampling import Sampling
-from speculative import (
+from fast.cli import CACHE_DTYPES, DEMO, load, resolve_device, resolve_kv_dtype
+from fast.decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
+from fast.metrics import bytes_per_step, check_writable, count_parameters, describe, parameter_bytes, report, write_json
+from fast.quantized import kernels_missing
+from fast.rows import Row, run_rows
+from fast.sampling import Sampling
+from fast.speculative import (
     MAX_K,
     SPARE,
     Acceptance,
@@ -36,11 +35,9 @@ from speculative import (
     speculate,
     warm_up_speculation,
 )
-from tokenizer import Tokenizer, load_tokenizer, read_text
-from tp import ALONE, Ranks, measure_collectives
-
-CACHE_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-DEMO = Path(__file__).resolve().parent / "demo" / "target"
+from fast.tokenizer import Tokenizer, read_text
+from model import Transformer
+from tp import Ranks, measure_collectives
 
 # ---- The command line.
 
@@ -81,28 +78,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _number_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
-
-
-def resolve_device(args: argparse.Namespace) -> tuple[str, torch.dtype]:
-    """The device and dtype to run in. Raises ValueError for a device this machine lacks."""
-    check_device(args.device)
-    old_gpu = args.device.startswith("cuda") and torch.cuda.get_device_capability(args.device) < (8, 0)
-    return args.device, getattr(torch, args.dtype or ("float16" if old_gpu else "bfloat16"))
-
-
-def resolve_kv_dtype(args: argparse.Namespace) -> torch.dtype | None:
-    """What `--kv_dtype` says, for `setup_caches`. Raises ValueError for a type that this GPU lacks."""
-    if args.kv_dtype == "fp8" and args.device.startswith("cuda"):
-        major, minor = torch.cuda.get_device_capability(args.device)
-        if (major, minor) < (8, 9):
-            raise ValueError(f"--kv_dtype fp8 needs compute capability 8.9, this GPU has {major}.{minor}: use int8")
-    return CACHE_DTYPES[args.kv_dtype]
-
-
-def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> tuple[Transformer, Tokenizer]:
-    """The model at `path`, a `.pth` of ours or a Hugging Face directory, and the tokenizer that lies with it."""
-    model = load_model(path, device=device, dtype=dtype, ranks=ranks)
-    return model, load_tokenizer(path if path.is_dir() else path.parent)
 
 
 def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int, limit: int) -> list[list[int]]:

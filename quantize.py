@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, check_device, open_checkpoint, save_checkpoint
-from gptq import check_finite, gptq_linears, read_weight
-from linear import GROUP_SIZES, LINEARS, quantized_linears, swap_linears
-from metrics import check_writable
+from fast.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from fast.cli import DEMO, check_device
+from fast.gptq import check_finite, gptq_linears, read_weight
+from fast.metrics import check_writable
+from fast.quantized import GROUP_SIZES, LINEARS, quantized_linears, swap_linears
+from fast.tokenizer import Tokenizer, load_tokenizer, read_text
 from model import ModelArgs, Transformer
-from tokenizer import Tokenizer, load_tokenizer, read_text
-
-DEMO = Path(__file__).resolve().parent / "demo" / "target"
 
 
 def quantize(
@@ -207,8 +206,7 @@ def calibrate(args: argparse.Namespace, model_args: ModelArgs) -> list[list[int]
         raise ValueError(
             f"--calibration_seq_length {length}: this model takes at most {model_args.context_length} tokens"
         )
-    directory = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(args.checkpoint_path)
     texts = [read_text(args.calibration_file)] if args.calibration_file else task_documents(args.calibration_tasks)
     widest = max(model_args.hidden_dim, model_args.dim, model_args.n_heads * model_args.head_dim)
     return calibration_chunks(texts, tokenizer, length, args.calibration_limit, widest)

@@ -41,12 +41,12 @@ from measuring import (
 )
 from tqdm import tqdm
 
-from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
-from generate import CACHE_DTYPES, resolve_device, resolve_kv_dtype
-from linear import GROUP_SIZES, kernels_missing
-from metrics import peak_memory, write_json
+from fast.cli import CACHE_DTYPES, resolve_device, resolve_kv_dtype
+from fast.decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
+from fast.metrics import peak_memory, write_json
+from fast.quantized import GROUP_SIZES, kernels_missing
+from fast.sampling import Sampling
 from model import ModelArgs
-from sampling import Sampling
 from tp import ALONE
 
 

@@ -19,10 +19,10 @@ import _root  # noqa: F401 - finds the modules of the repository's root
 import torch
 from benchmark import build_model, hardware
 
-from checkpoint import HF_MODULES
-from decoding import set_compile_flags
-from generate import DEMO, resolve_device
-from metrics import write_json
+from fast.checkpoint import HF_MODULES
+from fast.cli import DEMO, resolve_device
+from fast.decoding import set_compile_flags
+from fast.metrics import write_json
 from model import ModelArgs, Transformer
 from tp import ALONE
 
@@ -78,10 +78,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         from lm_eval.models.huggingface import HFLM
         from transformers import AutoTokenizer
 
-        from harness import FastLM
+        from fast.harness import FastLM
     except ImportError as error:
         raise ImportError(f"{error}; pip install -r requirements-dev.txt") from None
-    from tokenizer import load_tokenizer
+    from fast.tokenizer import load_tokenizer
 
     device, dtype = resolve_device(args)
     set_compile_flags(device)

@@ -22,12 +22,11 @@ import torch
 from benchmark import build_model, hardware
 from torch import Tensor
 
-from decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
-from generate import resolve_device
-from metrics import write_json
-from model import ModelArgs, Transformer
-from sampling import Sampling
-from speculative import (
+from fast.cli import resolve_device
+from fast.decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
+from fast.metrics import write_json
+from fast.sampling import Sampling
+from fast.speculative import (
     SPARE,
     DraftModel,
     PromptLookup,
@@ -37,6 +36,7 @@ from speculative import (
     speculate,
     warm_up_speculation,
 )
+from model import ModelArgs, Transformer
 from tp import ALONE
 
 SCHEMES = {"none": None, "int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}

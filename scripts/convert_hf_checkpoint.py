@@ -15,7 +15,7 @@ import _root  # noqa: F401 - finds the modules of the repository's root
 import torch
 from tqdm import tqdm
 
-from checkpoint import Stored, open_checkpoint, save_checkpoint
+from fast.checkpoint import Stored, open_checkpoint, save_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

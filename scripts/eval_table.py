@@ -21,9 +21,9 @@ from quality import demo_training_text
 
 import eval as eval_cli
 import quantize
-from checkpoint import open_checkpoint
-from generate import DEMO
-from linear import LINEARS
+from fast.checkpoint import open_checkpoint
+from fast.cli import DEMO
+from fast.quantized import LINEARS
 from tp import ALONE
 
 TASKS = DEMO.parent / "tasks"

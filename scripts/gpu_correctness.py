@@ -15,10 +15,13 @@ from gpu_card import MODELS, MODES, WHOLE_MODELS, Card, Part, Row, within
 from measuring import SHAPES, build_model, meta_model
 from torch import Tensor, nn
 
-from checkpoint import load_model
-from decoding import build_steps, stream
-from generate import DEMO
-from linear import LINEARS, attend_on_gpu, kernels_missing, multiply_on_gpu, pack_linears, quantized_linears
+from fast.checkpoint import load_model
+from fast.cli import DEMO
+from fast.decoding import build_steps, stream
+from fast.quantized import LINEARS, attend_on_gpu, kernels_missing, multiply_on_gpu, pack_linears, quantized_linears
+from fast.sampling import Sampling
+from fast.speculative import SPARE, PromptLookup, build_speculative_steps, speculate
+from fast.tokenizer import load_tokenizer
 from model import (
     KV_DTYPES,
     Attention,
@@ -33,9 +36,6 @@ from model import (
     project,
     rope_table,
 )
-from sampling import Sampling
-from speculative import SPARE, PromptLookup, build_speculative_steps, speculate
-from tokenizer import load_tokenizer
 
 
 class Surrounded(nn.Module):

@@ -34,8 +34,8 @@ from gpu_correctness import CORRECTNESS
 from gpu_speed import DECODES, DEMO_PARTS, PRODUCTS, WAITS, startup_rows
 from tqdm import tqdm
 
-from decoding import set_compile_flags
-from metrics import write_json
+from fast.decoding import set_compile_flags
+from fast.metrics import write_json
 from tp import ALONE
 
 STEPS: dict[str, tuple[list[Part], int]] = {  # the parts of a step, and its seconds; what it leaves the next one has

@@ -43,16 +43,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import quantize
-from checkpoint import load_model
-from decoding import Steps, build_steps, compile_step, kv_slots, stream, time_kernels, warm_up
-from generate import DEMO
+from fast.checkpoint import load_model
+from fast.cli import DEMO
+from fast.decoding import Steps, build_steps, compile_step, kv_slots, stream, time_kernels, warm_up
+from fast.metrics import bytes_per_step
+from fast.quantized import Int4Linear, attend_on_gpu, kernels_missing
+from fast.sampling import Sampling
+from fast.speculative import SPARE, PromptLookup, build_speculative_steps, speculate, warm_up_speculation
+from fast.tokenizer import load_tokenizer
 from kernels.gpu_choice import asked_by, trying
-from linear import Int4Linear, attend_on_gpu, kernels_missing
-from metrics import bytes_per_step
 from model import Attention, KVCache, Transformer, rope_table
-from sampling import Sampling
-from speculative import SPARE, PromptLookup, build_speculative_steps, speculate, warm_up_speculation
-from tokenizer import load_tokenizer
 
 N_LAYERS = 8  # of the 8B shape, so that it fits small GPUs
 FEWER_LAYERS = 4  # what N_LAYERS take more than these says what a layer takes

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import _root  # noqa: F401 - finds the modules of the repository's root
 
-from generate import DEMO
+from fast.cli import DEMO
 
 HELDOUT = DEMO.parent / "heldout.txt"
 N_ITEMS = 150

@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decoding import Steps, stream
+from fast.decoding import Steps, stream
+from fast.metrics import bytes_per_step, memory_to_read
+from fast.quantized import pack_linears, swap_linears
 from kernels import gpu_choice
-from linear import pack_linears, swap_linears
-from metrics import bytes_per_step, memory_to_read
 from model import ModelArgs, Transformer
 
 MAX_COPIES = 128  # of a weight that is rotated past the caches: as many calls make one compiled graph

@@ -19,10 +19,11 @@ import _root  # noqa: F401 - finds the modules of the repository's root
 import torch
 
 import quantize
-from checkpoint import check_device, load_model, open_checkpoint
 from demo.corpus import read_documents, split_corpus
-from perplexity import perplexity
-from tokenizer import load_tokenizer, read_text
+from fast.checkpoint import load_model, open_checkpoint
+from fast.cli import check_device
+from fast.perplexity import perplexity
+from fast.tokenizer import load_tokenizer, read_text
 from tp import ALONE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,8 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     check_device(args.device)
-    checkpoint, directory = open_checkpoint(args.checkpoint_path), args.checkpoint_path
-    tokenizer = load_tokenizer(directory if directory.is_dir() else directory.parent)
+    checkpoint, tokenizer = open_checkpoint(args.checkpoint_path), load_tokenizer(args.checkpoint_path)
     ids = tokenizer.encode(read_text(args.text))
     calibration = read_text(args.calibration_file) if args.calibration_file else demo_training_text()
     sizes = checkpoint.args

@@ -16,11 +16,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from checkpoint import load_model
-from decoding import Steps, stream
+from fast.checkpoint import load_model
+from fast.decoding import Steps, stream
+from fast.sampling import Sampling
 from kernels import cpu
 from model import Transformer
-from sampling import Sampling
 
 cpu.load()  # builds what is not built, before a test looks at what is printed
 torch.set_num_threads(1)  # threads that wait for each other cost tiny models more than they give, on busy cores a lot

@@ -16,8 +16,8 @@ import torch
 import triton.language as tl
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from fast.quantized import GROUP_SIZES, Int4Linear, Int8Linear, attend_on_gpu, multiply_on_gpu, pack_linears
 from kernels import gpu, gpu_attention, gpu_choice
-from linear import GROUP_SIZES, Int4Linear, Int8Linear, attend_on_gpu, multiply_on_gpu, pack_linears
 from model import Attention, KVCache, Linear, ModelArgs, RMSNorm, Sharding, Transformer, project, rope_table
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"

@@ -24,8 +24,8 @@ import torch
 from conftest import GROWTH
 from safetensors.torch import load_file, save_file
 
-from checkpoint import load_model, open_checkpoint, save_checkpoint
-from linear import pack_linears
+from fast.checkpoint import load_model, open_checkpoint, save_checkpoint
+from fast.quantized import pack_linears
 from model import ModelArgs, RopeScaling
 
 ROOT = Path(__file__).parent.parent
@@ -454,7 +454,7 @@ def test_prepare_downloads_then_converts(tmp_path):
 WATCH = f"""
 import sys
 {GROWTH}
-from checkpoint import load_model
+from fast.checkpoint import load_model
 from kernels import cpu
 cpu.load()
 sys.path.insert(0, "scripts")

@@ -28,14 +28,13 @@ import sentencepiece
 import torch
 from conftest import make_tiny
 
-import decoding
 import generate
-import rows
-from checkpoint import load_model
-from decoding import build_steps, stream
-from generate import DEMO
-from sampling import Sampling
-from tokenizer import load_tokenizer
+from fast import decoding, rows
+from fast.checkpoint import load_model
+from fast.cli import DEMO
+from fast.decoding import build_steps, stream
+from fast.sampling import Sampling
+from fast.tokenizer import load_tokenizer
 
 ROOT = Path(generate.__file__).parent
 TEXTS = ["A module holds definitions and statements.", "The list is sorted in place, and nothing is returned."] * 8
@@ -614,9 +613,9 @@ def test_argparse_errors_exit_with_2(main, capsys, flags):
 
 
 def test_importing_changes_nothing():
-    """Every module of the root, in a process of its own: neither settings of torch nor of Python.
+    """Every module, in a process of its own: neither settings of torch nor of Python.
 
-    But for harness.py, which imports lm_eval, which does; eval.py imports it once tasks are asked for.
+    But for fast/harness.py, which imports lm_eval, which does; eval.py imports it once tasks are asked for.
     """
     code = """
 import importlib, locale, os, signal, sys, warnings
@@ -636,7 +635,8 @@ def state():
 
 before = state()
 assert len(before["inductor"]) > 100 and len(before["dynamo"]) > 50
-for name in sorted({path.stem for path in Path(".").glob("*.py")} - {"harness"}):
+paths = [*Path(".").glob("*.py"), *Path("fast").glob("*.py"), *Path("kernels").rglob("*.py")]
+for name in sorted({str(path.with_suffix("")).replace("/", ".") for path in paths} - {"fast.harness"}):
     importlib.import_module(name)
     after = state()
     changed = [key for key in before if before[key] != after[key]]
@@ -645,9 +645,7 @@ for name in sorted({path.stem for path in Path(".").glob("*.py")} - {"harness"})
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert {"checkpoint", "decoding", "generate", "metrics", "model", "sampling", "tokenizer"} <= set(
-        run.stdout.split()
-    )
+    assert {"fast.checkpoint", "fast.decoding", "generate", "kernels.cpu", "model", "tp"} <= set(run.stdout.split())
 
 
 # --- the demo --------------------------------------------------------------------------------------------------------

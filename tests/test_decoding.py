@@ -17,9 +17,9 @@ import pytest
 import torch
 from conftest import GREEDY, make_tiny, prompt_of, tokens_of
 
-from checkpoint import load_model
-from decoding import Steps, build_steps, kv_slots, missing_compiler, stream, warm_up
-from sampling import Sampling
+from fast.checkpoint import load_model
+from fast.decoding import Steps, build_steps, kv_slots, missing_compiler, stream, warm_up
+from fast.sampling import Sampling
 
 
 @pytest.fixture(autouse=True)
@@ -257,7 +257,7 @@ FIRST_COMPILE = """
 import tempfile, threading
 from pathlib import Path
 import torch
-from decoding import set_compile_flags
+from fast.decoding import set_compile_flags
 
 def headers():
     return len(list(Path(tempfile.gettempdir()).rglob("precompiled_headers/*.[gp]ch")))

@@ -25,12 +25,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 import eval as eval_cli
-import harness
-from checkpoint import load_model
-from generate import DEMO
-from harness import FastLM, parse_generation
-from sampling import Sampling
-from tokenizer import load_tokenizer
+from fast import harness
+from fast.checkpoint import load_model
+from fast.cli import DEMO
+from fast.harness import FastLM, parse_generation
+from fast.sampling import Sampling
+from fast.tokenizer import load_tokenizer
 
 TEMPLATE = """{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}\
 {% if add_generation_prompt %}<assistant>{% endif %}"""
@@ -212,7 +212,8 @@ def test_the_harness_runs_the_registered_model_itself(manager, capsys, monkeypat
 
 
 def test_without_the_harness_the_error_names_the_package(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "harness")
+    monkeypatch.delitem(sys.modules, "fast.harness")
+    monkeypatch.delattr("fast.harness")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert eval_cli.main(["--tasks", "hellaswag"]) == 2
     assert "pip install 'lm_eval>=0.4.9,<0.5'" in capsys.readouterr().err

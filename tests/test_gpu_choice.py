@@ -16,9 +16,8 @@ import pytest
 import torch
 from conftest import GREEDY, prompt_of
 
-import decoding
-import speculative
-from decoding import time_kernels
+from fast import decoding, speculative
+from fast.decoding import time_kernels
 from kernels import gpu_choice
 
 pytest.importorskip("triton", reason="needs the package triton")

@@ -19,12 +19,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checkpoint import load_model
-from decoding import build_steps, stream
+from fast.checkpoint import load_model
+from fast.decoding import build_steps, stream
+from fast.quantized import Int4Linear, Int8Linear, attend_on_cpu
+from fast.sampling import Sampling
 from kernels import cpu
-from linear import Int4Linear, Int8Linear, attend_on_cpu
 from model import KVCache, Linear, RMSNorm, Sharding, project
-from sampling import Sampling
 
 ROOT = Path(cpu.__file__).parent.parent
 pytestmark = pytest.mark.skipif(cpu.load() is not None, reason=str(cpu.load()))
@@ -311,7 +311,7 @@ def test_a_team_decodes_the_same(tiny, two_threads, monkeypatch, compiled):
     model = load_model(tiny("llama-head-dim")[1], device="cpu", dtype=torch.bfloat16)
     model.setup_caches(2, 64)
     together = build_steps(model, Sampling(temperature=0), compiled)
-    monkeypatch.setattr("decoding.in_a_team", lambda model, step: step)
+    monkeypatch.setattr("fast.decoding.in_a_team", lambda model, step: step)
     alone = build_steps(model, Sampling(temperature=0))
     assert together.decode.__qualname__.startswith("in_a_team")
     texts = [list(stream(steps, [[3, 4], [5]], 40)) for steps in (alone, together)]

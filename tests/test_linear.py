@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from linear import (
+from fast.quantized import (
     GROUP_SIZES,
     Int4Linear,
     Int8Linear,

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from metrics import bytes_per_step, describe, measure_bandwidth, peak_memory, report, write_json
+from fast.metrics import bytes_per_step, describe, measure_bandwidth, peak_memory, report, write_json
 from model import ModelArgs, Transformer
 
 ARGS = {

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import FAMILIES
 from transformers import AutoConfig
 
-from checkpoint import load_model
+from fast.checkpoint import load_model
 from model import KV_DTYPES, PRESETS, KVCache, ModelArgs, RopeScaling, Transformer, quantize_kv
 
 LENGTH = 24  # longer than the sliding windows

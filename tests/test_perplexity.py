@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import eval as eval_cli
-import perplexity as module
-from checkpoint import load_model
-from generate import DEMO
-from perplexity import perplexity
-from tokenizer import load_tokenizer
+from fast import perplexity as module
+from fast.checkpoint import load_model
+from fast.cli import DEMO
+from fast.perplexity import perplexity
+from fast.tokenizer import load_tokenizer
 
 HELDOUT = DEMO.parent / "heldout.txt"
 WIKITEXT = DEMO.parent.parent.parent / "shared" / "data" / "wikitext-2" / "test.txt"  # not in this repository

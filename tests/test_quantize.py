@@ -19,11 +19,11 @@ import torch
 from conftest import GROWTH, make_tiny
 
 import generate
-import gptq as gptq_module
 import quantize
-from checkpoint import load_model, open_checkpoint, save_checkpoint
-from gptq import gptq, gptq_linears
-from linear import Int4Linear, Int8Linear, int4_values
+from fast import gptq as gptq_module
+from fast.checkpoint import load_model, open_checkpoint, save_checkpoint
+from fast.gptq import gptq, gptq_linears
+from fast.quantized import Int4Linear, Int8Linear, int4_values
 from model import Linear, ModelArgs, Transformer
 
 ROOT = Path(quantize.__file__).parent

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import GREEDY, prompt_of, tokens_of
 
-import rows
-from decoding import build_steps
-from rows import Row, run_rows
-from tokenizer import Tokenizer
+from fast import rows
+from fast.decoding import build_steps
+from fast.rows import Row, run_rows
+from fast.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from sampling import Sampling, draw, min_p, top_k, top_p
+from fast.sampling import Sampling, draw, min_p, top_k, top_p
 
 VOCAB = 50
 

@@ -9,8 +9,8 @@ import random
 import pytest
 import torch
 
-from checkpoint import load_model
-from scoring import Scorer, Text, bucket, split, to_groups, to_texts
+from fast.checkpoint import load_model
+from fast.scoring import Scorer, Text, bucket, split, to_groups, to_texts
 
 CONTEXT = 128  # of the tiny models
 

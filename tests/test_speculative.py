@@ -16,12 +16,12 @@ import torch
 from conftest import GREEDY, make_tiny, prompt_of, tokens_of
 
 import generate
-from checkpoint import load_model
-from decoding import build_steps, compile_step
-from generate import DEMO
-from model import Transformer
-from sampling import Sampling
-from speculative import (
+from fast import cli
+from fast.checkpoint import load_model
+from fast.cli import DEMO
+from fast.decoding import build_steps, compile_step
+from fast.sampling import Sampling
+from fast.speculative import (
     AUTO_K,
     SPARE,
     Acceptance,
@@ -34,7 +34,8 @@ from speculative import (
     speculate,
     warm_up_speculation,
 )
-from tokenizer import load_tokenizer
+from fast.tokenizer import load_tokenizer
+from model import Transformer
 
 ROOT = Path(generate.__file__).parent
 PROMPTS = [prompt_of(length) for length in (1, 2, 9, 30)]
@@ -377,14 +378,14 @@ def test_a_stop_id_inside_an_accepted_run_ends_the_sample(main, monkeypatch, tmp
     at = next(
         i for i in range(3, 30) if i % 9 in (3, 4, 5) and tokens[i] not in tokens[:i]
     )  # of 9 tokens, in the middle
-    load = generate.load_tokenizer
+    load = cli.load_tokenizer
 
     def stopping(directory):
         tokenizer = load(directory)
         tokenizer.stop_ids = frozenset([tokens[at]])
         return tokenizer
 
-    monkeypatch.setattr(generate, "load_tokenizer", stopping)
+    monkeypatch.setattr(cli, "load_tokenizer", stopping)
     code, out, _ = main(*flags, "--speculate_k", 8)
     sample = json.loads((tmp_path / "m").read_text())["samples"][0]
     assert (code, sample["tokens"], sample["finish_reason"]) == (0, tokens[: at + 1], "stop")

@@ -19,7 +19,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tokenizer import IncrementalDecoder, load_tokenizer
+from fast.tokenizer import IncrementalDecoder, load_tokenizer
 
 LLAMA2 = Path(__file__).parents[2] / "shared" / "data" / "llama2" / "tokenizer.model"
 LLAMA3_SPLIT = (
@@ -706,7 +706,7 @@ def test_missing_jinja2(llama2, monkeypatch):
 
 def test_import_is_light():
     """Importing the module loads none of the optional packages."""
-    code = "import sys, tokenizer; print({'sentencepiece', 'tokenizers', 'jinja2', 'torch'} & set(sys.modules))"
+    code = "import sys, fast.tokenizer; print({'sentencepiece', 'tokenizers', 'jinja2', 'torch'} & set(sys.modules))"
     root = Path(__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"

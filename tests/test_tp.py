@@ -19,12 +19,12 @@ from conftest import GREEDY, make_tiny, prompt_of, tokens_of
 from test_checkpoint import write_meta
 
 import tp
-from checkpoint import load_model, open_checkpoint
-from decoding import build_steps
-from metrics import parameter_bytes
+from fast.checkpoint import load_model, open_checkpoint
+from fast.decoding import build_steps
+from fast.metrics import parameter_bytes
+from fast.sampling import Sampling
 from model import ModelArgs, Sharding
 from quantize import quantize
-from sampling import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun")]

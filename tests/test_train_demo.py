@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from checkpoint import load_model
-from tokenizer import load_tokenizer
+from fast.checkpoint import load_model
+from fast.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,11 +14,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import load_model
-from decoding import build_steps, set_compile_flags, stream
-from metrics import parameter_bytes
-from sampling import Sampling
-from speculative import SPARE, DraftModel, build_speculative_steps, speculate
+from fast.checkpoint import load_model
+from fast.decoding import build_steps, set_compile_flags, stream
+from fast.metrics import parameter_bytes
+from fast.sampling import Sampling
+from fast.speculative import SPARE, DraftModel, build_speculative_steps, speculate
 from tp import Ranks
 
 

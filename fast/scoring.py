@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fast.perplexity import negative_log_likelihoods
 from model import Transformer
-from perplexity import negative_log_likelihoods
 
 MIN_SHARED = 16  # tokens that sharing must save to be worth a pass of its own
 PASS_TOKENS = {"cuda": 16384, "cpu": 256}  # enough to keep the device busy: rows beyond them wait for the next pass

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from decoding import Steps, stream
-from speculative import Acceptance, SpeculativeSteps, Step, speculate
-from tokenizer import IncrementalDecoder, Tokenizer
+from fast.decoding import Steps, stream
+from fast.speculative import Acceptance, SpeculativeSteps, Step, speculate
+from fast.tokenizer import IncrementalDecoder, Tokenizer
 
 
 class Row:

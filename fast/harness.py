@@ -1,7 +1,7 @@
 """The adapter to EleutherAI's lm-evaluation-harness (lm_eval 0.4.9 or later): its three kinds of request, our model.
 
-    python eval.py --tasks hellaswag                                  # our command line
-    python harness.py --model fast --model_args checkpoint_path=DIR   # the harness's own, with this model registered
+    python eval.py --tasks hellaswag                                        # our command line
+    python -m fast.harness --model fast --model_args checkpoint_path=DIR    # the harness's own, with this model in it
 
 Needs the package lm_eval, which nothing else in the project does; so import this module only where it is used. Texts
 become tokens, and tokens are cut, as in the harness's own HFLM, so that results can be compared number by number.
@@ -23,13 +23,13 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table, simple_parse_args_string
 from tqdm import tqdm
 
-from decoding import Steps, build_steps, set_compile_flags, stream
-from generate import DEMO, load, resolve_device
+from fast.cli import DEMO, load, resolve_device
+from fast.decoding import Steps, build_steps, set_compile_flags, stream
+from fast.rows import Row
+from fast.sampling import Sampling
+from fast.scoring import Scorer, parse_batch_size
+from fast.tokenizer import Tokenizer
 from model import Transformer
-from rows import Row
-from sampling import Sampling
-from scoring import Scorer, parse_batch_size
-from tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as in HFLM
 MAX_NEW_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

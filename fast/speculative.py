@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import load_model
-from decoding import (
+from fast.checkpoint import load_model
+from fast.decoding import (
     Steps,
     check_fit,
     compile_step,
@@ -40,10 +40,10 @@ from decoding import (
     time_kernels,
     wait,
 )
-from metrics import bytes_per_step
+from fast.metrics import bytes_per_step
+from fast.sampling import Sampling, draw
+from fast.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer
-from sampling import Sampling, draw
-from tokenizer import Tokenizer, load_tokenizer
 from tp import ALONE, Ranks
 
 MAX_K = 15  # with the token before them 16 rows, as many as the kernels for few rows take
@@ -139,7 +139,7 @@ def load_draft(
     if ours != theirs:
         raise ValueError(f"{path} has a vocabulary of {theirs} tokens, the target of {ours}: a draft needs the same")
     with contextlib.suppress(FileNotFoundError):  # weights without a tokenizer are taken at their word
-        own = load_tokenizer(path if path.is_dir() else path.parent)
+        own = load_tokenizer(path)
         probe = "The quick brown fox: jumps_over(13) lazy dogs? \u00dcn\u00efcode, 42.\n"
         if own.encode(probe) != tokenizer.encode(probe):
             raise ValueError(f"{path} numbers its tokens otherwise than the target: a draft needs the same tokenizer")

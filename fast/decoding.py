@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fast.sampling import Sampling
 from kernels import cpu, gpu_choice
 from model import Transformer
-from sampling import Sampling
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint import Checkpoint
-from linear import Int4Linear, int4_round, int4_scales, int4_values, pack_nibbles, quantized_linears
+from fast.checkpoint import Checkpoint
+from fast.quantized import Int4Linear, int4_round, int4_scales, int4_values, pack_nibbles, quantized_linears
 from model import Transformer, attention_mask, rope_table
 
 TOKENS_AT_ONCE = 8192

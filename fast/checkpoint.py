@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import tp
-from linear import pack_linears, swap_linears
+from fast.quantized import pack_linears, swap_linears
 from model import ModelArgs, RopeScaling, Transformer
 
 FORMAT = 1
@@ -173,14 +173,6 @@ def load_model(
     pack_linears(model, dtype)
     model.quantization = checkpoint.quantization
     return model.eval().requires_grad_(False)
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError, in one line, for a device that this machine lacks."""
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:

@@ -132,16 +132,17 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory: tokenizer.json, else tokenizer.model (SentencePiece or Llama 3).
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory, or of the directory of a checkpoint file.
 
+    It is tokenizer.json, else tokenizer.model (SentencePiece or Llama 3).
     Beside it are read, where present: tokenizer_config.json, special_tokens_map.json, added_tokens.json,
     generation_config.json, config.json, chat_template.jinja. Whether BOS is added: as tokenizer.json's
     post-processor says; for SentencePiece as `add_bos_token` says, true if absent; for Llama 3 ranks always.
     Raises FileNotFoundError if there is no tokenizer, ValueError naming the file if one is damaged, and
     ImportError with the command to run if the package for its format is missing.
     """
-    directory = Path(directory)
+    directory = Path(path).parent if Path(path).is_file() else Path(path)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory, expected one that holds a tokenizer")
     path = directory / "tokenizer.json"
