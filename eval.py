@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fast.cli import CACHE_DTYPES, DEMO, load, resolve_device, resolve_kv_dtype
-from fast.decoding import missing_compiler, set_compile_flags
+from fast.compiling import missing_compiler, set_compile_flags
 from fast.perplexity import perplexity
 from fast.scoring import parse_batch_size
 from fast.tokenizer import Tokenizer

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from fast.cli import CACHE_DTYPES, DEMO, load, resolve_device, resolve_kv_dtype
-from fast.decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
+from fast.compiling import missing_compiler, set_compile_flags
+from fast.decoding import Steps, build_steps, stream, warm_up
+from fast.layers import kernels_missing
 from fast.metrics import bytes_per_step, check_writable, count_parameters, describe, parameter_bytes, report, write_json
-from fast.quantized import kernels_missing
 from fast.rows import Row, run_rows
 from fast.sampling import Sampling
 from fast.speculative import (

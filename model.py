@@ -1,7 +1,6 @@
 """A Llama-style Transformer in one file: configuration, attention, feed-forward, RoPE and a static KV cache.
 
-    args = ModelArgs.from_hf(json.load(open("config.json")))
-    model = Transformer(args)
+    model = Transformer(ModelArgs(dim=4096, n_layers=32, ...))
     model.setup_caches(max_batch_size=1, max_seq_length=2048)
     logits = model(idx, input_pos)
 
@@ -61,64 +60,6 @@ class ModelArgs:
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: RoPE turns pairs")
 
-    def divided(self, n_ranks: int) -> "ModelArgs":
-        """The shape of one rank's share under tensor parallelism (Megatron-LM, Shoeybi et al. 2019).
-
-        Heads and the feed-forward's width are divided; more ranks than key heads share these; the vocabulary is
-        divided only where it can be. Raises ValueError for what `n_ranks` does not divide.
-        """
-        for name in ("n_heads", "hidden_dim"):
-            if getattr(self, name) % n_ranks:
-                raise ValueError(f"{name} {getattr(self, name)} is not a multiple of {n_ranks}")
-        if self.n_kv_heads % n_ranks and n_ranks % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads {self.n_kv_heads} and {n_ranks}: neither is a multiple of the other")
-        return dataclasses.replace(
-            self,
-            n_heads=self.n_heads // n_ranks,
-            n_kv_heads=max(1, self.n_kv_heads // n_ranks),
-            hidden_dim=self.hidden_dim // n_ranks,
-            vocab_size=self.vocab_size // (1 if self.vocab_size % n_ranks else n_ranks),
-        )
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "ModelArgs":
-        """The arguments that a Hugging Face `config.json` describes.
-
-        Reads what transformers 4 wrote (`rope_theta`, `rope_scaling`) and what 5 writes (`rope_parameters`).
-        Raises ValueError for an architecture or a setting that this Transformer does not compute.
-        """
-        architecture = (config.get("architectures") or [None])[0]
-        if architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-        config = {**ARCHITECTURES[architecture], **config}
-        missing = [key for key in REQUIRED_HF_FIELDS if config.get(key) is None]
-        if missing:
-            raise ValueError(f"config.json has no {', '.join(missing)}")
-        for key, supported in SUPPORTED_HF_VALUES.items():
-            if config.get(key, supported[0]) not in supported:
-                raise ValueError(f"config.json: {key} {config[key]!r} is not supported; supported: {supported}")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        n_heads = config["num_attention_heads"]
-        return cls(
-            dim=config["hidden_size"],
-            n_layers=config["num_hidden_layers"],
-            n_heads=n_heads,
-            n_kv_heads=config.get("num_key_value_heads") or n_heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // n_heads,
-            hidden_dim=config["intermediate_size"],
-            vocab_size=config["vocab_size"],
-            context_length=config["max_position_embeddings"],
-            norm_eps=config["rms_norm_eps"],
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            rope_scaling=_rope_scaling_from_hf(rope, config["max_position_embeddings"]),
-            tie_embeddings=bool(config.get("tie_word_embeddings")),
-            qkv_bias=bool(config["attention_bias"]),
-            out_bias=bool(config["attention_bias"]) and architecture != "Qwen2ForCausalLM",
-            mlp_bias=bool(config.get("mlp_bias")),
-            qk_norm=architecture == "Qwen3ForCausalLM",
-            sliding_window=_sliding_window_from_hf(config),
-        )
-
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ModelArgs":
         """The inverse of `dataclasses.asdict`. Raises ValueError for missing or unknown fields."""
@@ -129,108 +70,6 @@ class ModelArgs:
             raise ValueError(f"model config: unknown fields {unknown}, missing fields {missing}")
         scaling = config.get("rope_scaling")
         return cls(**{**config, "rope_scaling": RopeScaling(**scaling) if scaling else None})
-
-    @classmethod
-    def from_name(cls, name: str) -> "ModelArgs":
-        """The preset called exactly `name`. Raises ValueError that lists the presets."""
-        if name not in PRESETS:
-            raise ValueError(f"unknown model {name!r}; choose from: {', '.join(PRESETS)}")
-        return PRESETS[name]
-
-
-# Architecture -> what its configuration class in transformers assumes when config.json does not say.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "LlamaForCausalLM": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_bias": False},
-    "MistralForCausalLM": {
-        "rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "attention_bias": False, "sliding_window": 4096,
-        "num_key_value_heads": 8,
-    },
-    "Qwen2ForCausalLM": {
-        "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "attention_bias": True, "num_key_value_heads": 32,
-        "sliding_window": 4096, "max_window_layers": 28,
-    },
-    "Qwen3ForCausalLM": {
-        "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "attention_bias": False, "num_key_value_heads": 32,
-        "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128,
-    },
-}  # fmt: skip
-REQUIRED_HF_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-)
-SUPPORTED_HF_VALUES: dict[str, tuple] = {
-    "hidden_act": ("silu", "swish"),
-    "partial_rotary_factor": (1.0, None),
-    "quantization_config": (None,),
-}
-
-
-def _rope_scaling_from_hf(rope: dict[str, Any], context_length: int) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if rope.get("partial_rotary_factor") not in (None, 1.0):
-        raise ValueError(f"config.json: partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
-    if kind == "default":
-        return None
-    if kind not in ("linear", "llama3"):
-        raise ValueError(f"config.json: rope type {kind!r} is not supported; supported: default, linear, llama3")
-    if kind == "linear":
-        return RopeScaling("linear", float(rope["factor"]))
-    original = rope.get("original_max_position_embeddings") or context_length
-    return RopeScaling(
-        "llama3",
-        float(rope["factor"]),
-        float(rope["low_freq_factor"]),
-        float(rope["high_freq_factor"]),
-        original,
-    )
-
-
-def _sliding_window_from_hf(config: dict[str, Any]) -> int | None:
-    window = config.get("sliding_window")
-    architecture = config["architectures"][0]
-    if architecture.startswith("Llama") or (architecture.startswith("Qwen") and not config.get("use_sliding_window")):
-        window = None  # transformers does not look at it either
-    layer_types = set(config.get("layer_types") or [])
-    unknown = layer_types - {"full_attention", "sliding_attention"}
-    first_window_layer = config.get("max_window_layers", 0) if window and not layer_types else 0
-    if unknown or len(layer_types) > 1 or 0 < first_window_layer < config["num_hidden_layers"]:
-        raise ValueError(f"config.json: layers of several attention types {sorted(layer_types)} are not supported")
-    no_layer_slides = layer_types == {"full_attention"} or first_window_layer >= config["num_hidden_layers"]
-    return None if no_layer_slides else window
-
-
-def _preset(dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, context_length, rope_theta, **other):
-    sizes = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "hidden_dim": hidden_dim}
-    rest = {"head_dim": dim // n_heads, "norm_eps": 1e-5, **other}
-    return ModelArgs(**sizes, vocab_size=vocab_size, context_length=context_length, rope_theta=rope_theta, **rest)
-
-
-_LLAMA_31, _LLAMA_32 = RopeScaling("llama3", 8.0), RopeScaling("llama3", 32.0)
-
-# The shapes that benchmarks use, as their config.json on the hub gives them.
-PRESETS: dict[str, ModelArgs] = {
-    "stories-15m": _preset(288, 6, 6, 6, 768, 32000, 256, 1e4, tie_embeddings=True),
-    "tinyllama-1.1b": _preset(2048, 22, 32, 4, 5632, 32000, 2048, 1e4),
-    "open-llama-7b": _preset(4096, 32, 32, 32, 11008, 32000, 2048, 1e4, norm_eps=1e-6),
-    "llama-2-7b": _preset(4096, 32, 32, 32, 11008, 32000, 4096, 1e4),
-    "llama-2-13b": _preset(5120, 40, 40, 40, 13824, 32000, 4096, 1e4),
-    "llama-2-70b": _preset(8192, 80, 64, 8, 28672, 32000, 4096, 1e4),
-    "codellama-7b": _preset(4096, 32, 32, 32, 11008, 32016, 16384, 1e6),
-    "codellama-34b": _preset(8192, 48, 64, 8, 22016, 32000, 16384, 1e6),
-    "llama-3-8b": _preset(4096, 32, 32, 8, 14336, 128256, 8192, 5e5),
-    "llama-3-70b": _preset(8192, 80, 64, 8, 28672, 128256, 8192, 5e5),
-    "llama-3.1-8b": _preset(4096, 32, 32, 8, 14336, 128256, 131072, 5e5, rope_scaling=_LLAMA_31),
-    "llama-3.1-70b": _preset(8192, 80, 64, 8, 28672, 128256, 131072, 5e5, rope_scaling=_LLAMA_31),
-    "llama-3.1-405b": _preset(16384, 126, 128, 8, 53248, 128256, 131072, 5e5, rope_scaling=_LLAMA_31),
-    "llama-3.2-1b": _preset(2048, 16, 32, 8, 8192, 128256, 131072, 5e5, rope_scaling=_LLAMA_32, tie_embeddings=True),
-    "llama-3.2-3b": _preset(3072, 28, 24, 8, 8192, 128256, 131072, 5e5, rope_scaling=_LLAMA_32, tie_embeddings=True),
-    "mistral-7b": _preset(4096, 32, 32, 8, 14336, 32000, 32768, 1e4, sliding_window=4096),
-    "qwen-2.5-7b": _preset(3584, 28, 28, 4, 18944, 152064, 32768, 1e6, norm_eps=1e-6, qkv_bias=True),
-    "qwen-3-8b": _preset(4096, 36, 32, 8, 12288, 151936, 40960, 1e6, norm_eps=1e-6, qk_norm=True),
-}
 
 
 def rope_table(args: ModelArgs, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,83 +123,46 @@ class Sharding:
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding`; as a rank's share of the vocabulary it gives zeros for the ids of others, for a sum to fill."""
+    """`nn.Embedding`. Vocabulary-parallel, ids of other ranks give zeros and the all-reduce fills them in."""
 
     sharding = Sharding(collective="sum")
-    first_id: int | None = None  # of a share; None: this is the whole vocabulary
+    collective: Callable[[Tensor], Tensor] | None = None
+    first_id: int | None = None  # of this rank's share of the vocabulary; None: it has all of it
 
     def reset_parameters(self) -> None:
-        if not self.weight.is_meta:  # a draw on `meta` imports the compiler, for a second
+        if not self.weight.is_meta:  # random numbers on `meta` would import the compiler, for a second
             super().reset_parameters()
 
     def forward(self, idx: Tensor) -> Tensor:
         if self.first_id is None:
-            return super().forward(idx)
-        row = idx - self.first_id
-        ours = (row >= 0) & (row < self.num_embeddings)
-        return super().forward(row.where(ours, 0)) * ours[..., None]
+            y = super().forward(idx)
+        else:
+            row = idx - self.first_id
+            ours = (row >= 0) & (row < self.num_embeddings)
+            y = super().forward(row.where(ours, 0)) * ours[..., None]
+        return y if self.collective is None else self.collective(y)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + bias` of `x [..., K]`, `weight [N, K]`.
+
+    In two dimensions: in three, torch before 2.14 compiles a product with a bias for one length of text alone.
+    """
+    return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, but its products of a few rows may stream the weight at the memory's speed.
+    """`nn.Linear` that tensor parallelism can divide; `collective` then completes its output."""
 
-    On a CPU `F.linear` reaches about 55 % of the read bandwidth in bfloat16. Whoever loads the model may have a
-    `kernel(linear, x [M, K], ...) -> [M, N]` that reaches all of it. Without one a compiled product of one row is a
-    multiply-and-sum that Inductor fuses, for about 85 %.
-    """
-
-    kernel: Callable[..., Tensor] | None = None
-    kernel_rows: int | None = None  # of x that it takes at most; None: any
-    has_collective = False  # what follows the module under tensor parallelism; a kernel cannot go past it
+    collective: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool, sharding: Sharding):
         super().__init__(in_features, out_features, bias)
         self.sharding = sharding
 
-    def has_kernel_for(self, x: Tensor) -> bool:
-        return self.kernel is not None and (self.kernel_rows is None or x.shape[:-1].numel() <= self.kernel_rows)
-
-    def multiply(self, x: Tensor, *around: Any) -> Tensor:
-        """The kernel's product for `x [M, K]`; `around` as for `project`."""
-        return self.kernel(self, x, *around)
-
     def forward(self, x: Tensor) -> Tensor:
-        if self.has_kernel_for(x):
-            return self.multiply(x.flatten(0, -2), self.bias).unflatten(0, x.shape[:-1])
-        if x.device.type == "cpu" and torch.compiler.is_compiling() and x.numel() == self.in_features:
-            # Inductor stores what as_strided sees: x is made once, not again for every output.
-            row = x.reshape(-1).as_strided((self.in_features,), (1,))
-            # It sums up to 4096 terms in registers, longer rows through memory at two thirds of the speed.
-            pieces = (-1, divisor(self.in_features, at_most=4096))
-            products = self.weight.float().unflatten(1, pieces) * row.float().view(pieces)
-            y = products.sum(-1).sum(-1).view(*x.shape[:-1], -1)
-            return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
-        return F.linear(x, self.weight, self.bias)
-
-
-def project(
-    linear: nn.Module, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None, gated: bool = False
-) -> Tensor:
-    """`residual + linear(norm(x))`, or `gated`, half as wide: `silu(gate) * up`, what the Linear gives being gate, up.
-
-    A Linear with a kernel does it all in there: at batch size one what happens between the products takes 10 % of the
-    time of quantised weights.
-    """
-    if linear.has_kernel_for(x) and not linear.has_collective:
-        scale, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        before = None if residual is None else residual.flatten(0, -2)
-        y = linear.multiply(x.flatten(0, -2), linear.bias, scale, eps, before, gated)
-        return y.unflatten(0, x.shape[:-1])
-    y = linear(x if norm is None else norm(x))
-    if gated:
-        gate, up = y.chunk(2, dim=-1)
-        y = F.silu(gate) * up
-    return y if residual is None else residual + y
-
-
-def divisor(n: int, at_most: int) -> int:
-    """The largest divisor of `n` that is not above `at_most`."""
-    return next(d for d in range(min(n, at_most), 0, -1) if n % d == 0)
+        y = multiply(x, self.weight, self.bias)
+        return y if self.collective is None else self.collective(y)
 
 
 KV_DTYPES = (torch.int8, torch.float8_e4m3fn)  # what a cache may be quantised to
@@ -405,54 +207,41 @@ class KVCache(nn.Module):
         self.v[rows, heads, slots] = v
 
     def stored(self, n_rows: int, n_slots: int) -> list[Tensor]:
-        """Views of the keys, the values and the scales, if there are any, of the first rows' first slots."""
+        """Views of the first rows' first slots: keys, values and, of a quantised cache, their scales."""
         return [buffer[:n_rows, :, :n_slots] for buffer in self.buffers()]
+
+    def read(self, n_rows: int, n_slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The keys and values of the first rows' first slots, `[n_rows, n_kv_heads, n_slots, head_dim]`."""
+        k, v, *scales = self.stored(n_rows, n_slots)
+        if scales:
+            k, v = ((x.float() * scale[..., None]).to(dtype) for x, scale in zip((k, v), scales, strict=True))
+        return k, v
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) over the fresh keys, or over the valid part of the cache.
-
-    A quantised cache is read even where the fresh keys are at hand: so a text gives the same, computed at once or token
-    by token. For up to 16 positions over the cache whoever loads the model may have put something faster in the place
-    of `attend`, with the same arguments but the mask, into `kernels`, by the type of what is cached.
-    """
-
-    kernels: dict[torch.dtype, Callable[..., Tensor]] = {}
-    kernel: Callable[..., Tensor] | None = None  # the cache's of these
+    """Grouped-query attention (Ainslie et al. 2023), over the text at hand or over the cache."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = args.n_heads, args.n_kv_heads, args.head_dim
         self.window = args.sliding_window or 0
-        self.qkv_sizes = (args.n_heads * args.head_dim,) + (args.n_kv_heads * args.head_dim,) * 2
-        self.wqkv = Linear(args.dim, sum(self.qkv_sizes), args.qkv_bias, Sharding(parts=self.qkv_sizes))
+        qkv_sizes = (args.n_heads * args.head_dim,) + (args.n_kv_heads * args.head_dim,) * 2
+        self.wqkv = Linear(args.dim, sum(qkv_sizes), args.qkv_bias, Sharding(parts=qkv_sizes))
         self.wo = Linear(args.n_heads * args.head_dim, args.dim, args.out_bias, Sharding(collective="sum"))
         self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else None
         self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else None
         self.kv_cache: KVCache | None = None
 
     def forward(
-        self,
-        x: Tensor,
-        norm: RMSNorm,
-        cos: Tensor,
-        sin: Tensor,
-        input_pos: Tensor | None,
-        n_slots: int,
-        mask: Tensor | None,
+        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, n_slots: int, mask: Tensor | None
     ) -> Tensor:
-        """`x [B, S, dim]` plus what attention over `norm(x)` adds to it."""
-        qkv = project(self.wqkv, x, norm)
-        is_cached = input_pos is not None and mask is not None
-        if self.kernel is not None and is_cached and x.shape[1] <= 16:  # last: a compiler guards what is asked
-            y = self.kernel(self, qkv, cos, sin, input_pos, n_slots)
-        else:
-            y = self.attend(qkv, cos, sin, input_pos, n_slots, mask)
-        return project(self.wo, y, residual=x)
+        """`x [B, S, dim]` to `[B, S, dim]`; the other arguments as for `attend`."""
+        return self.wo(self.attend(self.wqkv(x), cos, sin, input_pos, n_slots, mask))
 
     def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, `[B, heads, S, D]`, of `qkv [B, S, ...]`; RoPE turns the first two."""
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split(self.qkv_sizes, dim=-1))
+        heads = qkv.unflatten(-1, (-1, self.head_dim))  # [B, S, H + 2 KV, D]
+        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
@@ -460,20 +249,18 @@ class Attention(nn.Module):
     def attend(
         self, qkv: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, n_slots: int, mask: Tensor | None
     ) -> Tensor:
-        """Each query's weighted mean of the values, `[B, S, heads * D]`; keys and values go to their slots."""
+        """Each query's weighted mean of the values, `[B, S, H D]`.
+
+        input_pos: slots `[B, S]` of the cache for the new keys and values, which then holds all that is attended to,
+            in its first `n_slots`. None: there is no cache, the text is complete.
+        mask: see `attention_mask`.
+        """
         q, k, v = self.heads(qkv, cos, sin)
-        scales = []
         if input_pos is not None:
             self.kv_cache.write(input_pos, k, v)
-            if mask is not None or self.kv_cache.is_quantized:
-                k, v, *scales = self.kv_cache.stored(len(q), n_slots)
-        if scales:
-            k, v = ((x.float() * scale[..., None]).to(q.dtype) for x, scale in zip((k, v), scales, strict=True))
-        if mask is None:  # the queries are the whole text so far: what is cached is what is at hand
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
-            y = grouped_attention(q, k, v, mask)
-        return y.transpose(1, 2).flatten(2)
+            if mask is not None or self.kv_cache.is_quantized:  # else what is cached is what is at hand
+                k, v = self.kv_cache.read(len(q), n_slots, q.dtype)
+        return grouped_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
 def attention_mask(args: ModelArgs, positions: Tensor, kv_pos: Tensor) -> Tensor | None:
@@ -486,43 +273,32 @@ def attention_mask(args: ModelArgs, positions: Tensor, kv_pos: Tensor) -> Tensor
     return mask
 
 
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of `q [B, H, S, D]` over `k`, `v` `[B, KV, L, D]`, with `mask` bool `[B, 1, S, L]`; `[B, H, S, D]`.
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of `q [B, H, S, D]` over `k`, `v` `[B, KV, L, D]`, with `mask` as `attention_mask`; `[B, H, S, D]`.
 
     The H / KV query heads that share a key head become rows of one product, so keys and values are read once and
     never copied per head.
     """
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     (B, H, S, D), KV = q.shape, k.shape[1]
-    q = q.reshape(B, KV, H // KV * S, D)
-    if S == 1 and torch.compiler.is_compiling() and (q.is_cuda or H == KV):
-        return decode_attention(q, k, v, mask).view(B, H, S, D)
     if S > 1:
         mask = mask.repeat(1, 1, H // KV, 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, S, D)
-
-
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """`grouped_attention` of one position, spelled out for a compiler; `q [B, KV, G, D]`, the result like `q`.
-
-    SDPA's kernels hand a head to a core each and multiply matrices of G rows; at G = 1 a fused multiply-and-sum reads
-    the cache 5 times as fast (CPU, 512 to 4096 positions).
-    """
-    one_row = q.shape[2] == 1
-    scores = (q.float() * k.float()).sum(-1)[:, :, None] if one_row else (q @ k.mT).float()  # [B, KV, G, L]
-    probs = (scores * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf).softmax(-1)
-    return (probs.mT * v.float()).sum(2, keepdim=True).to(q.dtype) if one_row else probs.to(v.dtype) @ v
+    y = F.scaled_dot_product_attention(q.reshape(B, KV, H // KV * S, D), k, v, attn_mask=mask)
+    return y.view(B, H, S, D)
 
 
 class FeedForward(nn.Module):
-    """`x + w2(silu(gate(norm(x))) * up(norm(x)))` (SwiGLU, Shazeer 2020); `w13` is gate above up."""
+    """SwiGLU (Shazeer 2020); `w13` is the gate above the up projection."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.w13 = Linear(args.dim, 2 * args.hidden_dim, args.mlp_bias, Sharding(parts=(args.hidden_dim,) * 2))
         self.w2 = Linear(args.hidden_dim, args.dim, args.mlp_bias, Sharding(collective="sum"))
 
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        return project(self.w2, project(self.w13, x, norm, gated=True), residual=x)
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):
@@ -533,14 +309,16 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
         self.feed_forward = FeedForward(args)
 
-    @torch.compiler.nested_compile_region  # the blocks are alike: a compiler translates the first and reuses it
     def forward(self, x, cos, sin, input_pos, n_slots, mask):
-        x = self.attention(x, self.attention_norm, cos, sin, input_pos, n_slots, mask)
-        return self.feed_forward(x, self.ffn_norm)
+        """`x [B, S, dim]` to `[B, S, dim]`; the other arguments as for `Attention.attend`."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, input_pos, n_slots, mask)
+        return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Transformer(nn.Module):
     """The decoder. Call it without caches for whole texts (training, scoring), with them to generate."""
+
+    new_cache: Callable[..., KVCache] = KVCache
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -570,12 +348,11 @@ class Transformer(nn.Module):
             )
         self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
         weight = self.tok_embeddings.weight
-        # One slot to spare: a view of the whole cache would be contiguous, a layout that is compiled for on its own.
+        # One slot is never used, so `cache[:, :, :n]` is never contiguous: torch.compile would build a second graph.
         n_kv_heads = self.layers[0].attention.n_kv_heads  # of this rank
         shape = (max_batch_size, n_kv_heads, max_seq_length + spare + 1, self.args.head_dim)
         for layer in self.layers:
-            layer.attention.kv_cache = KVCache(shape, weight.device, kv_dtype or weight.dtype)
-            layer.attention.kernel = layer.attention.kernels.get(kv_dtype or weight.dtype)
+            layer.attention.kv_cache = self.new_cache(shape, weight.device, kv_dtype or weight.dtype)
         slots = torch.arange(max_seq_length + spare, device=weight.device)
         cos, sin = rope_table(self.args, slots)
         self.register_buffer("slots", slots, persistent=False)
@@ -610,7 +387,7 @@ class Transformer(nn.Module):
                 kv_pos = self.slots[:n_slots]
             positions = input_pos.expand(B, S)
             cos, sin = self.cos[positions], self.sin[positions]
-        n_slots = kv_pos.shape[0]
+        n_slots = kv_pos.shape[0]  # asked once: inside the loop torch.compile would compile every layer anew
         mask = attention_mask(self.args, positions, kv_pos)
         x = self.tok_embeddings(idx)
         cached_at = None if input_pos is None else positions
@@ -618,7 +395,7 @@ class Transformer(nn.Module):
             x = layer(x, cos, sin, cached_at, n_slots, mask)
         if logits_at is not None:
             x = x.gather(1, logits_at[:, :, None].expand(-1, -1, x.shape[-1]))
-        return project(self.output, x, self.norm)
+        return self.output(self.norm(x))
 
     def _check_positions(self, idx: Tensor, input_pos: Tensor) -> int:
         """The number of cache slots in use after `input_pos`; ValueError where it does not fit the cache."""

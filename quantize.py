@@ -170,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
 def make_scheme(args: argparse.Namespace, model_args: ModelArgs) -> dict[str, Any]:
     """What the checkpoint will say about itself. Raises ValueError for a name in --skip that is no Linear's."""
     scheme: dict[str, Any] = {"mode": args.mode}
-    if args.mode != "int8":
+    if LINEARS[args.mode].in_groups:
         scheme["groupsize"] = args.groupsize
     if args.mode == "int4":
         scheme["scale_search"] = args.scale_search
@@ -221,7 +221,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.checkpoint_path} is quantised already ({mode}): give the checkpoint it was made from")
     scheme = make_scheme(args, checkpoint.args)
     directory = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent
-    group = "" if args.mode == "int8" else f".g{args.groupsize}"
+    group = f".g{args.groupsize}" if "groupsize" in scheme else ""
     target = args.output_path or directory / f"model_{args.mode}{group}.pth"
     if target.exists() and args.checkpoint_path.exists() and target.samefile(args.checkpoint_path):
         raise ValueError(f"--output_path {target} is the input: name another file")

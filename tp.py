@@ -6,15 +6,17 @@
     with ranks.joined("cuda"):
         model = load_model(path, ranks.device("cuda"), ranks=ranks)
 
-Nothing here knows a model: a module that declares a `sharding` is divided by it. A model made for a rank's share is
-set beside the whole one; where a tensor's shapes differ, this rank holds a share of it, and that tensor's scales and
-groups with it.
+No module is known by its name here: one that declares a `sharding` is divided by it. A model made for a rank's share
+is set beside the whole one; where a tensor's shapes differ, this rank holds a share of it, and that tensor's scales and
+groups with it. What completes a module's output is put into its `collective`.
 
 Worth knowing: the logits are gathered whole, and gathering gives every rank the same bits. So ranks with one seed draw
 the same tokens and stop at the same step without telling each other.
 """
 
 import contextlib
+import dataclasses
+import functools
 import os
 import re
 import sys
@@ -29,6 +31,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from model import ModelArgs
 
 GROUP = "0"  # the name of the first process group
 
@@ -59,6 +63,26 @@ def share_of(whole: Sequence[int], local: Sequence[int], rank: int, world_size: 
     return tuple(ranges)
 
 
+def divided(args: ModelArgs, n_ranks: int) -> ModelArgs:
+    """The shape of one rank's share of a model.
+
+    Heads and the feed-forward's width are divided; more ranks than key heads share these; the vocabulary is divided
+    only where it can be. Raises ValueError for what `n_ranks` does not divide.
+    """
+    for name in ("n_heads", "hidden_dim"):
+        if getattr(args, name) % n_ranks:
+            raise ValueError(f"{name} {getattr(args, name)} is not a multiple of {n_ranks}")
+    if args.n_kv_heads % n_ranks and n_ranks % args.n_kv_heads:
+        raise ValueError(f"n_kv_heads {args.n_kv_heads} and {n_ranks}: neither is a multiple of the other")
+    return dataclasses.replace(
+        args,
+        n_heads=args.n_heads // n_ranks,
+        n_kv_heads=max(1, args.n_kv_heads // n_ranks),
+        hidden_dim=args.hidden_dim // n_ranks,
+        vocab_size=args.vocab_size // (1 if args.vocab_size % n_ranks else n_ranks),
+    )
+
+
 def connect(whole: nn.Module, local: nn.Module, ranks: "Ranks") -> dict[str, Share]:
     """Give the modules of `local`, a rank's share of `whole`, their collectives; the shares of its tensors, by name.
 
@@ -83,8 +107,7 @@ def connect(whole: nn.Module, local: nn.Module, ranks: "Ranks") -> dict[str, Sha
         if hasattr(module, "first_id") and is_divided:
             module.first_id = shares[f"{name}.weight"].ranges[0][0]
         if collective := COLLECTIVES.get((sharding.collective, is_divided)):
-            module.has_collective = True
-            module.register_forward_hook(lambda _, __, y, do=collective: do(y, ranks.world_size))
+            module.collective = functools.partial(collective, world_size=ranks.world_size)
     return shares
 
 

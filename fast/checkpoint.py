@@ -1,4 +1,4 @@
-"""From files to a model and back: configuration, key maps as data, memory-mapped strict load, streamed atomic save.
+"""From files to a model and back: memory-mapped strict load, streamed atomic save.
 
     model = load_model("checkpoints/meta-llama/Llama-3.2-1B", device="cuda")  # or .../model.pth
 
@@ -27,39 +27,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import tp
-from fast.quantized import pack_linears, swap_linears
-from model import ModelArgs, RopeScaling, Transformer
+from fast import families
+from fast.layers import speed_up
+from fast.quantized import swap_linears
+from model import ModelArgs, Transformer
 
 FORMAT = 1
 
-# Our module -> the modules of the file whose weights (and biases) lie in it, one above the other. `{}` is the layer.
-HF_MODULES: dict[str, tuple[str, ...]] = {
-    "tok_embeddings": ("model.embed_tokens",),
-    "layers.{}.attention_norm": ("model.layers.{}.input_layernorm",),
-    "layers.{}.attention.wqkv": tuple(f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"),
-    "layers.{}.attention.q_norm": ("model.layers.{}.self_attn.q_norm",),
-    "layers.{}.attention.k_norm": ("model.layers.{}.self_attn.k_norm",),
-    "layers.{}.attention.wo": ("model.layers.{}.self_attn.o_proj",),
-    "layers.{}.ffn_norm": ("model.layers.{}.post_attention_layernorm",),
-    "layers.{}.feed_forward.w13": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
-    "layers.{}.feed_forward.w2": ("model.layers.{}.mlp.down_proj",),
-    "norm": ("model.norm",),
-    "output": ("lm_head",),
-}
-# The same for Meta's own files, where the modules that are not listed have our names.
-META_MODULES: dict[str, tuple[str, ...]] = {
-    "layers.{}.attention.wqkv": tuple(f"layers.{{}}.attention.w{x}" for x in "qkv"),
-    "layers.{}.feed_forward.w13": ("layers.{}.feed_forward.w1", "layers.{}.feed_forward.w3"),
-}
-# Name -> the dimension along which Meta's model-parallel shards divide it; what is not here is in every shard whole.
-META_SHARD_DIMS: dict[str, int] = {
-    "wq.weight": 0, "wk.weight": 0, "wv.weight": 0, "wo.weight": 1,
-    "w1.weight": 0, "w2.weight": 1, "w3.weight": 0, "output.weight": 0, "tok_embeddings.weight": 1,
-}  # fmt: skip
-META_PARAMS = {
-    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "ffn_dim_multiplier",
-    "norm_eps", "rope_theta", "use_scaled_rope", "vocab_size", "max_seq_len", "max_batch_size", "sliding_window",
-}  # fmt: skip
 IGNORED_TENSORS = ("*.rotary_emb.inv_freq", "rope.freqs")  # computed, not learned; older files hold them
 
 # In order of preference: the single file, the index of shards, and what to take without either.
@@ -146,8 +120,8 @@ def load_model(
 ) -> Transformer:
     """The model stored at `path`, on `device` in `dtype`, in eval mode and without gradients.
 
-    Quantised Linears keep their own dtypes; `model.quantization` is the scheme, or None. Weights are packed for the
-    device's kernels: on a CPU a bfloat16 Linear has `packed` in place of its `weight`.
+    Quantised Linears keep their own dtypes; `model.quantization` is the scheme, or None. Its layers are those of
+    `layers.speed_up`: on a CPU a bfloat16 Linear has `packed` in place of its `weight`.
 
     path: a `.pth` that `save_checkpoint` wrote, or a directory as `open_checkpoint` takes.
     ranks: the processes that share the model; this one reads only its share. replicate: it reads all of it, as do the
@@ -170,9 +144,9 @@ def load_model(
     if checkpoint.args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
     del state  # each weight goes as it is packed
-    pack_linears(model, dtype)
+    speed_up(model.eval().requires_grad_(False), dtype)
     model.quantization = checkpoint.quantization
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -193,9 +167,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if files := _hf_files(path):
         if config is None:
             raise ValueError(f"{path} has no config.json")
-        return _match(path, ModelArgs.from_hf(config), None, _read_hf(files), HF_MODULES)
+        return _match(path, families.args_from_hf(config), None, _read_hf(files), families.family_of(config).modules)
     args, parts = _read_meta(path, config)
-    return _match(path, args, None, parts, META_MODULES)
+    return _match(path, args, None, parts, families.META_MODULES)
 
 
 def save_checkpoint(
@@ -254,7 +228,7 @@ def _share_of_skeleton(checkpoint: Checkpoint, world_size: int) -> Transformer:
     args, quantization = checkpoint.args, checkpoint.quantization
 
     def divided(n: int, **changes: Any) -> Transformer:
-        return _skeleton(dataclasses.replace(args.divided(n), **changes), quantization)
+        return _skeleton(dataclasses.replace(tp.divided(args, n), **changes), quantization)
 
     def fits(n: int) -> bool:
         with contextlib.suppress(ValueError):
@@ -275,7 +249,8 @@ def _match(
     path: Path, args: ModelArgs, quantization: dict | None, parts: dict[str, Part], modules: dict[str, tuple[str, ...]]
 ) -> Checkpoint:
     """Gather the parts of every tensor of the model; ValueError lists by the file's names what does not fit."""
-    expected = {name: tuple(t.shape) for name, t in _skeleton(args, quantization).state_dict().items()}
+    model = _skeleton(args, quantization)
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     ignored = IGNORED_TENSORS
     if args.tie_embeddings:
         del expected["output.weight"]
@@ -286,8 +261,7 @@ def _match(
         module, _, kind = name.rpartition(".")
         template, layer = re.sub(r"\.\d+\.", ".{}.", module), re.findall(r"\.(\d+)\.", module)
         theirs = [f"{other.format(*layer)}.{kind}" for other in modules.get(template, (template,))]
-        kv_rows = args.n_kv_heads * args.head_dim
-        rows = [n_rows - 2 * kv_rows, kv_rows, kv_rows] if len(theirs) == 3 else [n_rows // len(theirs)] * len(theirs)
+        rows = model.get_submodule(module).sharding.parts if len(theirs) > 1 else [n_rows]
         for part, shape in zip(theirs, [(n, *width) for n in rows], strict=True):
             if part not in parts:
                 missing.append(f"{part} {list(shape)}")
@@ -352,25 +326,26 @@ def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, 
     if not files:
         raise ValueError(f"{folder} has no *.safetensors, no pytorch_model*.bin and no consolidated.*.pth")
     params = _read_json(origin / "params.json")
-    missing, unsupported = {"dim", "n_layers", "n_heads", "norm_eps"} - params.keys(), params.keys() - META_PARAMS
-    if missing or unsupported:
-        raise ValueError(f"{origin / 'params.json'}: missing {sorted(missing)}, unsupported {sorted(unsupported)}")
+    try:
+        families.check_meta_params(params)
+    except ValueError as error:
+        raise ValueError(f"{origin}/{error}") from None
     shards = [_tensors(file) for file in files]
     if any(shard.keys() != shards[0].keys() for shard in shards):
         raise ValueError(f"{origin}: the consolidated.*.pth hold different tensors")
-    head_dim = params.get("head_dim") or params["dim"] // params["n_heads"]
     parts = {}
     for name, first in shards[0].items():
-        dim = META_SHARD_DIMS.get(".".join(name.split(".")[-2:]))
+        dim = families.META_SHARD_DIMS.get(".".join(name.split(".")[-2:]))
         if name == "tok_embeddings.weight" and first.shape[1] == params["dim"]:
             dim = 0  # since Llama 3 the vocabulary is divided, before it was the width
         shape = list(first.shape)
         if dim is not None:
             shape[dim] = sum(shard[name].shape[dim] for shard in shards)
         pieces = [shard[name] for shard in shards] if dim is not None else [first]
-        pair_dim = head_dim if name.endswith((".wq.weight", ".wk.weight")) else None
+        pair_dim = families.meta_head_dim(params) if name.endswith((".wq.weight", ".wk.weight")) else None
         parts[name] = Part(tuple(shape), first.dtype, partial(_join, pieces, dim, pair_dim))
-    return ModelArgs.from_hf(config) if config else _args_from_meta(params, head_dim, parts), parts
+    shapes = {name: part.shape for name, part in parts.items()}
+    return families.args_from_hf(config) if config else families.args_from_meta(params, shapes), parts
 
 
 def _join(shards: list[Tensor], dim: int | None, head_dim: int | None) -> Tensor:
@@ -379,30 +354,6 @@ def _join(shards: list[Tensor], dim: int | None, head_dim: int | None) -> Tensor
     if head_dim is not None:
         whole = whole.view(-1, head_dim // 2, 2, whole.shape[1]).transpose(1, 2).reshape(whole.shape)
     return whole
-
-
-def _args_from_meta(params: dict[str, Any], head_dim: int, parts: dict[str, Part]) -> ModelArgs:
-    """What `params.json` says, and what it leaves to the tensors (sizes) and to the release (context, scaling)."""
-    if missing := {"layers.0.feed_forward.w1.weight", "tok_embeddings.weight"} - parts.keys():
-        raise ValueError(f"consolidated.*.pth: missing tensors: {', '.join(sorted(missing))}")
-    theta, scaled = float(params.get("rope_theta", 1e4)), params.get("use_scaled_rope", False)
-    context = {1e6: 16384, 5e5: 8192}.get(theta, 4096)  # CodeLlama, Llama 3, Llama 2
-    factor = 32.0 if params["dim"] < 4096 else 8.0  # Llama 3.2 (1B and 3B); 3.1 and 3.3
-    return ModelArgs(
-        dim=params["dim"],
-        n_layers=params["n_layers"],
-        n_heads=params["n_heads"],
-        n_kv_heads=params.get("n_kv_heads") or params["n_heads"],
-        head_dim=head_dim,
-        hidden_dim=parts["layers.0.feed_forward.w1.weight"].shape[0],
-        vocab_size=parts["tok_embeddings.weight"].shape[0],
-        context_length=params.get("max_seq_len") or (131072 if scaled else context),
-        norm_eps=params["norm_eps"],
-        rope_theta=theta,
-        rope_scaling=RopeScaling("llama3", factor) if scaled else None,
-        tie_embeddings="output.weight" not in parts,
-        sliding_window=params.get("sliding_window"),
-    )
 
 
 def _tensors(path: Path, content: Any = None) -> dict[str, Tensor]:

@@ -7,25 +7,19 @@ A decoded token is one static graph, sampling and the position's increment insid
 it reads a token that is already on its way. `generate.py`, the benchmark and the tests all run this very loop.
 """
 
-import contextlib
-import contextvars
-import os
-import shutil
-import sys
-import sysconfig
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fast.compiling import compile_step
+from fast.layers import together
 from fast.sampling import Sampling
-from kernels import cpu, gpu_choice
+from kernels.gpu import choice
 from model import Transformer
 
 
@@ -56,77 +50,7 @@ def build_steps(model: Transformer, sampling: Sampling, compile: bool = False, c
         prefill = compile_step(prefill, dynamic_dims=(1, 0, 0, None))
     if compile:
         decode = compile_step(decode, dynamic_dims=(None, None, 0), mode="reduce-overhead")
-    return Steps(model, prefill, in_a_team(model, decode), compile_prefill)
-
-
-def in_a_team(model: Transformer, step: Callable) -> Callable:
-    """`step` of a few positions, with a CPU's threads held together where its kernels do all the work of `model`."""
-    has_kernels = not model.slots.is_cuda and model.layers[0].attention.kernel is not None
-    return cpu.in_a_team(step) if has_kernels else step
-
-
-def compile_step(step: Callable, dynamic_dims: tuple[int | None, ...], mode: str | None = None) -> Callable:
-    """Compile `step` once for all sizes that the given dimension of each argument may have."""
-    compiled = torch.compile(step, mode=mode, fullgraph=True)
-
-    def run(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        for tensor, dim in zip(tensors, dynamic_dims, strict=True):
-            if dim is not None and tensor.shape[dim] > 1:
-                torch._dynamo.mark_dynamic(tensor, dim)
-        out = compiled(*tensors)
-        if not tensors[0].is_cuda:
-            return out
-        return out.clone() if isinstance(out, Tensor) else tuple(o.clone() for o in out)  # a CUDA graph reuses its own
-
-    return run
-
-
-def set_compile_flags(device: str) -> None:
-    """Inductor's settings for decoding. For a command line's `main` alone: importing a module changes nothing."""
-    if device == "cpu":
-        torch._inductor.config.cpp.enable_floating_point_contract_flag = "fast"  # fused multiply-add
-        torch._inductor.config.cpp.vec_isa_ok = True  # or a probe is compiled for every instruction set
-        torch._inductor.config.cpp.min_chunk_size = 8192  # of a loop for each thread: waiting for another takes longer
-        os.environ.setdefault("TORCH_WARM_POOL", "0")  # or processes that only Triton needs start beside the compiler
-        if shutil.which("openssl"):
-            precompile_header()
-        else:  # with which Inductor finds out whether a header is still the same: it would fail
-            torch._inductor.config.cpp_cache_precompile_headers = False
-    else:
-        torch._inductor.config.coordinate_descent_tuning = True  # also what lowers a one-row product to a GEMV
-        torch._inductor.config.shape_padding = False  # or it times products with padded operands while it compiles
-        torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None  # `kv_slots` has few sizes
-
-
-def precompile_header() -> None:
-    """Compile the header of Inductor's C++ kernels beside what comes next, unless there is one.
-
-    Inductor begins when the kernels are written, and waits: 6 to 8 seconds of a first compile of 17 to 20.
-    """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    if any(Path(default_cache_dir(), "precompiled_headers").glob("*.[gp]ch")):
-        return
-    from torch._inductor.codecache import CppPythonBindingsCodeCache
-
-    def compile() -> None:
-        if sys.platform == "linux":  # where a thread has a niceness of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # the CPU's kernels, if they build, first
-        with contextlib.suppress(Exception):  # the compile that needs it will meet the same, and say so
-            CppPythonBindingsCodeCache.load_pybinding_async([], 'extern "C" void kernel() {}')
-
-    flags = contextvars.copy_context()  # Inductor's are each thread's own
-    threading.Thread(target=flags.run, args=(compile,), daemon=True).start()
-
-
-def missing_compiler() -> str | None:
-    """What `--compile` lacks on this machine, or None. Inductor needs a C++ compiler and Python's headers."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        return f"no C++ compiler ({compiler}) is installed"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        return "Python's headers (Python.h, Debian package python3-dev) are not installed"
-    return None
+    return Steps(model, prefill, together(model, decode), compile_prefill)
 
 
 def kv_slots(n: int, capacity: int) -> int:
@@ -218,7 +142,7 @@ def time_kernels(model: Transformer, n_rows: int, n_positions: int) -> None:
     if model.slots.is_cuda:
         idx = model.slots.new_zeros(n_rows, n_positions)
         with torch.cuda.device_of(model.slots):
-            gpu_choice.measure(model, idx, model.slots[:n_positions], model.slots)
+            choice.measure(model, idx, model.slots[:n_positions], model.slots)
 
 
 def warm_up(steps: Steps, prompts: list[list[int]], max_new_tokens: int) -> float:

@@ -24,7 +24,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 from tqdm import tqdm
 
 from fast.cli import DEMO, load, resolve_device
-from fast.decoding import Steps, build_steps, set_compile_flags, stream
+from fast.compiling import set_compile_flags
+from fast.decoding import Steps, build_steps, stream
 from fast.rows import Row
 from fast.sampling import Sampling
 from fast.scoring import Scorer, parse_batch_size

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cpu import in_huge_pages
+from kernels.cpu.packing import in_huge_pages
 from model import ModelArgs, Transformer
 
 
@@ -33,9 +33,7 @@ def bytes_per_step(model: Transformer, batch_size: int, positions: float) -> flo
 
 def parameter_bytes(model: Transformer) -> int:
     """Bytes of the weights that this process holds, scales and zeros with them."""
-    return sum(
-        t.nbytes for name, t in model.state_dict().items() if name != "output.weight" or not model.args.tie_embeddings
-    )
+    return sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())  # a tied weight counts once
 
 
 def count_parameters(args: ModelArgs) -> int:

@@ -12,56 +12,40 @@ What a file holds is the same for every device, N being the outputs and K the in
            zeros   bfloat16 [N, K / G]
 
 Worth knowing: `zeros` is the value in the middle of a group's range, small beside the range itself, so that rounding it
-to bfloat16 costs nothing; and a weight is rounded with the scale and zero as stored, not as computed. After loading,
-`pack` brings them into the layout of a CPU's kernel, which never reaches a file; a GPU's kernels take them as stored.
+to bfloat16 costs nothing; and a weight is rounded with the scale and zero as stored, not as computed. On its own a
+module here multiplies by the weights it dequantises; `layers.speed_up` puts a kernel in its place where there is one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import cpu
+from model import Sharding, multiply
 
 GROUP_SIZES = (32, 64, 128, 256)
-ELEMENTS_AT_ONCE = 1 << 19  # of a weight while it is quantised: what the caches hold is ten times as fast
+ELEMENTS_AT_ONCE = 1 << 19  # quantised at a time: staying in the CPU's cache is ten times as fast
 
 
 class QuantizedLinear(nn.Module):
-    """What the two have in common: `y = x W^T + bias` with the bias in the dtype of `x [..., K]`."""
+    """The base of all: `y = x W^T + bias` for x `[..., K]`, W `[N, K]` being what `dequantize` returns."""
+
+    in_groups = False  # whether a number of inputs, `groupsize`, share a scale
+    sharding = Sharding()
+    collective: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.has_kernel, self.has_collective = False, False  # as in a `model.Linear`
-        self.packed: Tensor | None = None  # for a CPU's kernel; a GPU's take the stored form
 
-    def has_kernel_for(self, x: Tensor) -> bool:
-        return self.has_kernel
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.has_kernel:
-            return F.linear(x, self.dequantize(x.dtype), self.bias)
-        return self.multiply(x.flatten(0, -2), self.bias).unflatten(0, x.shape[:-1])
-
-    def pack(self, dtype: torch.dtype) -> None:
-        """Use this device's kernel, if there is one for activations in `dtype`, and take the layout it asks for."""
-        device, names = self.weight.device, list(self._buffers)
-        if kernels_missing(device, dtype) is not None or self.in_features % (32 if device.type == "cuda" else 4):
-            return
-        self.has_kernel = True
-        if device.type == "cuda":
-            for name in names:
-                setattr(self, name, getattr(self, name).contiguous())
-            return
-        packed = self.pack_for_cpu()
-        for name in names:
-            delattr(self, name)
-        del self.packed
-        self.register_buffer("packed", packed)
+        y = multiply(x, self.dequantize(x.dtype), self.bias)
+        return y if self.collective is None else self.collective(y)
 
 
 class Int8Linear(QuantizedLinear):
@@ -84,17 +68,11 @@ class Int8Linear(QuantizedLinear):
         """The weights as numbers, `[N, K]`."""
         return (self.weight * self.scales[:, None]).to(dtype)
 
-    def pack_for_cpu(self) -> Tensor:
-        return cpu.pack_int8(self.weight, self.scales)
-
-    def multiply(self, x: Tensor, *around: Any) -> Tensor:
-        if self.packed is None:
-            return torch.ops.fast_gpu.linear(x, self.weight, self.scales, None, *around)
-        return torch.ops.fast.int8_linear(x, self.packed, self.out_features, *around)
-
 
 class Int4Linear(QuantizedLinear):
     """A Linear with 4-bit weights, a scale and a zero for each group of `groupsize` inputs."""
+
+    in_groups = True
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, groupsize: int = 32):
         super().__init__(in_features, out_features, bias)
@@ -130,16 +108,8 @@ class Int4Linear(QuantizedLinear):
         """The weights as numbers, `[N, K]`."""
         return int4_values(unpack_nibbles(self.weight), self.scales, self.zeros).to(dtype)
 
-    def pack_for_cpu(self) -> Tensor:
-        return cpu.pack_int4(self.weight, self.scales, self.zeros)
 
-    def multiply(self, x: Tensor, *around: Any) -> Tensor:
-        if self.packed is None:
-            return torch.ops.fast_gpu.linear(x, self.weight, self.scales, self.zeros, *around)
-        return torch.ops.fast.int4_linear(x, self.packed, self.out_features, self.groupsize, *around)
-
-
-LINEARS: dict[str, type[Int8Linear] | type[Int4Linear]] = {
+LINEARS: dict[str, type[QuantizedLinear]] = {
     "int8": Int8Linear,
     "int4": Int4Linear,
     "int4-gptq": Int4Linear,
@@ -163,12 +133,12 @@ def swap_linears(model: nn.Module, scheme: dict[str, Any]) -> None:
     if mode not in LINEARS:
         raise ValueError(f"quantisation mode {mode!r} is not supported; supported: {', '.join(LINEARS)}")
     options = {}
-    if LINEARS[mode] is Int4Linear:
+    if LINEARS[mode].in_groups:
         if groupsize not in GROUP_SIZES:
             raise ValueError(f"group size {groupsize!r} is not supported; supported: {GROUP_SIZES}")
         options["groupsize"] = groupsize
     for name, linear in list(quantized_linears(model, scheme)):
-        if groupsize is not None and linear.in_features % groupsize:
+        if options and linear.in_features % groupsize:
             fitting = [str(size) for size in GROUP_SIZES if linear.in_features % size == 0]
             remedy = f"--groupsize {' or '.join(fitting)}" if fitting else f"--skip {name.rpartition('.')[2]}"
             raise ValueError(f"{name} has {linear.in_features} inputs, not a multiple of {groupsize}: use {remedy}")
@@ -177,85 +147,6 @@ def swap_linears(model: nn.Module, scheme: dict[str, Any]) -> None:
             swapped = LINEARS[mode](linear.in_features, linear.out_features, linear.bias is not None, **options)
         swapped.sharding = linear.sharding
         setattr(model.get_submodule(parent), child, swapped)
-
-
-def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give every Linear the kernel there is for it on its device and for activations in `dtype`, and its weight the
-    layout which that asks for; attention over the cache gets a GPU's, or the CPU's where the processor runs it fast.
-
-    On a GPU this turns cuDNN's attention off for the process: on Hopper SDPA prefers it, and it plans anew for each
-    length of a prompt, which takes longer than the attention.
-    """
-    device = next(iter(model.state_dict().values())).device
-    if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    has_kernels = kernels_missing(device, dtype) is None
-    on_cpu, on_gpu = (has_kernels and device.type == kind for kind in ("cpu", "cuda"))
-    if on_gpu:
-        from kernels import gpu, gpu_attention  # noqa: F401 - registers its operator
-
-        has_fp8 = torch.cuda.get_device_capability(device) >= (8, 9)
-        cached = (dtype, torch.int8, *[torch.float8_e4m3fn] * has_fp8)
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.pack(dtype)
-        elif isinstance(module, nn.Linear) and on_cpu and module.in_features % 2 == 0:
-            module.register_buffer("packed", cpu.pack_bf16(module.weight))
-            module.weight, module.kernel = None, multiply_on_cpu
-        elif isinstance(module, nn.Linear) and on_gpu and module.in_features % 32 == 0:
-            module.kernel, module.kernel_rows = multiply_on_gpu, gpu.MAX_ROWS
-        elif hasattr(module, "kv_cache") and on_cpu and cpu.is_fast() and module.head_dim % 32 == 0:
-            module.kernels = dict.fromkeys((torch.bfloat16, torch.int8), attend_on_cpu)
-        elif hasattr(module, "kv_cache") and on_gpu and module.head_dim <= 128:
-            module.kernels = dict.fromkeys(cached, attend_on_gpu)
-
-
-def multiply_on_cpu(linear: nn.Module, x: Tensor, *around: Any) -> Tensor:
-    """The product of a `model.Linear` with its packed weight."""
-    return torch.ops.fast.bf16_linear(x, linear.packed, linear.out_features, *around)
-
-
-def multiply_on_gpu(linear: nn.Module, x: Tensor, *around: Any) -> Tensor:
-    """The product of a `model.Linear` with a few rows."""
-    return torch.ops.fast_gpu.linear(x, linear.weight, None, None, *around)
-
-
-def attend_on_cpu(
-    attention: nn.Module, qkv: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, n_slots: int
-) -> Tensor:
-    """`model.Attention.attend` with the CPU's kernel."""
-    q, k, v = attention.heads(qkv, cos, sin)
-    attention.kv_cache.write(input_pos, k, v)
-    k, v, *scales = attention.kv_cache.stored(len(q), n_slots)
-    y = torch.ops.fast.decode_attention(q, k, v, input_pos, attention.window, *scales)
-    return y.transpose(1, 2).flatten(2)
-
-
-def attend_on_gpu(
-    attention: nn.Module, qkv: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, n_slots: int
-) -> Tensor:
-    """`model.Attention.attend` with the GPU's kernels, which find out themselves how many slots are valid."""
-    norms = (None, None, 0.0)
-    if attention.q_norm is not None:
-        norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps
-    return torch.ops.fast_gpu.decode_attention(
-        qkv, cos, sin, input_pos, attention.window, *norms, *attention.kv_cache.buffers()
-    )
-
-
-def kernels_missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Why plain PyTorch multiplies, and on a GPU attends, in one line; None where there are kernels."""
-    if torch.device(device).type == "cuda":
-        try:
-            from kernels import gpu
-        except ModuleNotFoundError as error:
-            return f"a GPU's kernels need the package {error.name}: pip install {error.name}"
-        return gpu.missing(device, dtype)
-    if torch.device(device).type != "cpu":
-        return f"there is no kernel for quantised weights on {device}"
-    if dtype != torch.bfloat16:
-        return f"the kernels for quantised weights take bfloat16, not {str(dtype).removeprefix('torch.')}"
-    return cpu.load()
 
 
 def pack_nibbles(q: Tensor) -> Tensor:

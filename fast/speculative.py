@@ -28,18 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast.checkpoint import load_model
-from fast.decoding import (
-    Steps,
-    check_fit,
-    compile_step,
-    copy_to_host,
-    in_a_team,
-    kv_slots,
-    lay_out,
-    stream,
-    time_kernels,
-    wait,
-)
+from fast.compiling import compile_step
+from fast.decoding import Steps, check_fit, copy_to_host, kv_slots, lay_out, stream, time_kernels, wait
+from fast.layers import together
 from fast.metrics import bytes_per_step
 from fast.sampling import Sampling, draw
 from fast.tokenizer import Tokenizer, load_tokenizer
@@ -216,7 +207,8 @@ def build_speculative_steps(
     if compile:
         draft = compile_step(draft, (None, None, None, None, 0), mode="reduce-overhead")
         verify = compile_step(verify, (None, None, None, None, 0, None), mode="reduce-overhead")
-    return SpeculativeSteps(plain, drafter, in_a_team(model, draft), in_a_team(model, verify))
+    drafting = drafter.model if isinstance(drafter, DraftModel) else model
+    return SpeculativeSteps(plain, drafter, together(drafting, draft), together(model, verify))
 
 
 def candidates(

@@ -42,11 +42,13 @@ from measuring import (
 from tqdm import tqdm
 
 from fast.cli import CACHE_DTYPES, resolve_device, resolve_kv_dtype
-from fast.decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
+from fast.compiling import missing_compiler, set_compile_flags
+from fast.decoding import Steps, build_steps, stream, warm_up
+from fast.families import preset
+from fast.layers import kernels_missing
 from fast.metrics import peak_memory, write_json
-from fast.quantized import GROUP_SIZES, kernels_missing
+from fast.quantized import GROUP_SIZES
 from fast.sampling import Sampling
-from model import ModelArgs
 from tp import ALONE
 
 
@@ -64,7 +66,7 @@ def capacities_of(args: argparse.Namespace) -> list[int]:
 
 def prepare(args: argparse.Namespace, mode: str) -> list[Steps]:
     """The steps for each capacity of the KV cache, on the same weights."""
-    capacities, shape = capacities_of(args), ModelArgs.from_name(args.model)
+    capacities, shape = capacities_of(args), preset(args.model)
     shape = dataclasses.replace(shape, context_length=max(shape.context_length, *capacities))
     model = build_model(shape, *resolve_device(args), scheme_of(args, mode))
     twins = with_caches(model, max(args.batch_size), capacities, resolve_kv_dtype(args))
@@ -129,7 +131,7 @@ def measure_model(args: argparse.Namespace) -> dict[str, Any]:
     if args.compile:  # Each batch size as if it were alone; else the second would be compiled for any.
         torch._dynamo.config.automatic_dynamic_shapes = len(args.mode) * len(decodes) == 1
     print(f"building {args.model} and warming up ...", file=sys.stderr)
-    yardstick, by_mode = Yardstick(ModelArgs.from_name(args.model), *resolve_device(args)), {}
+    yardstick, by_mode = Yardstick(preset(args.model), *resolve_device(args)), {}
     prefills, points = [], []
     for mode in args.mode:
         by_mode[mode] = steps = prepare(args, mode)
@@ -145,7 +147,7 @@ def measure_model(args: argparse.Namespace) -> dict[str, Any]:
 def measure_shapes(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of every product of a decode step, in memory for one shape in every mode at a time."""
     device, dtype = resolve_device(args)
-    shape, products = ModelArgs.from_name(args.model), []
+    shape, products = preset(args.model), []
     yardstick = Yardstick(shape, device, dtype)
     for name, pick in SHAPES.items():
         points = []
@@ -203,7 +205,7 @@ def print_table(r: dict[str, Any]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--model", required=True, help="a preset of model.py, such as tinyllama-1.1b")
+    add("--model", required=True, help="a preset of fast/families.py, such as tinyllama-1.1b")
     add("--mode", nargs="+", choices=["bf16", "int8", "int4"], default=["bf16"], help="one or several")
     add("--groupsize", type=int, choices=GROUP_SIZES, default=32, help="of int4")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the decode step")
@@ -234,7 +236,7 @@ def check(args: argparse.Namespace) -> None:
     lengths = [*args.prompt_length, *args.context_length, *args.batch_size, args.new_tokens - 1, args.repeats]
     if min(lengths) < 1:
         raise ValueError("--new_tokens must be at least 2; lengths, --batch_size and --repeats at least 1")
-    ModelArgs.from_name(args.model)
+    preset(args.model)
     capacities_of(args)
     if args.plot and args.shapes:
         raise ValueError("--plot draws prefills and decodes, which --shapes leaves out")

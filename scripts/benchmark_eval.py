@@ -19,11 +19,11 @@ import _root  # noqa: F401 - finds the modules of the repository's root
 import torch
 from benchmark import build_model, hardware
 
-from fast.checkpoint import HF_MODULES
 from fast.cli import DEMO, resolve_device
-from fast.decoding import set_compile_flags
+from fast.compiling import set_compile_flags
+from fast.families import HF_MODULES, preset
 from fast.metrics import write_json
-from model import ModelArgs, Transformer
+from model import Transformer
 from tp import ALONE
 
 Item = list[tuple[None, list[int], list[int]]]  # four requests as the harness hands them to a model, tokens only
@@ -86,7 +86,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device, dtype = resolve_device(args)
     set_compile_flags(device)
     print(f"building {args.model} ...", file=sys.stderr)
-    model = build_model(ModelArgs.from_name(args.model), device, dtype)
+    model = build_model(preset(args.model), device, dtype)
     tokenizer = AutoTokenizer.from_pretrained(DEMO)  # only tokens are scored; HFLM wants one all the same
     theirs = HFLM(pretrained=to_transformers(model), tokenizer=tokenizer, device=device, batch_size=1)
     ours = FastLM(model, load_tokenizer(DEMO), batch_size=args.batch_size, compile=args.compile)
@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def run(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--model", required=True, help="a preset of model.py, such as tinyllama-1.1b")
+    add("--model", required=True, help="a preset of fast/families.py, such as tinyllama-1.1b")
     add("--items", type=int, default=16, help="items to time; one to warm up comes on top")
     add("--per_turn", type=int, default=8, help="items that one model scores before the other's turn")
     add("--batch_size", default="auto", help="ours; HFLM's is 1")

@@ -23,7 +23,9 @@ from benchmark import build_model, hardware
 from torch import Tensor
 
 from fast.cli import resolve_device
-from fast.decoding import Steps, build_steps, missing_compiler, set_compile_flags, stream, warm_up
+from fast.compiling import missing_compiler, set_compile_flags
+from fast.decoding import Steps, build_steps, stream, warm_up
+from fast.families import preset
 from fast.metrics import write_json
 from fast.sampling import Sampling
 from fast.speculative import (
@@ -36,7 +38,7 @@ from fast.speculative import (
     speculate,
     warm_up_speculation,
 )
-from model import ModelArgs, Transformer
+from model import Transformer
 from tp import ALONE
 
 SCHEMES = {"none": None, "int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
@@ -54,7 +56,7 @@ def forcing(n: int):
 
 def model_of(name: str, scheme: dict[str, Any] | None, args: argparse.Namespace, capacity: int) -> Transformer:
     device, dtype = resolve_device(args)
-    shape = ModelArgs.from_name(name)
+    shape = preset(name)
     shape = dataclasses.replace(shape, context_length=max(shape.context_length, capacity))
     model = build_model(shape, device, dtype, scheme)
     model.setup_caches(args.batch_size, capacity, spare=SPARE)
@@ -111,7 +113,7 @@ def print_table(result: dict[str, Any]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--model", required=True, help="a preset of model.py, such as tinyllama-1.1b")
+    add("--model", required=True, help="a preset of fast/families.py, such as tinyllama-1.1b")
     add("--draft", default="stories-15m", help="the preset that drafts")
     add("--prompt_lookup", action="store_true", help="draft by prompt lookup instead")
     add("--mode", choices=list(SCHEMES), default="none", help="how the target is quantised")
@@ -132,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--prompt_length, --batch_size and --repeats must be at least 1, --new_tokens at least 2")
     if unfit := [n for n in args.accept if not 0 <= n <= k]:
         raise ValueError(f"--accept {unfit[0]} must be 0 to --speculate_k, which is {k}")
-    shapes = [ModelArgs.from_name(name).vocab_size for name in (args.model, args.draft)]
+    shapes = [preset(name).vocab_size for name in (args.model, args.draft)]
     if shapes[0] != shapes[1] and not args.prompt_lookup:
         raise ValueError(f"--draft {args.draft} has a vocabulary of {shapes[1]} tokens, --model {shapes[0]}")
     device, dtype = resolve_device(args)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from measuring import replay_seconds
 
-from model import ModelArgs
+from fast.families import preset
 
 MODES: dict[str, dict[str, Any] | None] = {
     "bf16": None,
@@ -27,7 +27,7 @@ MODES: dict[str, dict[str, Any] | None] = {
     "int4 g128": {"mode": "int4", "groupsize": 128},
 }
 WHOLE_MODELS = ("int4", "bf16", "int8")  # the modes of which whole models are measured
-MODELS = {"7B": ModelArgs.from_name("llama-2-7b"), "8B": ModelArgs.from_name("llama-3.1-8b")}
+MODELS = {"7B": preset("llama-2-7b"), "8B": preset("llama-3.1-8b")}
 
 COPY, PRODUCT, LAUNCH = (
     "copy, bytes read and written",

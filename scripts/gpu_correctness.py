@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from fast.checkpoint import load_model
 from fast.cli import DEMO
 from fast.decoding import build_steps, stream
-from fast.quantized import LINEARS, attend_on_gpu, kernels_missing, multiply_on_gpu, pack_linears, quantized_linears
+from fast.layers import FastKVCache, fast_linear, fused, kernels_missing, speed_up
+from fast.quantized import LINEARS, QuantizedLinear, quantized_linears
 from fast.sampling import Sampling
 from fast.speculative import SPARE, PromptLookup, build_speculative_steps, speculate
 from fast.tokenizer import load_tokenizer
+from kernels import gpu
 from model import (
     KV_DTYPES,
     Attention,
@@ -33,7 +35,6 @@ from model import (
     Transformer,
     attention_mask,
     grouped_attention,
-    project,
     rope_table,
 )
 
@@ -54,12 +55,12 @@ class Surrounded(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         residual = residual if self.name in ("wo", "w2") else None
-        return project(self.linear, x, self.norm, residual, gated=self.name == "w13")
+        return fused(self.linear, x, self.norm, residual, gated=self.name == "w13")
 
 
 def product_error(run: Surrounded, x: Tensor, residual: Tensor, y: Tensor) -> float:
-    """How far `y` is from float32 arithmetic on the same weights, in units of x's rounding."""
-    linear, is_quantized = run.linear, hasattr(run.linear, "dequantize")
+    """How far `y` is from `run`, of a textbook's Linear, in float32 arithmetic; in units of x's rounding."""
+    linear, is_quantized = run.linear, isinstance(run.linear, QuantizedLinear)
     with torch.device("meta"):
         plain = Linear(linear.in_features, linear.out_features, False, Sharding())
     weight = linear.dequantize(torch.float32) if is_quantized else linear.weight.float()
@@ -94,10 +95,11 @@ def product_errors(mode: str, args: ModelArgs, device: str, dtype: torch.dtype, 
     errors = []
     for name in ("w13", "w2"):
         run = random_product(name, mode, args, device, dtype)
-        run.linear.has_kernel, run.linear.kernel = True, multiply_on_gpu
+        fast = Surrounded(name, fast_linear(run.linear, gpu), device, dtype)
+        fast.norm = run.norm
         for rows in all_rows:
             x, residual = run.inputs(rows, device, dtype)
-            errors.append(product_error(run, 3 * x, residual, run(3 * x, residual)))
+            errors.append(product_error(run, 3 * x, residual, fast(3 * x, residual)))
     return errors
 
 
@@ -115,11 +117,12 @@ def attention_error(
         if norm is not None:
             norm.weight.uniform_(0.5, 2)
     shape, slots = (B, args.n_kv_heads, n_slots, args.head_dim), torch.arange(n_slots, device=device)
-    cache = attention.kv_cache = KVCache(shape, torch.device(device), kv_dtype)
+    cache = attention.kv_cache = FastKVCache(gpu.attention, shape, torch.device(device), kv_dtype)
     k, v = torch.randn(2, *shape, device=device, dtype=dtype)
     cache.write(slots.expand(B, -1), k, v / 1000)
-    qkv = torch.randn(B, S, sum(attention.qkv_sizes), device=device, dtype=dtype)
-    qkv[..., -attention.qkv_sizes[2] :] /= 1000
+    sizes = attention.wqkv.sharding.parts
+    qkv = torch.randn(B, S, sum(sizes), device=device, dtype=dtype)
+    qkv[..., -sizes[2] :] /= 1000
     cos, sin = rope_table(args, positions)
     twin = copy.deepcopy(cache)
     q, k, v = attention.heads(qkv, cos, sin)
@@ -128,7 +131,7 @@ def attention_error(
     exact = grouped_attention(q.float(), *numbers(twin), mask).transpose(1, 2)
     for buffer in list(cache.buffers())[-2:]:
         buffer[(slots >= positions[:, :1])[:, None].expand(shape[:3])] = torch.nan
-    y = attend_on_gpu(attention, qkv, cos, sin, positions, n_slots).unflatten(-1, (-1, args.head_dim))
+    y = cache.attend(attention, qkv, cos, sin, positions, n_slots, mask).unflatten(-1, (-1, args.head_dim))
     errors = [vector_error(y, exact, dtype)]
     is_valid = (slots <= positions[:, -1:])[:, None, :, None]
     for ours, theirs in zip(numbers(cache), numbers(twin), strict=True):
@@ -154,8 +157,6 @@ def kernel_rows(card: Card) -> Iterator[Row]:
     for mode, all_rows in (("bf16", some), ("int8", some), ("int4", some), ("int4 g128", (1, 6))):
         errors = product_errors(mode, MODELS["8B"], card.device, card.dtype, all_rows)
         yield error_row(f"{mode} products, {all_rows[0]} to {all_rows[-1]} rows", errors)
-    from kernels import gpu_attention  # noqa: F401 - registers the operator
-
     first = torch.tensor([[0], [2730], [8186]], device=card.device)  # of three rows
     args, normed = MODELS["8B"], dataclasses.replace(MODELS["8B"], qk_norm=True, sliding_window=1000)
     has_fp8 = torch.cuda.get_device_capability(card.device) >= (8, 9)
@@ -192,7 +193,7 @@ def logits_rows(card: Card) -> Iterator[Row]:
     idx = torch.randint(TINY.vocab_size, (2, 40))
 
     def error(model: Transformer, exact: Tensor) -> float:
-        found = cached_logits(model, idx.to(model.norm.weight.device), 32)
+        found = cached_logits(model, idx.to(model.tok_embeddings.weight.device), 32)
         return float((found - exact).norm() / exact.norm())
 
     exact = float32(idx)
@@ -209,7 +210,7 @@ def logits_rows(card: Card) -> Iterator[Row]:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(card.dtype)
         model = model.to(card.device)
-        pack_linears(model, card.dtype)
+        speed_up(model, card.dtype)
         yield within(f"tiny model, {mode}: logits beside the CPU's float32", "relative", limit, error(model, exact))
 
 

@@ -34,7 +34,7 @@ from gpu_correctness import CORRECTNESS
 from gpu_speed import DECODES, DEMO_PARTS, PRODUCTS, WAITS, startup_rows
 from tqdm import tqdm
 
-from fast.decoding import set_compile_flags
+from fast.compiling import set_compile_flags
 from fast.metrics import write_json
 from tp import ALONE
 

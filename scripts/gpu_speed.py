@@ -7,7 +7,6 @@ the generated code, on a machine without a GPU (`COUNTED_...`). Weights are rand
 """
 
 import contextlib
-import copy
 import dataclasses
 import gzip
 import json
@@ -22,6 +21,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -45,14 +45,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import quantize
 from fast.checkpoint import load_model
 from fast.cli import DEMO
-from fast.decoding import Steps, build_steps, compile_step, kv_slots, stream, time_kernels, warm_up
+from fast.compiling import compile_step
+from fast.decoding import Steps, build_steps, kv_slots, stream, time_kernels, warm_up
+from fast.layers import FastKVCache, fast_linear, kernels_missing
 from fast.metrics import bytes_per_step
-from fast.quantized import Int4Linear, attend_on_gpu, kernels_missing
+from fast.quantized import Int4Linear, QuantizedLinear
 from fast.sampling import Sampling
 from fast.speculative import SPARE, PromptLookup, build_speculative_steps, speculate, warm_up_speculation
 from fast.tokenizer import load_tokenizer
-from kernels.gpu_choice import asked_by, trying
-from model import Attention, KVCache, Transformer, rope_table
+from kernels import gpu
+from kernels.gpu.choice import asked_by, trying
+from model import Attention, Transformer, rope_table
 
 N_LAYERS = 8  # of the 8B shape, so that it fits small GPUs
 FEWER_LAYERS = 4  # what N_LAYERS take more than these says what a layer takes
@@ -64,8 +67,8 @@ PROMPT_LENGTHS = (200, 517, 1111)
 COUNTED_LAUNCHES = {1: (6, 8), 8: (6, 7)}
 COUNTED_VERIFY = 65  # the pass over 6 rows, 8 layers; 2 more with torch 2.11
 COUNTED_DEMO = 36  # a greedy decode step of the demo
-COUNTED_ATTENTION = 2  # that of kernels/gpu_attention.py
-# Instructions for each weight that kernels/gpu.py issues at one row, counted the same day in sm_90 machine code.
+COUNTED_ATTENTION = 2  # that of kernels/gpu/flash_decoding.py
+# Instructions for each weight that kernels/gpu issues at one row, counted the same day in sm_90 machine code.
 COUNTED_INSTRUCTIONS = {
     "int4": {"wqkv": 3.0, "wo": 3.4, "w13": 2.6, "w2": 2.5, "output": 2.7},
     "int8": {"wqkv": 3.8, "wo": 4.2, "w13": 3.6, "w2": 3.4, "output": 3.5},
@@ -105,7 +108,8 @@ def recorded_graphs() -> int:
 
 def regret(model: Transformer, prompt: list[int], tokens: list[int]) -> float:
     """How much less likely than the likeliest a greedy token was at worst, by `model`: in deviations of the logits."""
-    logits = model(torch.tensor([prompt + tokens], device=model.norm.weight.device))[0, len(prompt) - 1 : -1].float()
+    idx = torch.tensor([prompt + tokens], device=model.tok_embeddings.weight.device)
+    logits = model(idx)[0, len(prompt) - 1 : -1].float()
     chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
     return float(((logits.amax(1) - chosen) / logits.std(1)).max())
 
@@ -146,32 +150,24 @@ DEMO_PARTS: list[Part] = [partial(demo_rows, mode=mode) for mode in WHOLE_MODELS
 # ---- Step 4: single products.
 
 
+def kernels_of(card: Card) -> ModuleType | None:
+    """The GPU's kernels, if it is a GPU that has them."""
+    return gpu if card.device.startswith("cuda") and kernels_missing(card.device, card.dtype) is None else None
+
+
 class Int4Pack(nn.Module):
     """The product by PyTorch's own int4 operator, whose formula is the same: w = (q - 8) scale + zero."""
-
-    has_collective = False
 
     def __init__(self, linear: Int4Linear):
         super().__init__()
         self.in_features, self.out_features, self.groupsize = linear.in_features, linear.out_features, linear.groupsize
-        self.dequantize = linear.dequantize
         swapped = linear.weight << 4 | linear.weight >> 4  # it takes the even input from the high four bits
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(swapped, 8))
         self.register_buffer("scales", torch.stack((linear.scales, linear.zeros), -1).transpose(0, 1).contiguous())
 
-    def has_kernel_for(self, x: Tensor) -> bool:
-        return False
-
     def forward(self, x: Tensor) -> Tensor:
         y = torch.ops.aten._weight_int4pack_mm(x.flatten(0, -2), self.packed, self.groupsize, self.scales)
         return y.unflatten(0, x.shape[:-1])
-
-
-def plain_copy(linear: nn.Module) -> nn.Module:
-    """The same weights, multiplied by plain PyTorch."""
-    twin = copy.copy(linear)
-    twin.has_kernel, twin.kernel = False, None
-    return twin
 
 
 Call = Callable[[Surrounded, Tensor, Tensor], Tensor]
@@ -200,18 +196,18 @@ def candidates(card: Card, name: str, linears: list[nn.Module], rows: int, other
     Each is the product's name, without one for the bare product, the modules, and how they are called.
     """
     compiled = torch.compile(call, fullgraph=True, dynamic=False) if card.compile else call
-    copies, is_float = [plain_copy(linear) for linear in linears], not hasattr(linears[0], "dequantize")
-    plain, bare = {"Inductor": (name, copies, compiled)}, {"F.linear, bare": ("", copies, call)}
-    if not linears[0].has_kernel_for(torch.empty(1, rows, 1, device="meta")):
+    plain, bare = {"Inductor": (name, linears, compiled)}, {"F.linear, bare": ("", linears, call)}
+    if (backend := kernels_of(card)) is None:
         return bare if others else plain
+    fast = [fast_linear(linear, backend) for linear in linears]
     if not others:
-        return {"kernels/gpu.py": (name, linears, call)}
-    found = bare if is_float else plain
+        return {"kernels/gpu": (name, fast, call)}
+    found = plain if isinstance(linears[0], QuantizedLinear) else bare
     if isinstance(linears[0], Int4Linear) and card.dtype == torch.bfloat16:
         found["aten._weight_int4pack_mm, bare"] = ("", [Int4Pack(linear) for linear in linears], call)
-    run = Surrounded(name, linears[0], card.device, card.dtype)
+    run = Surrounded(name, fast[0], card.device, card.dtype)
     ((ways, _),) = asked_by(run, *run.inputs(rows, card.device, card.dtype)).values()
-    return {**{f"kernels/gpu.py, {way}": (name, linears, taking(way)) for way in ways}, **found}
+    return {**{f"kernels/gpu, {way}": (name, fast, taking(way)) for way in ways}, **found}
 
 
 def call_all(run: Callable[..., Tensor], each: list[nn.Module], *args: Any) -> list[Tensor]:
@@ -238,21 +234,22 @@ def time_each(ways: dict[str, Callable[[], float]], otherwise: str) -> tuple[str
 def product_row(card: Card, model: str, name: str, mode: str, rows: int, others: bool) -> Row:
     """The fastest candidate for one product, with weights that take turns so that no cache holds them."""
     linear = SHAPES[name](meta_model(MODELS[model], card.dtype, MODES[mode]))
-    rotation = Rotation(linear, card.device, card.dtype, MODES[mode])
+    rotation = Rotation(linear, card.device, card.dtype, MODES[mode], is_fast=False)
     linears, n_bytes = [one.linear for one in rotation.copies], rotation.nbytes / len(rotation.copies)
     errors = {}
 
     def time_it(label: str, around: str, modules: list[nn.Module], run: Call) -> float:
         each = [Surrounded(around, module, card.device, card.dtype) for module in modules]
         x, residual = each[0].inputs(rows, card.device, card.dtype)
-        errors[label] = product_error(each[0], x, residual, run(each[0], x, residual))
+        exact = Surrounded(around, linears[0], card.device, card.dtype)
+        errors[label] = product_error(exact, x, residual, run(each[0], x, residual))
         return replay_seconds(card.device, call_all, run, each, x, residual) / len(each)
 
     found = candidates(card, name, linears, rows, others)
     ways = {label: partial(time_it, label, *way) for label, way in found.items()}
     fastest, seconds, failed = time_each(ways, f"{model} {name}, {mode}: nothing multiplies")
     predicted = card.copy and n_bytes / card.copy
-    if predicted and rows == 1 and fastest == "kernels/gpu.py":
+    if predicted and rows == 1 and fastest == "kernels/gpu":
         issued = COUNTED_INSTRUCTIONS[mode.split()[0]][name] * linear.in_features * linear.out_features / 32
         predicted = max(predicted, issued / issue_rate(card.device))
     what = f"{model} {name}, {mode}, {rows} row{'s' if rows > 1 else ''}: {fastest}"
@@ -281,10 +278,9 @@ def attention_rows(card: Card, batch: int) -> Iterator[Row]:
     args, layers = MODELS["8B"], []
     plain = torch.compile(Attention.attend, fullgraph=True, dynamic=False) if card.compile else Attention.attend
     ways = {"Inductor": lambda *given: plain(*given, mask)}
-    if card.device.startswith("cuda") and kernels_missing(card.device, card.dtype) is None:
-        from kernels import gpu_attention  # noqa: F401 - registers the operator
-
-        ways["kernels/gpu_attention.py"] = attend_on_gpu
+    attends = kernels_of(card) and gpu.attention
+    if attends:
+        ways["kernels/gpu"] = lambda attention, *given: attention.kv_cache.attend(attention, *given, None)
     for context in CONTEXTS:
         position = torch.full((batch, 1), context - 1, device=card.device)
         mask = torch.ones(batch, 1, 1, context, dtype=torch.bool, device=card.device)
@@ -293,8 +289,8 @@ def attention_rows(card: Card, batch: int) -> Iterator[Row]:
             with torch.device("meta"):
                 layers.append(Attention(args))
             shape = (batch, args.n_kv_heads, context + 1, args.head_dim)
-            layers[-1].kv_cache = KVCache(shape, torch.device(card.device), card.dtype)
-        qkv = torch.randn(batch, 1, sum(layers[0].qkv_sizes), device=card.device, dtype=card.dtype)
+            layers[-1].kv_cache = FastKVCache(attends, shape, torch.device(card.device), card.dtype)
+        qkv = torch.randn(batch, 1, sum(layers[0].wqkv.sharding.parts), device=card.device, dtype=card.dtype)
         given = (layers, qkv, *rope_table(args, position), position, context)
         calls = {label: partial(replay_seconds, card.device, call_all, way, *given) for label, way in ways.items()}
         fastest, seconds, failed = time_each(calls, f"8B attention, {batch} at {context}: nothing attends")
@@ -410,17 +406,17 @@ def overlap_rows(card: Card, mode: str) -> Iterator[Row]:
     """The model's kernels in a graph, where each may start before the one before it ends, beside the same without."""
     if card.device.startswith("cuda") and torch.cuda.get_device_capability(card.device) < (9, 0):
         return
-    from kernels import gpu
+    from kernels.gpu import products
 
     (model,) = with_caches(build(card, mode, N_LAYERS), 1, [CONTEXTS[0] + 1])
     args = *torch.full((2, 1, 1), CONTEXTS[0], device=card.device), model.slots
     rates, logits = [], []
     try:
-        for gpu.OVERLAP in (False, True):
+        for products.OVERLAP in (False, True):
             rates.append(1 / replay_seconds(card.device, model, *args))
             logits.append(model(*args))
     finally:
-        gpu.OVERLAP = False
+        products.OVERLAP = False
     is_right = None if torch.equal(*logits) else False
     yield Row(f"8B, {mode}, 1 at {CONTEXTS[0]}: overlapping kernels, no sampling", "tokens/s", *rates, is_right)
 

@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast.decoding import Steps, stream
+from fast.layers import backend_for, replace_linears, speed_up
 from fast.metrics import bytes_per_step, memory_to_read
-from fast.quantized import pack_linears, swap_linears
-from kernels import gpu_choice
+from fast.quantized import swap_linears
+from kernels.gpu import choice
 from model import ModelArgs, Transformer
 
 MAX_COPIES = 128  # of a weight that is rotated past the caches: as many calls make one compiled graph
@@ -45,7 +46,7 @@ def fill(tensor: Tensor, noise: Tensor) -> None:
 
 
 def fill_weights(module: nn.Module, dtype: torch.dtype, scheme: dict[str, Any] | None) -> None:
-    """Random weights for all of `module`, norms at one, packed for the kernels as a loaded checkpoint's are."""
+    """Random weights for all of `module`, norms at one."""
     noise = noise_block(next(iter(module.state_dict().values())).device, dtype)
     whole = torch.randint(-127, 128, noise.shape, device=noise.device, dtype=torch.int8)
     for name, parameter in module.named_parameters():
@@ -58,7 +59,6 @@ def fill_weights(module: nn.Module, dtype: torch.dtype, scheme: dict[str, Any] |
             fill(buffer.view(torch.int8), whole)
         else:  # so that weights spread as the noise does
             buffer.fill_(0.0 if name.endswith("zeros") else 0.02 / (73 if scheme["mode"] == "int8" else 4.6))
-    pack_linears(module, dtype)
 
 
 def meta_model(args: ModelArgs, dtype: torch.dtype, scheme: dict[str, Any] | None) -> Transformer:
@@ -75,7 +75,7 @@ def meta_model(args: ModelArgs, dtype: torch.dtype, scheme: dict[str, Any] | Non
 
 
 def build_model(args: ModelArgs, device: str, dtype: torch.dtype, scheme: dict[str, Any] | None = None) -> Transformer:
-    """A model with random weights, made on the device. scheme: as for `meta_model`."""
+    """A model with random weights, made on the device, fast as a loaded one. scheme: as for `meta_model`."""
     model = meta_model(args, dtype, scheme)
     tied = model.args.tie_embeddings
     if tied:
@@ -84,6 +84,7 @@ def build_model(args: ModelArgs, device: str, dtype: torch.dtype, scheme: dict[s
     if tied:
         model.output.weight = model.tok_embeddings.weight
     fill_weights(model, dtype, scheme)
+    speed_up(model, dtype)
     return model
 
 
@@ -92,7 +93,7 @@ def with_caches(
 ) -> list[Transformer]:
     """For each capacity a model on the same weights, its KV cache written all over: with noise, int8 with zeros."""
     twins, weights = [], [*model.parameters(), *model.buffers()]
-    noise = noise_block(model.norm.weight.device, model.norm.weight.dtype)
+    noise = noise_block(model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype)
     for capacity in capacities:
         twin = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
         twin.setup_caches(batch_size, capacity, kv_dtype=kv_dtype)
@@ -106,7 +107,7 @@ def with_caches(
 def replay_seconds(device: str, function: Callable[..., Any], *args: Any) -> float:
     """Seconds that the kernels of a call take on a GPU, without the host; on a CPU a call's own, the median of 5."""
     if device.startswith("cuda"):
-        return gpu_choice.replay_seconds(function, *args)
+        return choice.replay_seconds(function, *args)
     function(*args)  # the first may compile
     return median(_elapsed(function, *args) for _ in range(5))
 
@@ -132,8 +133,8 @@ class Yardstick:
         """How long a call takes; on a GPU the mean of as many as take 5 ms, by its own clock: the host runs ahead."""
         if not self.is_cuda:
             return _elapsed(function, *args)
-        n = 1 + int(5e-3 / gpu_choice.seconds_by_events(1, function, *args))
-        return gpu_choice.seconds_by_events(n, function, *args)
+        n = 1 + int(5e-3 / choice.seconds_by_events(1, function, *args))
+        return choice.seconds_by_events(n, function, *args)
 
     def bandwidth(self) -> float:
         """Bytes per second of one plain read on a CPU, of copies on a GPU (reads plus writes)."""
@@ -285,13 +286,17 @@ class Copy(nn.Module):
 class Rotation(nn.Module):
     """Copies of one Linear, more than the caches hold, multiplied one after another as a decode step would."""
 
-    def __init__(self, linear: nn.Module, device: str, dtype: torch.dtype, scheme: dict[str, Any] | None):
-        """linear: on `meta`, as `meta_model` has it."""
+    def __init__(
+        self, linear: nn.Module, device: str, dtype: torch.dtype, scheme: dict[str, Any] | None, is_fast: bool = True
+    ):
+        """linear: on `meta`, as `meta_model` has it. is_fast: multiplied by a kernel, where there is one."""
         super().__init__()
         nbytes = sum(t.nbytes for t in linear.state_dict().values())
         n = min(MAX_COPIES, max(2, -(-past_the_caches(device) // nbytes)))
         self.copies = nn.ModuleList(Copy(copy.deepcopy(linear)) for _ in range(n)).to_empty(device=device)
         fill_weights(self.copies, dtype, scheme)
+        if is_fast:
+            replace_linears(self.copies, backend_for(device, dtype))
         self.nbytes = sum(t.nbytes for t in self.copies.state_dict().values())
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -17,7 +17,9 @@ from dataclasses import dataclass, replace
 import _root  # noqa: F401 - makes the project importable
 import torch
 
+from fast.families import preset
 from model import ModelArgs, Transformer
+from tp import divided
 
 # Tokens per second at batch size 1 on 8 A100-80GB (330 W, hybrid cube mesh), by GPUs: the README of gpt-fast at
 # https://github.com/pytorch-labs/gpt-fast, commit 0f925b5.
@@ -63,7 +65,7 @@ class Cost:
 def weight_bytes(args: ModelArgs, n_ranks: int, kind: str, shard_vocabulary: bool) -> float:
     """Bytes that a rank reads per token. gpt-fast holds the output projection whole on every rank."""
     with torch.device("meta"):
-        share = Transformer(replace(args.divided(n_ranks), n_layers=1))
+        share = Transformer(replace(divided(args, n_ranks), n_layers=1))
     layer = sum(p.numel() for p in share.layers.parameters())
     output = args.dim * (share.output.out_features if shard_vocabulary else args.vocab_size)
     return WEIGHT_BYTES[kind] * (args.n_layers * layer + output)
@@ -76,7 +78,7 @@ def collective_bytes(args: ModelArgs, n_ranks: int) -> float:
 
 def predict(machine: Machine, model: str, n_ranks: int, kind: str = "bf16", shard_vocabulary: bool = True) -> Cost:
     """The cost of a token of `model`, a preset, in weights of `kind` on `n_ranks` GPUs."""
-    args = ModelArgs.from_name(model)
+    args = preset(model)
     nbytes = weight_bytes(args, n_ranks, kind, shard_vocabulary)
     collectives = 0.0
     if n_ranks > 1:
@@ -90,7 +92,7 @@ def fit(models: list[str], link: float = 300e9) -> Machine:
     """The machine that explains the published bf16 rows of `models` best: least squares of the relative errors."""
     rows, seconds = [], []
     for model in models:
-        args = ModelArgs.from_name(model)
+        args = preset(model)
         for n, tokens_per_s in PUBLISHED[model, "bf16"].items():
             count = 2 * args.n_layers * (n > 1)
             rows.append([weight_bytes(args, n, "bf16", False), args.n_layers, count, count * math.log2(n)])
@@ -101,7 +103,7 @@ def fit(models: list[str], link: float = 300e9) -> Machine:
     per_byte, overhead, base, hop = (torch.linalg.lstsq(system, torch.ones_like(seconds)).solution * scale).tolist()
     bandwidths, overheads = {"bf16": 1 / per_byte}, {"bf16": overhead}
     for kind in ("int8", "int4"):  # two models on one GPU, two unknowns
-        sizes = [ModelArgs.from_name(model) for model in ("llama-2-7b", "llama-2-70b")]
+        sizes = [preset(model) for model in ("llama-2-7b", "llama-2-70b")]
         system = torch.tensor([[weight_bytes(a, 1, kind, False) * 1e-12, a.n_layers * 1e-5] for a in sizes])
         times = torch.tensor([1 / PUBLISHED[model, kind][1] for model in ("llama-2-7b", "llama-2-70b")])
         per_byte, per_layer = torch.linalg.solve(system.double(), times.double()).tolist()

@@ -33,7 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from demo.corpus import read_documents, split_corpus
-from model import ModelArgs, Transformer
+from fast.families import args_from_hf
+from model import Transformer
 
 BOS, CONTEXT, HEAD_DIM = 1, 512, 32
 SHAPES = {
@@ -122,7 +123,7 @@ def hf_config(shape: dict[str, int], vocab_size: int) -> dict[str, Any]:
 
 def build(config: dict[str, Any], dropout: float) -> Transformer:
     """A model with fresh weights. Hooks drop out the embeddings and what each block adds to the residual stream."""
-    model = Transformer(ModelArgs.from_hf(config))
+    model = Transformer(args_from_hf(config))
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
             adds = name.endswith(("wo.weight", "w2.weight"))  # GPT-2's rule: what is added L times starts smaller
@@ -254,7 +255,7 @@ def hf_weights(model: Transformer) -> dict[str, Tensor]:
         }
         parts |= zip(
             ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            layer.attention.wqkv.weight.split(layer.attention.qkv_sizes),
+            layer.attention.wqkv.weight.split(layer.attention.wqkv.sharding.parts),
             strict=True,
         )
         parts |= zip(("mlp.gate_proj", "mlp.up_proj"), layer.feed_forward.w13.weight.chunk(2), strict=True)

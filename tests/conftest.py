@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from fast.checkpoint import load_model
 from fast.decoding import Steps, stream
 from fast.sampling import Sampling
-from kernels import cpu
+from kernels.cpu import build
 from model import Transformer
 
-cpu.load()  # builds what is not built, before a test looks at what is printed
+build.load()  # builds what is not built, before a test looks at what is printed
 torch.set_num_threads(1)  # threads that wait for each other cost tiny models more than they give, on busy cores a lot
 
 SIZES = {

@@ -6,8 +6,10 @@ Worth knowing: the interpreter has to be chosen before triton is imported, hence
 into bfloat16 by cutting off, at twice the error of rounding.
 """
 
+import copy
 import dataclasses
 import os
+from functools import partial
 
 import gpu_correctness
 import gpu_speed
@@ -16,14 +18,21 @@ import torch
 import triton.language as tl
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fast.quantized import GROUP_SIZES, Int4Linear, Int8Linear, attend_on_gpu, multiply_on_gpu, pack_linears
-from kernels import gpu, gpu_attention, gpu_choice
-from model import Attention, KVCache, Linear, ModelArgs, RMSNorm, Sharding, Transformer, project, rope_table
+from fast.layers import FastBlock, FastKVCache, FastLinear, fast_linear, fused, speed_up
+from fast.quantized import GROUP_SIZES, Int4Linear, Int8Linear
+from kernels import gpu
+from kernels.gpu import choice, flash_decoding, products
+from model import Attention, KVCache, Linear, ModelArgs, RMSNorm, Sharding, Transformer, rope_table
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.bfloat16, torch.float16]
 BOUND = 1.0 if DEVICE == "cpu" else 0.6
 torch.set_num_threads(1)
+
+
+def set_multiprocessors(monkeypatch, n: int) -> None:
+    for module in (products, flash_decoding):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: n)
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +42,13 @@ def _small_gpu(monkeypatch):
     And noise that is the same in every run.
     """
     torch.manual_seed(0)
-    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 1)
+    set_multiprocessors(monkeypatch, 1)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(gpu_choice, "_fastest", {})
+    monkeypatch.setattr(choice, "_fastest", {})
 
 
 @pytest.fixture(autouse=True)
@@ -58,18 +67,17 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
 
 
-def product(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    module.has_kernel = True
-    return module.to(DEVICE)(x)
-
-
 def float_linear(weight: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None = None) -> Linear:
-    """A Linear with these weights and the GPU's kernel."""
+    """A textbook's Linear with these weights."""
     linear = Linear(weight.shape[1], weight.shape[0], bias is not None, Sharding()).requires_grad_(False)
-    linear.weight.data, linear.kernel = weight.to(dtype), multiply_on_gpu
+    linear.weight.data = weight.to(dtype)
     if bias is not None:
         linear.bias.data = bias.to(dtype)
-    return linear
+    return linear.to(DEVICE)
+
+
+def product(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return fast_linear(module.to(DEVICE), gpu)(x)
 
 
 def is_right(module: torch.nn.Module, x: torch.Tensor) -> bool:
@@ -130,7 +138,7 @@ def test_a_prefill(dtype, n, k):
     ],
 )
 def test_what_surrounds_a_product(rows, n, k, gated):
-    """Norm, bias, gates and residual by the kernels, beside `project` without any in float32."""
+    """Norm, bias, gates and residual by the kernels, beside the textbook's in float32."""
     x, bias, around = 30 * normal(rows, k).half(), normal(n).half(), {"gated": True} if gated else {}
     norm = RMSNorm(k, eps=1.0).to(DEVICE).requires_grad_(False)
     norm.weight.data = normal(k).half()
@@ -141,11 +149,8 @@ def test_what_surrounds_a_product(rows, n, k, gated):
         is_float = isinstance(module, Linear)
         weight = module.weight.float() if is_float else module.dequantize(torch.float32)
         linear = float_linear(weight, torch.float32, bias)
-        linear.kernel, module.has_kernel = None, True
-        exact = project(
-            linear, x[None].float(), norm, **{k: v if k == "gated" else v.float() for k, v in around.items()}
-        )
-        y = project(module, x[None], norm, **around)
+        exact = fused(linear, x[None].float(), norm, **{k: v if k == "gated" else v.float() for k, v in around.items()})
+        y = fused(fast_linear(module.to(DEVICE), gpu), x[None], norm, **around)
         assert (y.dtype, y.shape) == (x.dtype, exact.shape)
         assert float((y.float() - exact).norm() / exact.norm()) < 2 * torch.finfo(x.dtype).eps
 
@@ -173,8 +178,7 @@ def test_operators_keep_pytorchs_rules():
 
 def test_one_compiled_graph_serves_every_number_of_rows():
     counter = CompileCounterWithBackend("aot_eager")
-    module = Int8Linear.from_float(normal(8, 64))
-    module.has_kernel = True
+    module = fast_linear(Int8Linear.from_float(normal(8, 64)), gpu)
     compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
     for rows in (2, 7, 30):
         x = normal(rows, 64).half()
@@ -204,7 +208,7 @@ def test_the_reports_products(mode, rows):
     assert 0 < max(errors) < 2
 
 
-def launches_of(monkeypatch, name: str, module=gpu) -> list[dict[str, int]]:
+def launches_of(monkeypatch, name: str, module=products) -> list[dict[str, int]]:
     """The constants of every launch of this kernel from now on."""
     launched, kernel = [], getattr(module, name)
 
@@ -221,7 +225,7 @@ def test_the_report_times_every_way(monkeypatch, kind):
     """Each candidate launches the tiles it is named after, and multiplies right."""
     weight = normal(64, 2048) / 16
     linear = float_linear(weight, torch.float16) if kind == "float" else Int4Linear.from_float(weight, groupsize=32)
-    linear.has_kernel = True
+    monkeypatch.setattr(gpu_speed, "kernels_of", lambda card: gpu)
     card = gpu_speed.Card(DEVICE, torch.float16, None, compile=False)
     launched = launches_of(monkeypatch, "_multiply")
     found = gpu_speed.candidates(card, "w13", [linear], 1, others=True)
@@ -229,11 +233,12 @@ def test_the_report_times_every_way(monkeypatch, kind):
     for label, (name, modules, call) in found.items():
         run = gpu_correctness.Surrounded(name, modules[0], DEVICE, torch.float16)
         x, residual = run.inputs(1, DEVICE, torch.float16)
-        assert gpu_correctness.product_error(run, x, residual, call(run, x, residual)) < 2, label
-    names = [f"kernels/gpu.py, {way['num_warps']} warps, {way['BLOCK_N']} outputs" for way in launched]
-    others = ["kernels/gpu.py, Inductor", "F.linear, bare"] if kind == "float" else ["Inductor"]
+        exact = gpu_correctness.Surrounded(name, linear, DEVICE, torch.float16)
+        assert gpu_correctness.product_error(exact, x, residual, call(run, x, residual)) < 2, label
+    names = [f"kernels/gpu, {way['num_warps']} warps, {way['BLOCK_N']} outputs" for way in launched]
+    others = ["kernels/gpu, Inductor", "F.linear, bare"] if kind == "float" else ["Inductor"]
     assert list(found) == names + others
-    assert len(names) == len(gpu.TILES)
+    assert len(names) == len(products.TILES)
 
 
 @pytest.mark.parametrize(
@@ -244,10 +249,10 @@ def test_the_fastest_way_is_taken(monkeypatch, kind, rows, best):
     weight, norm = normal(64, 512) / 16, RMSNorm(512, 1e-5).half().to(DEVICE).requires_grad_(False)
     quantized = Int8Linear.from_float(weight) if kind == "int8" else Int4Linear.from_float(weight, groupsize=32)
     linear = float_linear(weight, torch.float16) if kind == "float" else quantized
-    linear.has_kernel, x, timed = True, normal(1, rows, 512).half(), []
+    linear, x, timed = fast_linear(linear, gpu), normal(1, rows, 512).half(), []
 
     def step() -> torch.Tensor:
-        return project(linear, x, norm, gated=True)
+        return fused(linear, x, norm, gated=True)
 
     def clock(function, *args) -> float:
         function(*args)
@@ -255,28 +260,29 @@ def test_the_fastest_way_is_taken(monkeypatch, kind, rows, best):
         return float(len(timed) != 1 + names.index(names[best]))
 
     launched, expected = launches_of(monkeypatch, "_multiply"), step()
-    ((names, _),) = gpu_choice.asked_by(step).values()
+    ((names, _),) = choice.asked_by(step).values()
     for name in names:
-        with gpu_choice.trying(name):
+        with choice.trying(name):
             assert torch.allclose(step(), expected, rtol=0.01, atol=0.002), name
-    gpu_choice.measure(step, seconds=clock)
+    choice.measure(step, seconds=clock)
     assert len(timed) == len(names)
     launched.clear()
     step()
     tiles = [f"{constants['num_warps']} warps, {constants['BLOCK_N']} outputs" for constants in launched]
-    assert tiles == ([] if names[best] == gpu_choice.INDUCTOR else [names[best]])
+    assert tiles == ([] if names[best] == choice.INDUCTOR else [names[best]])
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
 def test_loaded_for_a_gpu_it_has_the_kernel():
-    module = Int4Linear.from_float(normal(4096, 4096), groupsize=32).to(DEVICE)
-    x = normal(1, 4096).bfloat16()
-    plain = module(x)
-    pack_linears(module, torch.bfloat16)
-    assert module.has_kernel
+    with torch.device(DEVICE):
+        model = Transformer(dataclasses.replace(REPORTED, dim=128, hidden_dim=4096)).bfloat16().requires_grad_(False)
+    x, plain = normal(1, 1, 128).bfloat16(), copy.deepcopy(model.layers[0].feed_forward.w13)
+    speed_up(model, torch.bfloat16)
+    fast = model.layers[0].feed_forward.w13
+    assert isinstance(fast, FastLinear)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-    assert torch.allclose(module(x), plain, rtol=0.02, atol=0.5)
-    assert module(x).equal(module(x))
+    assert torch.allclose(fast(x), plain(x), rtol=0.02, atol=0.5)
+    assert fast(x).equal(fast(x))
 
 
 @pytest.fixture
@@ -312,7 +318,7 @@ def attention_args(heads: int, kv_heads: int, D: int, **others) -> ModelArgs:
 )
 def test_attention_over_a_cache(monkeypatch, mended, heads, kv_heads, S, D, window, qk_norm, kv_dtype):
     """Rows of unlike length, the first without a past, the last up to the cache's end; 2 to 8 programs a head."""
-    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 6)
+    set_multiprocessors(monkeypatch, 6)
     args = attention_args(heads, kv_heads, D, sliding_window=window, qk_norm=qk_norm)
     positions = torch.tensor([[0], [130], [301 - S]], device=DEVICE) + torch.arange(S, device=DEVICE)
     error = gpu_correctness.attention_error(args, positions, 301, kv_dtype, DEVICE, torch.float16)
@@ -322,31 +328,31 @@ def test_attention_over_a_cache(monkeypatch, mended, heads, kv_heads, S, D, wind
 @pytest.mark.parametrize("best", [0, -1])
 def test_the_fastest_attention_is_taken(monkeypatch, mended, best):
     """Each way is right, is timed at the cache's end and leaves what was stored before it as it was."""
-    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 2)
+    set_multiprocessors(monkeypatch, 2)
     args, shape = attention_args(4, 2, 32), (2, 2, 150, 32)
-    attention, positions = Attention(args).half().to(DEVICE), torch.tensor([[7], [140]], device=DEVICE)
-    attention.kv_cache = KVCache(shape, DEVICE, torch.float16)
-    for buffer in attention.kv_cache.buffers():
+    layer, positions = Attention(args).half().to(DEVICE), torch.tensor([[7], [140]], device=DEVICE)
+    cache = FastKVCache(gpu.attention, shape, torch.device(DEVICE), torch.float16)
+    for buffer in cache.buffers():
         buffer.copy_(normal(*shape))
     qkv, (cos, sin), timed = normal(2, 1, 8 * 32).half(), rope_table(args, positions), []
 
     def step() -> torch.Tensor:
-        return attend_on_gpu(attention, qkv, cos, sin, positions, 150)
+        return cache.attend(layer, qkv, cos, sin, positions, 150, mask=None)
 
     def clock(function, *args) -> float:
         function(*args)
-        timed.append(attention.kv_cache.k[:, :, -1].equal(before[:, :, -1]))
+        timed.append(cache.k[:, :, -1].equal(before[:, :, -1]))
         return float(len(timed) != 1 + names.index(names[best]))
 
-    expected, before = step(), attention.kv_cache.k.clone()
-    ((names, _),) = gpu_choice.asked_by(step).values()
+    expected, before = step(), cache.k.clone()
+    ((names, _),) = choice.asked_by(step).values()
     for name in names:
-        with gpu_choice.trying(name):
+        with choice.trying(name):
             assert torch.allclose(step(), expected, atol=0.002), name
-    launched = launches_of(monkeypatch, "_attend_share", gpu_attention)
-    gpu_choice.measure(step, seconds=clock)
+    launched = launches_of(monkeypatch, "_attend_share", flash_decoding)
+    choice.measure(step, seconds=clock)
     assert timed == [False] * len(names)
-    assert attention.kv_cache.k[:, :, :-1].equal(before[:, :, :-1])
+    assert cache.k[:, :, :-1].equal(before[:, :, :-1])
     launched.clear()
     assert torch.allclose(step(), expected, atol=0.002)
     assert [f"{way['SPLITS']} programs a head, {way['BLOCK']} slots at a time" for way in launched] == [names[best]]
@@ -376,11 +382,10 @@ def test_attention_keeps_pytorchs_rules(mended, kv_dtype):
     qkv, positions = normal(1, 1, 4 * 32).half(), torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
     cache, (cos, sin) = KVCache((1, 1, 5, 32), DEVICE, kv_dtype), rope_table(REPORTED, positions)
     rules = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    if gpu_attention.STORED:
+    if flash_decoding.STORED:
         rules = ("test_schema", *rules)
     args = (qkv, cos, sin, positions, 0, None, None, 0.0, *cache.buffers())
     torch.library.opcheck(torch.ops.fast_gpu.decode_attention.default, args, test_utils=rules)
-    gpu_attention.try_out(DEVICE, torch.float16)
 
 
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8])
@@ -395,12 +400,12 @@ def test_the_model_attends_with_the_kernel(mended, compiled, kv_dtype):
     model = model.half().requires_grad_(False)
     tokens, positions = torch.tensor([[[3], [5]], [[74], [17]]], device=DEVICE)
     logits = []
-    for kernel in (None, attend_on_gpu):
+    model.layers = torch.nn.ModuleList(map(FastBlock, model.layers))
+    for backend in (None, gpu):
+        model.new_cache = partial(FastKVCache, backend and backend.attention)
         model.setup_caches(2, 80, kv_dtype=kv_dtype)
         model(torch.arange(148, device=DEVICE).view(2, 74) % 16, torch.arange(74, device=DEVICE))
-        for layer in model.layers:
-            layer.attention.kernel = kernel
-        step = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled and kernel else model
+        step = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled and backend else model
         logits.append([step(tokens, positions + i, model.slots[:80]) for i in range(2)])
     for y, expected in zip(*logits, strict=True):
         assert not y.equal(expected)

@@ -20,8 +20,8 @@ import torch
 from measuring import Decode, build_model, with_caches
 
 from fast.decoding import build_steps
+from fast.families import PRESETS
 from fast.sampling import Sampling
-from model import PRESETS
 
 DIM, N_LAYERS, HIDDEN_DIM, VOCAB_SIZE = 288, 6, 768, 32000  # stories-15m: tied, as many KV as query heads
 IN_LAYERS = N_LAYERS * (4 * DIM * DIM + 3 * DIM * HIDDEN_DIM)

@@ -25,7 +25,7 @@ from conftest import GROWTH
 from safetensors.torch import load_file, save_file
 
 from fast.checkpoint import load_model, open_checkpoint, save_checkpoint
-from fast.quantized import pack_linears
+from fast.layers import speed_up
 from model import ModelArgs, RopeScaling
 
 ROOT = Path(__file__).parent.parent
@@ -124,7 +124,7 @@ def test_tied_embeddings_are_one_tensor_on_disk_and_in_memory(copy, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype_is_converted_on_the_way(tiny, dtype):
     exact, rounded = (load_model(tiny("qwen2")[1], dtype=d) for d in (torch.float32, dtype))
-    pack_linears(exact.to(dtype), dtype)
+    speed_up(exact.to(dtype), dtype)
     assert same_model(exact, rounded)
 
 
@@ -455,8 +455,8 @@ WATCH = f"""
 import sys
 {GROWTH}
 from fast.checkpoint import load_model
-from kernels import cpu
-cpu.load()
+from kernels.cpu import build
+build.load()
 sys.path.insert(0, "scripts")
 from convert_hf_checkpoint import convert
 

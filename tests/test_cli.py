@@ -29,7 +29,7 @@ import torch
 from conftest import make_tiny
 
 import generate
-from fast import decoding, rows
+from fast import compiling, rows
 from fast.checkpoint import load_model
 from fast.cli import DEMO
 from fast.decoding import build_steps, stream
@@ -262,7 +262,7 @@ def test_profile_is_a_chrome_trace(main, tmp_path):
 def test_compile_without_a_compiler_goes_on(main, monkeypatch, tmp_path, lacking):
     plain = main()[1].split("\n\n")[1]
     if lacking == "Python.h":
-        monkeypatch.setattr(decoding.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+        monkeypatch.setattr(compiling.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     else:
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setenv(lacking, str(tmp_path / "nothing-here"))
@@ -636,7 +636,8 @@ def state():
 before = state()
 assert len(before["inductor"]) > 100 and len(before["dynamo"]) > 50
 paths = [*Path(".").glob("*.py"), *Path("fast").glob("*.py"), *Path("kernels").rglob("*.py")]
-for name in sorted({str(path.with_suffix("")).replace("/", ".") for path in paths} - {"fast.harness"}):
+names = {str(path.with_suffix("")).replace("/", ".").removesuffix(".__init__") for path in paths}
+for name in sorted(names - {"fast.harness"}):
     importlib.import_module(name)
     after = state()
     changed = [key for key in before if before[key] != after[key]]

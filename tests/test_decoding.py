@@ -18,7 +18,8 @@ import torch
 from conftest import GREEDY, make_tiny, prompt_of, tokens_of
 
 from fast.checkpoint import load_model
-from fast.decoding import Steps, build_steps, kv_slots, missing_compiler, stream, warm_up
+from fast.compiling import missing_compiler
+from fast.decoding import Steps, build_steps, kv_slots, stream, warm_up
 from fast.sampling import Sampling
 
 
@@ -219,7 +220,7 @@ def graphs(monkeypatch, fresh_dynamo):
     return seen
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "mistral-window", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama-tied", "llama-bias", "mistral-window", "qwen2", "qwen3"])
 def test_every_family_is_one_graph_per_step(ours, graphs, family):
     compiled, eager = (
         build_steps(ours(family, capacity=300), GREEDY, True, True),
@@ -257,7 +258,7 @@ FIRST_COMPILE = """
 import tempfile, threading
 from pathlib import Path
 import torch
-from fast.decoding import set_compile_flags
+from fast.compiling import set_compile_flags
 
 def headers():
     return len(list(Path(tempfile.gettempdir()).rglob("precompiled_headers/*.[gp]ch")))

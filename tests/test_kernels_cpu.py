@@ -21,24 +21,26 @@ import torch.nn.functional as F
 
 from fast.checkpoint import load_model
 from fast.decoding import build_steps, stream
-from fast.quantized import Int4Linear, Int8Linear, attend_on_cpu
+from fast.layers import fused
+from fast.quantized import Int4Linear, Int8Linear
 from fast.sampling import Sampling
 from kernels import cpu
-from model import KVCache, Linear, RMSNorm, Sharding, project
+from kernels.cpu import build, packing
+from model import KVCache, Linear, RMSNorm, Sharding
 
-ROOT = Path(cpu.__file__).parent.parent
-pytestmark = pytest.mark.skipif(cpu.load() is not None, reason=str(cpu.load()))
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(build.load() is not None, reason=str(build.load()))
 SHAPES = [(1, 64), (16, 64), (40, 192), (131, 256), (8, 1056)]
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
 def variant(request):
     try:
-        torch.ops.fast.variant(request.param)
+        torch.ops.fast.choose_variant(request.param)
     except RuntimeError:
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
-    torch.ops.fast.variant("")
+    torch.ops.fast.choose_variant(torch.ops.fast.variants()[0])
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -47,24 +49,26 @@ def normal(*shape: int) -> torch.Tensor:
 
 def pack(module) -> torch.Tensor:
     if isinstance(module, Int8Linear):
-        return cpu.pack_int8(module.weight, module.scales)
-    return cpu.pack_int4(module.weight, module.scales, module.zeros)
+        return packing.pack_int8(module.weight, module.scales)
+    return packing.pack_int4(module.weight, module.scales, module.zeros)
 
 
 def unpack_int8(packed: torch.Tensor, n_out: int, n_in: int) -> tuple[torch.Tensor, ...]:
-    """The inverse of `cpu.pack_int8`."""
-    fours, scales = packed[:, : cpu.LANES * n_in], packed[:, cpu.LANES * n_in :].contiguous()
-    above = fours.reshape(-1, n_in // 4, cpu.LANES, 4).transpose(1, 2).reshape(-1, n_in)
+    """The inverse of `packing.pack_int8`."""
+    fours, scales = packed[:, : packing.LANES * n_in], packed[:, packing.LANES * n_in :].contiguous()
+    above = fours.reshape(-1, n_in // 4, packing.LANES, 4).transpose(1, 2).reshape(-1, n_in)
     return (above[:n_out] ^ 0x80).view(torch.int8), scales.view(torch.float32).flatten()[:n_out]
 
 
 def unpack_int4(packed: torch.Tensor, n_out: int, n_in: int, groupsize: int) -> tuple[torch.Tensor, ...]:
-    """The inverse of `cpu.pack_int4`."""
+    """The inverse of `packing.pack_int4`."""
     n_groups, n_panels = n_in // groupsize, len(packed)
-    words, pairs = packed.view(n_panels, n_groups, -1).split((cpu.LANES * groupsize // 2, cpu.LANES * 4), dim=2)
-    e, f, g, h = words.reshape(n_panels, n_in // 8, cpu.LANES, 4).transpose(1, 2).reshape(-1, n_in // 8, 4).unbind(2)
+    words, pairs = packed.view(n_panels, n_groups, -1).split((packing.LANES * groupsize // 2, packing.LANES * 4), dim=2)
+    e, f, g, h = (
+        words.reshape(n_panels, n_in // 8, packing.LANES, 4).transpose(1, 2).reshape(-1, n_in // 8, 4).unbind(2)
+    )
     weight = torch.stack((e & 0xF | f << 4, g & 0xF | h << 4, e >> 4 | f & 0xF0, g >> 4 | h & 0xF0), dim=2)
-    pairs = pairs.contiguous().view(torch.bfloat16).view(n_panels, n_groups, cpu.LANES, 2).transpose(1, 2)
+    pairs = pairs.contiguous().view(torch.bfloat16).view(n_panels, n_groups, packing.LANES, 2).transpose(1, 2)
     scales, zeros = pairs.reshape(-1, n_groups, 2).unbind(2)
     return weight.flatten(1)[:n_out], scales[:n_out].contiguous(), zeros[:n_out].contiguous()
 
@@ -76,7 +80,7 @@ def close(y: torch.Tensor, expected: torch.Tensor) -> bool:
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_packing_int8_is_undone(n, k):
     weight, scales = torch.randint(-127, 128, (n, k), dtype=torch.int8), torch.rand(n)
-    packed = cpu.pack_int8(weight, scales)
+    packed = packing.pack_int8(weight, scales)
     assert packed.shape == (-(-n // 16), 16 * k + 64)
     found = unpack_int8(packed, n, k)
     assert found[0].equal(weight)
@@ -87,20 +91,20 @@ def test_packing_int8_is_undone(n, k):
 def test_packing_int4_is_undone(n, k, groupsize):
     tensors = torch.randint(256, (n, k // 2), dtype=torch.uint8), normal(n, k // groupsize), normal(n, k // groupsize)
     tensors = tensors[0], tensors[1].bfloat16(), tensors[2].bfloat16()
-    packed = cpu.pack_int4(*tensors)
+    packed = packing.pack_int4(*tensors)
     assert packed.shape == (-(-n // 16), 8 * k + 64 * k // groupsize)
     for found, expected in zip(unpack_int4(packed, n, k, groupsize), tensors, strict=True):
         assert found.equal(expected)
 
 
 def test_tensors_in_huge_pages_lie_side_by_side(monkeypatch):
-    monkeypatch.setattr(cpu, "_mapping", None)
-    tensors = [cpu.in_huge_pages(*shape).fill_(i) for i, shape in enumerate(((3, 7), (0, 5), (1 << 20,), (2, 65)))]
+    monkeypatch.setattr(packing, "_mapping", None)
+    tensors = [packing.in_huge_pages(*shape).fill_(i) for i, shape in enumerate(((3, 7), (0, 5), (1 << 20,), (2, 65)))]
     assert [tuple(t.shape) for t in tensors] == [(3, 7), (0, 5), (1 << 20,), (2, 65)]
-    assert all((t == i).all() and (t.data_ptr() % cpu.CACHE_LINE == 0) for i, t in enumerate(tensors))
+    assert all((t == i).all() and (t.data_ptr() % packing.CACHE_LINE == 0) for i, t in enumerate(tensors))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         assert tensors[3].data_ptr() - tensors[2].data_ptr() == 1 << 20
-    assert cpu.in_huge_pages(300 << 20).nbytes == 300 << 20  # more than a mapping has
+    assert packing.in_huge_pages(300 << 20).nbytes == 300 << 20  # more than a mapping has
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 9, 16, 17, 40, 300])
@@ -111,7 +115,7 @@ def test_products(variant, rows, threads):
         for n, k in SHAPES if rows < 100 else [(40, 320)]:
             x, weight = normal(rows, k).bfloat16(), normal(n, k)
             rounded = weight.bfloat16()
-            y = torch.ops.fast.bf16_linear(x, cpu.pack_bf16(rounded), n)
+            y = torch.ops.fast.bf16_linear(x, packing.pack_bf16(rounded), n)
             assert close(y, x.float() @ rounded.float().T)
             module = Int8Linear.from_float(weight)
             y = torch.ops.fast.int8_linear(x, pack(module), n)
@@ -127,7 +131,7 @@ def test_products(variant, rows, threads):
 @pytest.mark.parametrize("rows", [1, 6, 40])
 @pytest.mark.parametrize("gated", [False, True])
 def test_what_surrounds_a_product(variant, rows, gated):
-    """Norm, bias, gates and residual by the kernels, beside `project` without any in float32."""
+    """Norm, bias, gates and residual by the kernels, beside the textbook's in float32."""
     x, weight, bias = 30 * normal(rows, 200).bfloat16(), normal(88, 200).bfloat16(), normal(88).bfloat16()
     weight, x = F.pad(weight, (0, 24)), F.pad(x, (0, 24))  # 224 inputs, for groups of 32
     norm = RMSNorm(224, eps=1.0).requires_grad_(False)
@@ -136,13 +140,13 @@ def test_what_surrounds_a_product(variant, rows, gated):
     int8, int4 = Int8Linear.from_float(weight), Int4Linear.from_float(weight, groupsize=32)
     around = bias, norm.weight.bfloat16(), norm.eps, residual, gated
     for exact, y in (
-        (weight.float(), torch.ops.fast.bf16_linear(x, cpu.pack_bf16(weight), 88, *around)),
+        (weight.float(), torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight), 88, *around)),
         (int8.dequantize(torch.float32), torch.ops.fast.int8_linear(x, pack(int8), 88, *around)),
         (int4.dequantize(torch.float32), torch.ops.fast.int4_linear(x, pack(int4), 88, 32, *around)),
     ):
         linear = Linear(224, 88, True, Sharding()).requires_grad_(False)
         linear.weight.data, linear.bias.data = exact, bias.float()
-        expected = project(linear, x.float(), norm, None if gated else residual.float(), gated)
+        expected = fused(linear, x.float(), norm, None if gated else residual.float(), gated)
         assert y.shape == (rows, 44 if gated else 88)
         assert float((y.float() - expected).norm() / expected.norm()) < 0.008  # rounded at each step
 
@@ -151,7 +155,7 @@ def test_gates_far_from_zero(variant):
     gates = torch.tensor([-1e30, -200, -90, -20, -1, 0, 1, 20, 90, 200, 1e30]).bfloat16()
     weight = torch.zeros(22, 2, dtype=torch.bfloat16)
     weight[:11, 0], weight[11:, 0] = gates, 1
-    y = torch.ops.fast.bf16_linear(torch.tensor([[1.0, 0.0]]).bfloat16(), cpu.pack_bf16(weight), 22, gated=True)
+    y = torch.ops.fast.bf16_linear(torch.tensor([[1.0, 0.0]]).bfloat16(), packing.pack_bf16(weight), 22, gated=True)
     assert torch.allclose(y[0].float(), F.silu(gates.float()), rtol=0.01, atol=1e-7)
 
 
@@ -159,7 +163,7 @@ def test_rows_are_what_they_are_alone(variant):
     """A row of a batch, or of a verified draft, is what it is on its own, but for rounding."""
     x, weight = normal(6, 256).bfloat16(), normal(48, 256)
     for multiply in (
-        lambda x: torch.ops.fast.bf16_linear(x, cpu.pack_bf16(weight.bfloat16()), 48),
+        lambda x: torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight.bfloat16()), 48),
         lambda x: torch.ops.fast.int8_linear(x, pack(Int8Linear.from_float(weight)), 48),
         lambda x: torch.ops.fast.int4_linear(x, pack(Int4Linear.from_float(weight, groupsize=32)), 48, 32),
     ):
@@ -181,7 +185,7 @@ def test_what_is_no_number_stays_in_its_row_and_is_seen(variant, bad):
     x, weight = normal(3, 512).bfloat16(), normal(16, 512)
     x[1, 300] = bad
     for multiply in (
-        lambda x: torch.ops.fast.bf16_linear(x, cpu.pack_bf16(weight.bfloat16()), 16),
+        lambda x: torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight.bfloat16()), 16),
         lambda x: torch.ops.fast.int8_linear(x, pack(Int8Linear.from_float(weight)), 16),
         lambda x: torch.ops.fast.int4_linear(x, pack(Int4Linear.from_float(weight, groupsize=32)), 16, 32),
     ):
@@ -196,7 +200,7 @@ def test_operators_keep_pytorchs_rules():
     torch.library.opcheck(torch.ops.fast.int8_linear.default, (x, pack(module), 40))
     module = Int4Linear.from_float(normal(40, 64), groupsize=32)
     torch.library.opcheck(torch.ops.fast.int4_linear.default, (x, pack(module), 40, 32))
-    torch.library.opcheck(torch.ops.fast.bf16_linear.default, (x, cpu.pack_bf16(normal(40, 64).bfloat16()), 40))
+    torch.library.opcheck(torch.ops.fast.bf16_linear.default, (x, packing.pack_bf16(normal(40, 64).bfloat16()), 40))
 
 
 def test_a_weight_of_another_size_is_refused():
@@ -221,17 +225,31 @@ def test_a_weight_of_another_type_is_refused():
 )
 def test_surroundings_that_do_not_fit_are_refused(around, message):
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        torch.ops.fast.bf16_linear(normal(1, 64).bfloat16(), cpu.pack_bf16(normal(40, 64).bfloat16()), 40, **around)
+        torch.ops.fast.bf16_linear(normal(1, 64).bfloat16(), packing.pack_bf16(normal(40, 64).bfloat16()), 40, **around)
 
 
-@pytest.mark.parametrize("groupsize", [0, 64])
-def test_groups_that_do_not_fit_are_refused(groupsize):
-    packed = pack(Int4Linear.from_float(normal(40, 96), groupsize=32))
-    with pytest.raises(RuntimeError, match=f"96 inputs do not fall into groups of {groupsize}"):
-        torch.ops.fast.int4_linear(normal(1, 96).bfloat16(), packed, 40, groupsize)
+@pytest.mark.parametrize(("n_in", "groupsize"), [(96, 0), (96, 64), (1024, 512), (96, 96)])
+def test_groups_that_do_not_fit_are_refused(n_in, groupsize):
+    packed = pack(Int4Linear.from_float(normal(40, n_in), groupsize=32))
+    with pytest.raises(RuntimeError, match=f"{n_in} inputs do not fall into groups of {groupsize}, which must be"):
+        torch.ops.fast.int4_linear(normal(1, n_in).bfloat16(), packed, 40, groupsize)
 
 
-needs_avx512 = pytest.mark.skipif(cpu.load() is not None or not cpu.is_fast(), reason="needs AVX-512 with bf16")
+def test_asking_for_the_variants_chooses_none():
+    best = torch.ops.fast.variants()[0]
+    try:
+        torch.ops.fast.choose_variant("portable")
+        x, weight = normal(1, 64).bfloat16(), packing.pack_bf16(normal(16, 64).bfloat16())
+        portable = torch.ops.fast.bf16_linear(x, weight, 16)
+        assert torch.ops.fast.variants()[-1] == "portable"
+        assert cpu.missing("cpu", torch.bfloat16) is None
+        assert torch.ops.fast.bf16_linear(x, weight, 16).equal(portable)
+    finally:
+        torch.ops.fast.choose_variant(best)
+
+
+attention_missing = build.load() is not None or torch.ops.fast.variants()[0] != "avx512"
+needs_avx512 = pytest.mark.skipif(attention_missing, reason="needs AVX-512 with bf16")
 
 
 @needs_avx512
@@ -292,8 +310,8 @@ def test_the_model_attends_with_the_kernel(tiny, compiled, kv_dtype):
     tokens, positions = torch.tensor([[3], [5]]), torch.tensor([[40], [17]])
     y = step(tokens, positions, model.slots[:48])
     for layer in model.layers:
-        assert layer.attention.kernel is attend_on_cpu
-        layer.attention.kernel = None
+        assert layer.attention.kv_cache.kernel.operator is torch.ops.fast.decode_attention
+        layer.attention.kv_cache.kernel = None
     expected = model(tokens, positions, model.slots[:48])
     assert float((y - expected).float().norm() / expected.float().norm()) < 0.02
 
@@ -311,9 +329,9 @@ def test_a_team_decodes_the_same(tiny, two_threads, monkeypatch, compiled):
     model = load_model(tiny("llama-head-dim")[1], device="cpu", dtype=torch.bfloat16)
     model.setup_caches(2, 64)
     together = build_steps(model, Sampling(temperature=0), compiled)
-    monkeypatch.setattr("fast.decoding.in_a_team", lambda model, step: step)
+    monkeypatch.setattr("fast.decoding.together", lambda model, step: step)
     alone = build_steps(model, Sampling(temperature=0))
-    assert together.decode.__qualname__.startswith("in_a_team")
+    assert together.decode.__qualname__.startswith("together")
     texts = [list(stream(steps, [[3, 4], [5]], 40)) for steps in (alone, together)]
     assert texts[0] == texts[1]
 
@@ -331,16 +349,16 @@ def test_a_team_whose_weights_go(two_threads):
         return [multiply(x, packed.pop(0))[0] for _ in range(len(packed))]
 
     for n in (6, 6, 2, 5, 6):
-        packed = [cpu.pack_bf16(weight) for weight in weights]
-        cpu._mapping = None  # which would be held by what is packed after
-        results = cpu.in_a_team(step)(packed[:n])
+        packed = [packing.pack_bf16(weight) for weight in weights]
+        packing._mapping = None  # which would be held by what is packed after
+        results = cpu.together(step)(packed[:n])
         assert all(close(y, reference) for y, reference in zip(results, expected[:n], strict=True))
 
 
 def test_a_team_inside_a_team_and_beside_another(two_threads):
-    x, weights = normal(3, 320).bfloat16(), [cpu.pack_bf16(normal(320, 320).bfloat16()) for _ in range(4)]
+    x, weights = normal(3, 320).bfloat16(), [packing.pack_bf16(normal(320, 320).bfloat16()) for _ in range(4)]
     expected = multiply(x, *weights)
-    team = cpu.in_a_team(lambda: [cpu.in_a_team(multiply)(x, *weights) for _ in range(50)])
+    team = cpu.together(lambda: [cpu.together(multiply)(x, *weights) for _ in range(50)])
     with ThreadPoolExecutor(2) as pool:
         found = [
             f.result() for f in [pool.submit(team), pool.submit(team), pool.submit(lambda: [multiply(x, *weights)])]
@@ -349,7 +367,7 @@ def test_a_team_inside_a_team_and_beside_another(two_threads):
 
 
 def test_a_team_that_waits_naps(two_threads):
-    x, packed = normal(1, 320).bfloat16(), cpu.pack_bf16(normal(320, 320).bfloat16())
+    x, packed = normal(1, 320).bfloat16(), packing.pack_bf16(normal(320, 320).bfloat16())
 
     def step() -> float:
         multiply(x, packed)
@@ -359,25 +377,25 @@ def test_a_team_that_waits_naps(two_threads):
         multiply(x, packed)
         return used
 
-    assert cpu.in_a_team(step)() < 0.25
+    assert cpu.together(step)() < 0.25
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)])
 def test_an_error_leaves_the_team(two_threads, error):
     def step():
-        multiply(normal(1, 320).bfloat16(), cpu.pack_bf16(normal(320, 320).bfloat16()))
+        multiply(normal(1, 320).bfloat16(), packing.pack_bf16(normal(320, 320).bfloat16()))
         raise error
 
     for _ in range(2):
         with pytest.raises(type(error)) as raised:
-            cpu.in_a_team(step)()
+            cpu.together(step)()
         assert raised.value is error
-    assert cpu.in_a_team(lambda *args: args)(1, "a") == (1, "a")
+    assert cpu.together(lambda *args: args)(1, "a") == (1, "a")
 
 
 def load_in_a_process(folder: Path, **environment: str) -> str:
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder), **environment}
-    command = [sys.executable, "-c", "from kernels import cpu; print(cpu.load())"]
+    command = [sys.executable, "-c", "from kernels.cpu import build; print(build.load())"]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 

@@ -134,14 +134,14 @@ def test_weights_stay_where_they_are_read(compiled, capability, bits, group, row
 
     Up to 8 rows, no thread gives another one anything while it multiplies; beyond, copies run ahead of it.
     """
-    from kernels import gpu
+    from kernels.gpu import products
 
     types, absent = product_types(bits, *present)
-    (warps, outputs), *_ = gpu.ways_of(rows, 4096, 12288, bits, group, gpu.SMS).values()
-    shape = gpu.constants_of(rows, 4096, bits, group, gated, warps, outputs)
+    (warps, outputs), *_ = products.ways_of(rows, 4096, 12288, bits, group, products.SMS).values()
+    shape = products.constants_of(rows, 4096, bits, group, gated, warps, outputs)
     words = shape["WORDS"]
     one = {"rows": 1} if rows == 1 else {}  # as Triton takes a 1
-    code = compiled(gpu._multiply, capability, types, **shape, **absent, **one)
+    code = compiled(products._multiply, capability, types, **shape, **absent, **one)
     ptx, turns = code.ptx, 4096 * bits // (32 * words) // (4 * warps)
     assert 32 * warps * code.issued(turns) < most * outputs * 4096
     if rows > 8:
@@ -156,11 +156,11 @@ def test_weights_stay_where_they_are_read(compiled, capability, bits, group, row
 @pytest.mark.parametrize(("bits", "before"), [(4, 4), (8, 0), (16, 0)])
 def test_a_product_that_overlaps_waits_for_its_inputs(compiled, bits, before):
     """Only scales and zeros are read before; of 32 outputs a thread has 4."""
-    from kernels import gpu
+    from kernels.gpu import products
 
     types, absent = product_types(bits, "norm_ptr", "residual_ptr")
-    constants = gpu.constants_of(1, 4096, bits, 32 if bits == 4 else 4096, 1, 4, 32)
-    ptx = compiled(gpu._multiply, 90, types, **constants, **absent, rows=1, OVERLAP=True).ptx
+    constants = products.constants_of(1, 4096, bits, 32 if bits == 4 else 4096, 1, 4, 32)
+    ptx = compiled(products._multiply, 90, types, **constants, **absent, rows=1, OVERLAP=True).ptx
     assert accesses_before_waiting(ptx) == 2 * before
 
 
@@ -171,13 +171,13 @@ def accesses_before_waiting(ptx: str) -> int:
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 256), (8, 4096)])
 def test_weights_are_written_16_bytes_at_a_time(compiled, bits, group):
-    from kernels import gpu
+    from kernels.gpu import products
 
     weights, scales = STORED[bits]
     types = {"weight_ptr": weights, "scales_ptr": scales, "zeros_ptr": scales, "w_ptr": "*bf16"}
     shape = {"n_in": 4096, "BITS": bits, "GROUP": group, "BLOCK_N": 16, "BLOCK_K": 256}
     for capability in (80, 90):
-        assert "st.global.v4" in compiled(gpu._dequantize, capability, types, **shape).ptx
+        assert "st.global.v4" in compiled(products._dequantize, capability, types, **shape).ptx
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_weights_are_written_16_bytes_at_a_time(compiled, bits, group):
     ],
 )  # fmt: skip
 def test_attention_runs_on_the_tensor_cores(compiled, capability, cached, heads, S):
-    from kernels import gpu_attention
+    from kernels.gpu import flash_decoding
 
     found, rows = {"sums_ptr": "*fp32", "peaks_ptr": "*fp32", "totals_ptr": "*fp32"}, heads * S
     types = dict.fromkeys(("qkv_ptr", "q_norm_ptr", "k_norm_ptr"), "*bf16") | dict.fromkeys(("k_ptr", "v_ptr"), cached)
@@ -200,8 +200,8 @@ def test_attention_runs_on_the_tensor_cores(compiled, capability, cached, heads,
     warps = 4 if rows <= 32 else 8
     for overlap in (False, True) if (capability, cached) == (90, "*bf16") else (False,):
         constants["OVERLAP"] = shape["OVERLAP"] = overlap
-        ptx = compiled(gpu_attention._attend_share, capability, types | scales, num_warps=warps, **constants).ptx
-        joined = compiled(gpu_attention._join_shares, capability, {**found, "y_ptr": "*bf16"}, **shape).ptx
+        ptx = compiled(flash_decoding._attend_share, capability, types | scales, num_warps=warps, **constants).ptx
+        joined = compiled(flash_decoding._join_shares, capability, {**found, "y_ptr": "*bf16"}, **shape).ptx
         assert "mma.sync" in ptx
         assert "cp.async" in ptx
         assert not overlap or accesses_before_waiting(ptx) == accesses_before_waiting(joined) == 0

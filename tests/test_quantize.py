@@ -87,7 +87,7 @@ def written(tmp_path_factory, text) -> Path:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_file_says_what_it_is_and_loads_by_that(written, mode):
-    model = load_model(written / MODES[mode])
+    model = load_model(written / MODES[mode], dtype=torch.float32)  # in which a CPU has no kernels
     assert model.quantization["mode"] == mode
     assert model.quantization.get("groupsize") == (None if mode == "int8" else 32)
     kind = Int8Linear if mode == "int8" else Int4Linear
@@ -144,9 +144,10 @@ def test_skipped_linears_stay_float(tiny, run, tmp_path):
     code, out, _ = run(*flags, "--skip", "lm_head", "wo", "layers.1.feed_forward.w2")
     assert code == 0
     assert out.splitlines()[-1] == f"next: python generate.py --compile --checkpoint_path {tmp_path / 'm.pth'}"
-    model = load_model(tmp_path / "m.pth")
+    model = load_model(tmp_path / "m.pth", dtype=torch.float32)
     assert model.args.tie_embeddings
-    assert type(model.output) is type(model.layers[0].attention.wo) is type(model.layers[1].feed_forward.w2) is Linear
+    for linear in (model.output, model.layers[0].attention.wo, model.layers[1].feed_forward.w2):
+        assert isinstance(linear, Linear)
     assert type(model.layers[0].feed_forward.w2) is Int8Linear
 
 

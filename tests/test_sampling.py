@@ -3,11 +3,15 @@
 python -m pytest tests/test_sampling.py
 """
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from fast.decoding import build_steps, stream
 from fast.sampling import Sampling, draw, min_p, top_k, top_p
+from fast.speculative import SPARE, PromptLookup, build_speculative_steps, speculate
 
 VOCAB = 50
 
@@ -179,3 +183,30 @@ def test_the_same_seed_draws_the_same_tokens(logits):
 def test_what_cannot_be_used_is_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cutoff(Sampling):
+    """Made up: tokens of less than 2 % are ruled out."""
+
+    def probs(self, logits, descending=False):
+        probs = super().probs(logits, descending)
+        return probs.masked_fill(probs < 0.02, 0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_sampler_is_added_by_its_probabilities(ours, compiled):
+    """As docs/extending.md adds one; plain decoding and a speculative step both draw from them."""
+    model, sampling = ours("llama"), Cutoff(temperature=2.0, top_k=None)
+    model.setup_caches(1, 64, SPARE)
+    plain = build_steps(model, sampling, compiled)
+    steps = build_speculative_steps(plain, PromptLookup(model, sampling, 2), sampling, compiled)
+    torch.manual_seed(0)
+    drawn = [token for (token,) in stream(plain, [[1, 2]], 40)]
+    accepted = [token for step in speculate(steps, [[1, 2]], 40) for token in step.ids[0]][:40]
+    for tokens in (drawn, accepted):
+        probs = Sampling(temperature=2.0, top_k=None).probs(model(torch.tensor([[1, 2, *tokens]]))[0, 1:-1])
+        chosen = probs.gather(1, torch.tensor(tokens)[:, None])
+        assert chosen.min() > 0.0199
+        assert len(set(tokens)) > 10
+    assert probs[probs < 0.02].sum() > 10  # of 40: much was ruled out

@@ -19,7 +19,8 @@ import generate
 from fast import cli
 from fast.checkpoint import load_model
 from fast.cli import DEMO
-from fast.decoding import build_steps, compile_step
+from fast.compiling import compile_step
+from fast.decoding import build_steps
 from fast.sampling import Sampling
 from fast.speculative import (
     AUTO_K,

@@ -21,9 +21,10 @@ from test_checkpoint import write_meta
 import tp
 from fast.checkpoint import load_model, open_checkpoint
 from fast.decoding import build_steps
+from fast.families import preset
 from fast.metrics import parameter_bytes
 from fast.sampling import Sampling
-from model import ModelArgs, Sharding
+from model import Sharding
 from quantize import quantize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,9 +66,9 @@ def in_threads(n_ranks: int, monkeypatch, work) -> list:
         return everyone
 
     collectives = {
-        ("sum", True): lambda x, n: torch.stack(exchange(x)).sum(0),
-        ("gather", True): lambda x, n: torch.cat(exchange(x), -1),
-        ("gather", False): lambda x, n: exchange(x)[0],
+        ("sum", True): lambda x, world_size: torch.stack(exchange(x)).sum(0),
+        ("gather", True): lambda x, world_size: torch.cat(exchange(x), -1),
+        ("gather", False): lambda x, world_size: exchange(x)[0],
     }
     monkeypatch.setattr(tp, "COLLECTIVES", collectives)
     results = [None] * n_ranks
@@ -150,9 +151,9 @@ def test_groups_that_do_not_divide_name_the_world_sizes_that_fit(tmp_path):
 
 
 def test_key_heads_that_do_not_go_with_the_ranks():
-    args = dataclasses.replace(ModelArgs.from_name("llama-3.2-3b"), hidden_dim=1200)  # 24 heads, 8 key heads
+    args = dataclasses.replace(preset("llama-3.2-3b"), hidden_dim=1200)  # 24 heads, 8 key heads
     with pytest.raises(ValueError, match="n_kv_heads 8 and 12: neither is a multiple of the other"):
-        args.divided(12)
+        tp.divided(args, 12)
 
 
 def test_any_module_that_declares_its_sharding_is_divided():

@@ -15,7 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fast.checkpoint import load_model
-from fast.decoding import build_steps, set_compile_flags, stream
+from fast.compiling import set_compile_flags
+from fast.decoding import build_steps, stream
 from fast.metrics import parameter_bytes
 from fast.sampling import Sampling
 from fast.speculative import SPARE, DraftModel, build_speculative_steps, speculate

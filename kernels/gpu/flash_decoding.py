@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import gpu
-from kernels.gpu import let_overlap
-from kernels.gpu_choice import fastest
+from kernels.gpu.choice import fastest
+from kernels.gpu.products import let_overlap, multiprocessors, overlapping
 
 BLOCK = 64  # slots at a time
+MAX_POSITIONS = 16  # new ones of a row
 
 
 @triton.jit
@@ -248,13 +248,13 @@ def decode_attention(
     Nothing checks that positions lie in the cache.
     """
     (B, S, width), (_, KV, L, D) = qkv.shape, k.shape
-    assert S <= 16
+    assert S <= MAX_POSITIONS
     assert k.is_contiguous()
     assert v.is_contiguous()
     H = width // D - 2 * KV
     rows = H // KV * S
     block = BLOCK if rows <= 128 else BLOCK // 2  # or with D = 128 it does not fit the shared memory of every GPU
-    ways = ways_of(B * KV, gpu.multiprocessors(qkv.device), block)
+    ways = ways_of(B * KV, multiprocessors(qkv.device), block)
 
     def at_the_end() -> Tensor:
         """Where it takes longest. What it stores there, later positions store anew."""
@@ -268,12 +268,13 @@ def decode_attention(
     peaks, totals, sums = found.view(-1).split((found.shape[0], found.shape[0], found.shape[0] * D))
     y = qkv.new_empty(B, S, H * D)
     shape = {"KV": KV, "HEADS": H // KV, "D": D, "BLOCK_D": triton.next_power_of_2(D), "SPLITS": splits}
-    shape |= gpu.overlapping()
+    shape |= overlapping()
     with torch.cuda.device_of(qkv):
         _attend_share[B * KV, splits](
             *(x.contiguous() for x in (qkv, cos, sin, positions)), q_norm, k_norm, k, v, k_scales, v_scales, sums,
             peaks, totals, D**-0.5, eps, L, S, **shape, WINDOW=window, ROWS=max(16, triton.next_power_of_2(rows)),
-            NEW=16, BLOCK_HALF=max(16, triton.next_power_of_2(D // 2)), BLOCK=block, num_warps=4 if rows <= 32 else 8,
+            NEW=MAX_POSITIONS, BLOCK_HALF=max(16, triton.next_power_of_2(D // 2)), BLOCK=block,
+            num_warps=4 if rows <= 32 else 8,
         )  # fmt: skip
         _join_shares[B * KV, rows](sums, peaks, totals, y, S, **shape)
     return y
@@ -282,13 +283,6 @@ def decode_attention(
 @decode_attention.register_fake
 def _fake(qkv, cos, sin, positions, window, q_norm, k_norm, eps, k, *others):
     return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * k.shape[1] * k.shape[3])
-
-
-def try_out(device: torch.device | str, dtype: torch.dtype) -> None:
-    """Attend to nothing but one position; what does not compile or run raises whatever it does."""
-    cache = torch.zeros(2, 1, 1, 1, 64, device=device, dtype=dtype)
-    qkv, turn = (torch.zeros(1, 1, n, device=device, dtype=kind) for n, kind in ((192, dtype), (32, torch.float32)))
-    decode_attention(qkv, turn, turn, turn[..., 0].long(), 0, None, None, 0.0, *cache)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-// Attention of a few positions over a KV cache with AVX-512; a part of cpu_kernels.cpp. Keys and values are read once, in order.
+// Attention of a few positions over a KV cache with AVX-512; a part of products.cpp. Keys and values are read once, in order.
 //
 // Threads share out the cache in chunks of slots; what they found for a key head is put together by the greatest score
 // (flash decoding, Dao et al. 2023). Rows are the query heads of one key head times their positions: up to 8 share what

@@ -1,4 +1,4 @@
-// The products with int8 and int4 weights with AVX2; a part of cpu_kernels.cpp, which explains the layouts.
+// The products with int8 and int4 weights with AVX2; a part of products.cpp, which explains the layouts.
 //
 // They are of integers as with AVX-512, but of 16 bits: an input need not be cut into bytes, and four lie in the order
 // 0, 2, 1, 3, for the bytes 0 and 2 of a word are two numbers of 16 bits under one mask, 1 and 3 under one shift.

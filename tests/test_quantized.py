@@ -1,6 +1,6 @@
 """The quantised Linears: rounding, the stored form, products, swapping.
 
-python -m pytest tests/test_linear.py
+python -m pytest tests/test_quantized.py
 """
 
 import re
@@ -96,19 +96,6 @@ def test_a_product_equals_that_of_the_dequantised_weights(bias, scheme, shape):
     module = (Int4Linear if scheme else Int8Linear).from_float(weight, b, **scheme)
     expected = nn.functional.linear(x, module.dequantize(torch.float32), b)
     assert torch.allclose(module(x), expected, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("scheme", [{}, {"groupsize": 32}, {"groupsize": 64}])
-@pytest.mark.parametrize("rows", [1, 3, 40])
-def test_packed_for_this_device_it_gives_the_same_product(bias, scheme, rows):
-    weight, b = normal(40, 192, seed=1), normal(40, seed=2).bfloat16() if bias else None
-    x = normal(rows, 1, 192, seed=3).bfloat16()
-    module = (Int4Linear if scheme else Int8Linear).from_float(weight, b, **scheme)
-    expected = nn.functional.linear(x.float(), module.dequantize(torch.float32), None if b is None else b.float())
-    module.pack(torch.bfloat16)
-    assert module(x).dtype == torch.bfloat16
-    assert relative_error(module(x).float(), expected) < 0.006
 
 
 def small() -> nn.Module:

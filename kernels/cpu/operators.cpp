@@ -1,4 +1,4 @@
-// The CPU's operators: they check what they are given, and share the work of cpu_kernels.cpp out among threads.
+// The CPU's operators: they check what they are given, and share the work of products.cpp out among threads.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
@@ -15,7 +15,7 @@
 #include <unordered_map>
 #include <utility>
 
-#include "cpu.h"
+#include "products.h"
 
 namespace {
 
@@ -32,10 +32,9 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype = at::kBFloat16) { 
 
 // ---- The threads of a step.
 //
-// Memory idles while Python finds the next operator, or one thread norms and rounds a row. So `in_a_team` holds the
-// threads together for a whole step. One leads it; the others, while it has no work for them, read the beginning of the
-// weights that came next the last time, to have it in their caches. A decoded token of 1.1B weights on two threads takes
-// 4 % less in int4, 2 % in int8 and bf16, of the 7 % and 3 % that one reading thread of two could hide.
+// Between products memory is idle, so the threads stay in one parallel region for a whole step (`in_a_team`). One leads
+// it; the others, while it has no work for them, prefetch the beginning of the weights that followed last time. A decoded
+// token of 1.1B weights on two threads takes 4 % less in int4, 2 % in int8 and bf16.
 
 constexpr int64_t AHEAD = 1 << 20;       // bytes that a thread reads so: what a core's own cache holds
 constexpr int64_t NAP_AFTER = 1 << 17;   // looks for work, a few milliseconds: a compiler is at work, or somebody else
@@ -218,7 +217,7 @@ void by_rows(int64_t n_rows, int64_t columns, const Work& work) {
   });
 }
 
-// What a Linear's neighbours ask of its kernel beside the product; the Python modules in model.py say what it means.
+// What happens inside the operator beside the product; `Product` in kernels/__init__.py says what it means.
 struct Around {
   const std::optional<at::Tensor>&bias, &norm;  // [N], [K]
   double eps;
@@ -283,7 +282,8 @@ at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N,
 }
 at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, int64_t G, const Maybe& bias, const Maybe& norm,
                        double eps, const Maybe& residual, bool gated) {
-  TORCH_CHECK(G > 0 && G % 32 == 0 && x.size(-1) % G == 0, x.size(-1), " inputs do not fall into groups of ", G);
+  TORCH_CHECK(G > 0 && G % 32 == 0 && SCALED % G == 0 && x.size(-1) % G == 0, x.size(-1), " inputs do not fall into groups of ", G,
+              ", which must be a multiple of 32 and divide ", SCALED);
   return multiply(INT4, x, packed, N, G, {bias, norm, eps, residual, gated});
 }
 
@@ -391,11 +391,17 @@ at::Tensor decode_attention(const at::Tensor& q_any, const at::Tensor& k, const 
   return y;
 }
 
-std::string variant(const std::string& name) {  // choose by name, "" for the best; which one is in use
+std::vector<std::string> variants() {
+  std::vector<std::string> names;
+  for (const Functions& functions : available()) names.push_back(functions.name);
+  return names;
+}
+
+void choose_variant(const std::string& name) {
   for (const Functions& functions : available())
-    if (name.empty() || name == functions.name) {
+    if (name == functions.name) {
       chosen = functions;
-      return chosen.name;
+      return;
     }
   TORCH_CHECK(false, "this processor does not run ", name);
 }
@@ -434,7 +440,8 @@ TORCH_LIBRARY(fast, m) {
   m.def(("int4_linear(Tensor x, Tensor packed, int n_out, int groupsize" + around).c_str());
   m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor positions, int window=0, Tensor? k_scales=None, "
         "Tensor? v_scales=None) -> Tensor");
-  m.def("variant(str name) -> str", variant);
+  m.def("variants() -> str[]", variants);
+  m.def("choose_variant(str name) -> ()", choose_variant);
 }
 
 TORCH_LIBRARY_IMPL(fast, CPU, m) {

@@ -1,16 +1,15 @@
 """The GPU's kernels, in Triton: products of up to 16 rows with float, int8 and int4 weights.
 
-    if gpu.missing("cuda", torch.bfloat16) is None:
-        y = torch.ops.fast_gpu.linear(x, weight, scales, zeros)
+    y = torch.ops.fast_gpu.linear(x, weight, scales, zeros)
 
 Weights are taken as files have them. One kernel reads each once and multiplies on the tensor cores. More rows are a
 prefill: there quantised weights are written out as numbers for `F.linear`, as for less than 16 outputs. Which tiles the
-kernel takes, or whether Inductor's product of float weights is faster, `gpu_choice.py` measures. No sum depends on
+kernel takes, or whether Inductor's product of float weights is faster, `choice.py` measures. No sum depends on
 which program comes first: equal inputs give equal bits.
 
-They also do what surrounds a product (`model.project`): a layer of 7B int4 weights is read in some 25 us, and a kernel
-of its own for norm, gates or residual costs one or two. Bias, gates and residual join the sums where these end. Of the
-norm (8 rows at most) the weight multiplies the inputs on their way in, and what divides them all waits for the end.
+They also do what surrounds a product (`kernels.Product`): a layer of 7B int4 weights is read in some 25 us, and a
+kernel of its own for norm, gates or residual costs one or two. Bias, gates and residual join the sums where these end.
+Up to 8 rows, RMSNorm: inputs are scaled by its weight when loaded; 1/rms multiplies the finished sum.
 
 Worth knowing: nothing here has run on a GPU yet. Triton's interpreter proves the numbers on a CPU; unmeasured, tiles
 follow from what the compiler makes of the kernels for an H100 (16-byte loads, no spills, three instructions for each
@@ -18,12 +17,9 @@ int4 weight at one row). With norm, float16 inputs overflow where an input times
 """
 
 import functools
-import os
-import shutil
-import sysconfig
 import types
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu_choice import INDUCTOR, fastest
+from kernels.gpu.choice import INDUCTOR, fastest
 
 MAX_ROWS = 16  # of x; above it is a prefill
 FEW_OUTPUTS = 16  # the fewest that a program makes
@@ -277,30 +273,6 @@ def _dequantize(
     tl.store(w_ptr + n * n_in + k, w.to(w_ptr.dtype.element_ty), mask=(n < n_out) & (k < n_in))
 
 
-@functools.cache
-def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Why there are no kernels for activations in `dtype` on this GPU, in one line, or None: two small ones ran."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"a GPU's kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"a GPU's kernels need compute capability 8.0, {device} has less"
-    compilers = [os.environ["CC"]] if "CC" in os.environ else ["clang", "gcc"]  # Triton's choice, for its launchers
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not any(map(shutil.which, compilers)) or not headers.exists():
-        return f"a GPU's kernels need a C compiler ({' or '.join(compilers)}) and Python's headers"
-    try:
-        from kernels import gpu_attention
-
-        gpu_attention.try_out(device, dtype)
-        x, weight = (torch.zeros(16, 64, device=device, dtype=kind) for kind in (dtype, torch.int8))
-        linear(x[:1], weight, torch.zeros(16, device=device))
-        torch.cuda.synchronize(device)
-    except Exception as error:  # of any kind: what Triton, the driver or the chip does not take
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return f"a GPU's kernels fail on {torch.cuda.get_device_name(device)}: {reason}"
-    return None
-
-
 @torch.library.custom_op("fast_gpu::linear", mutates_args=())
 def linear(
     x: Tensor,
@@ -313,7 +285,7 @@ def linear(
     residual: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """`x W^T`, `[M, N]`, for x `[M, K]` in bfloat16 or float16; bias, norm, residual and gates as in `model.project`.
+    """`x W^T`, `[M, N]`, for x `[M, K]` in bfloat16 or float16; what surrounds it as in `kernels.Product`.
 
     The weight is of x's type, `[N, K]`; or int8 `[N, K]` with `scales [N]`; or 4-bit `[N, K / 2]` with `scales` and
     `zeros [N, K / G]`. K is a multiple of 32. Raises ValueError for sizes that do not fit.
@@ -410,6 +382,17 @@ def _plain(x, weight, bias, norm, eps, residual, gated):
 def _compiled(key: str) -> Callable[..., Tensor]:
     """`_plain`, compiled for one product alone: its code is copied, as torch.compile counts what it compiles of one."""
     return torch.compile(types.FunctionType(_plain.__code__.replace(), globals()), fullgraph=True, dynamic=False)
+
+
+def float_linear(x: Tensor, weight: Tensor, *around: Any) -> Tensor:
+    """`linear` for a float weight. Many rows are left to cuBLAS, and what surrounds them to whoever traces this."""
+    if x.shape[0] > MAX_ROWS:
+        return _plain(x, weight, *around)
+    return torch.ops.fast_gpu.linear(x, weight, None, None, *around)
+
+
+def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, *around: Any) -> Tensor:
+    return torch.ops.fast_gpu.linear(x, weight, scales, None, *around)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The choice among ways to compute a product, by fake clocks: what wins, what is remembered, what is survived.
 
-    python -m pytest tests/test_gpu_choice.py
+    python -m pytest tests/test_kernels_gpu_choice.py
 
 What the GPU's operators ask, and that all they offer is right, `gpu_checks.py` tests.
 """
@@ -18,7 +18,7 @@ from conftest import GREEDY, prompt_of
 
 from fast import decoding, speculative
 from fast.decoding import time_kernels
-from kernels import gpu_choice
+from kernels.gpu import choice
 
 pytest.importorskip("triton", reason="needs the package triton")
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ class Operator:
         self.fails, self.taken = fails, []
 
     def __call__(self, layer: int = 0) -> int:
-        way = gpu_choice.fastest(KEY, WAYS, again=lambda: self(layer))
+        way = choice.fastest(KEY, WAYS, again=lambda: self(layer))
         name = next(name for name in WAYS if WAYS[name] == way)
         if name in self.fails:
             raise RuntimeError("out of resources")
@@ -54,8 +54,8 @@ class Operator:
 def new_process(monkeypatch, tmp_path) -> Callable[[], None]:
     """A folder without anything remembered; call it and this process has forgotten what it knew."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(gpu_choice, "_fastest", {})
-    return gpu_choice._fastest.clear
+    monkeypatch.setattr(choice, "_fastest", {})
+    return choice._fastest.clear
 
 
 def kept(folder: Path) -> list[Path]:
@@ -67,7 +67,7 @@ def test_the_fastest_is_taken_from_then_on(new_process, tmp_path, capsys):
     operator = Operator()
     assert operator() == 1  # unmeasured, the first
     operator.taken.clear()
-    gpu_choice.measure(
+    choice.measure(
         lambda n: [operator(layer) for layer in range(n)], 2, seconds=operator.clock(first=3, second=1, third=2)
     )
     assert operator.taken == [(name, layer) for name in ("first", *WAYS) for layer in range(2)]
@@ -75,7 +75,7 @@ def test_the_fastest_is_taken_from_then_on(new_process, tmp_path, capsys):
     assert operator() == 2
     new_process()
     assert operator() == 1
-    gpu_choice.measure(operator, seconds=operator.clock())
+    choice.measure(operator, seconds=operator.clock())
     assert operator() == 2
     assert capsys.readouterr().err == ""
     (path,) = kept(tmp_path)
@@ -84,14 +84,14 @@ def test_the_fastest_is_taken_from_then_on(new_process, tmp_path, capsys):
 
 def test_another_size_joins_what_is_kept(tmp_path):
     operator = Operator()
-    gpu_choice._write({"of another process": "x"})
-    gpu_choice.measure(operator, seconds=operator.clock(first=3, second=1, third=2))
+    choice._write({"of another process": "x"})
+    choice.measure(operator, seconds=operator.clock(first=3, second=1, third=2))
     assert json.loads(kept(tmp_path)[0].read_text()) == {KEY: "second", "of another process": "x"}
 
 
 def test_a_way_that_fails_has_lost():
     operator = Operator(fails=("second",))
-    gpu_choice.measure(operator, seconds=operator.clock(first=3, third=2))
+    choice.measure(operator, seconds=operator.clock(first=3, third=2))
     assert operator() == 3
 
 
@@ -101,9 +101,9 @@ def test_where_all_fail_nothing_is_known():
     def clock(function, *args) -> float:
         raise RuntimeError("no clock")
 
-    gpu_choice.measure(operator, seconds=clock)
+    choice.measure(operator, seconds=clock)
     assert operator() == 1
-    gpu_choice.measure(operator, seconds=operator.clock(first=3, second=1, third=2))
+    choice.measure(operator, seconds=operator.clock(first=3, second=1, third=2))
     assert operator() == 2
 
 
@@ -111,15 +111,15 @@ def test_ways_are_compiled_all_at_once(monkeypatch):
     """But for Inductor's, which compiles on several cores itself and times what it compiles."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     operator = Operator(fails=("second",))
-    gpu_choice._compile_together([*WAYS, gpu_choice.INDUCTOR], operator)
+    choice._compile_together([*WAYS, choice.INDUCTOR], operator)
     assert set(operator.taken) == {("first", 0), ("third", 0)}
 
 
 def test_the_caches_are_cleared_before_a_call(monkeypatch):
     other = torch.ones(4)
     monkeypatch.setattr(torch, "empty", lambda *size, **named: other)
-    monkeypatch.setattr(gpu_choice, "replay_seconds", lambda function: function()[1])
-    assert gpu_choice.cold_seconds(lambda x: float(x + other.sum()), 5.0) == 5.0
+    monkeypatch.setattr(choice, "replay_seconds", lambda function: function()[1])
+    assert choice.cold_seconds(lambda x: float(x + other.sum()), 5.0) == 5.0
 
 
 def test_being_stopped_leaves_no_trace(tmp_path):
@@ -128,7 +128,7 @@ def test_being_stopped_leaves_no_trace(tmp_path):
 
     operator = Operator()
     with pytest.raises(KeyboardInterrupt):
-        gpu_choice.measure(operator, seconds=clock)
+        choice.measure(operator, seconds=clock)
     operator.taken.clear()
     assert operator() == 1
     assert operator.taken == [("first", 0)]
@@ -139,25 +139,25 @@ def test_being_stopped_leaves_no_trace(tmp_path):
     "content", [b"", b"\xff\xfe", b"{", b"[1]", b"null", b'{"1 x 64 to 64": ["second"]}', b'{"1 x 64 to 64": "gone"}']
 )
 def test_a_broken_file_is_measured_anew(new_process, content):
-    gpu_choice._write({})
-    gpu_choice._file().write_bytes(content)
+    choice._write({})
+    choice._file().write_bytes(content)
     new_process()
     operator = Operator()
     assert operator() == 1
-    gpu_choice.measure(operator, seconds=operator.clock(first=3, second=1, third=2))
+    choice.measure(operator, seconds=operator.clock(first=3, second=1, third=2))
     assert operator() == 2
     new_process()
-    gpu_choice.measure(operator, seconds=operator.clock(first=1, second=2, third=3))
+    choice.measure(operator, seconds=operator.clock(first=1, second=2, third=3))
     assert operator() == 2
 
 
 def test_other_versions_have_other_files(new_process, monkeypatch):
-    gpu_choice._write({KEY: "third"})
+    choice._write({KEY: "third"})
     operator = Operator()
     for version, way in ((torch.__version__, 3), ("2.99.0", 2)):
         monkeypatch.setattr(torch, "__version__", version)
         new_process()
-        gpu_choice.measure(operator, seconds=operator.clock(first=3, second=1, third=2))
+        choice.measure(operator, seconds=operator.clock(first=3, second=1, third=2))
         assert operator() == way
 
 
@@ -165,12 +165,12 @@ def test_without_a_folder_to_write_to_it_is_known_until_the_end(new_process, tmp
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     operator = Operator()
-    gpu_choice.measure(operator, seconds=operator.clock(first=3, second=1, third=2))
+    choice.measure(operator, seconds=operator.clock(first=3, second=1, third=2))
     assert operator() == 2
 
 
 def test_a_step_that_asks_nothing_is_no_matter(tmp_path, capsys):
-    gpu_choice.measure(lambda: None)
+    choice.measure(lambda: None)
     assert not (tmp_path / "fast-llm").exists()
     assert capsys.readouterr().err == ""
 
@@ -178,15 +178,15 @@ def test_a_step_that_asks_nothing_is_no_matter(tmp_path, capsys):
 RANK = f"""
 import sys
 import torch.distributed as dist
-from kernels import gpu_choice
+from kernels.gpu import choice
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 if rank == 1:
-    gpu_choice._write({{"{KEY}": "third"}})
+    choice._write({{"{KEY}": "third"}})
 times = iter([3.0, 1.0, 2.0])
-ask = lambda: gpu_choice.fastest("{KEY}", {WAYS}, again=lambda: None)
+ask = lambda: choice.fastest("{KEY}", {WAYS}, again=lambda: None)
 for _ in range(2):
-    gpu_choice.measure(ask, seconds=lambda *args: next(times))
+    choice.measure(ask, seconds=lambda *args: next(times))
 print(ask(), list(times))
 dist.destroy_process_group()
 """
@@ -213,7 +213,7 @@ class OnGpu(torch.Tensor):
 
 def test_a_pass_of_the_model_is_what_is_measured(ours, monkeypatch):
     model, passes = ours(rows=3), []
-    monkeypatch.setattr(gpu_choice, "measure", lambda model, *args: passes.append(model(*args).shape))
+    monkeypatch.setattr(choice, "measure", lambda model, *args: passes.append(model(*args).shape))
     time_kernels(model, 3, 2)
     assert passes == []
     model.slots = model.slots.as_subclass(OnGpu)

@@ -1,4 +1,4 @@
-// The products with AVX-512 and its bf16 dot product; a part of cpu_kernels.cpp, which explains the layouts.
+// The products with AVX-512 and its bf16 dot product; a part of products.cpp, which explains the layouts.
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma")))
 #define INLINE_AVX512 AVX512 __attribute__((always_inline)) inline

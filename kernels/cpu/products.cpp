@@ -10,7 +10,7 @@
 // A panel of int4:  K/8 times 64 bytes: byte 4r+j has row r's input j in its low four bits, input j+4 in the high ones.
 //                   After each group 16 pairs of bf16, (scale, zero).
 
-#include "cpu.h"
+#include "products.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -218,9 +218,9 @@ struct Portable {
 constexpr float GREATEST = 32639;  // 127 * 256 + 127
 
 #if defined(__x86_64__)
-#include "cpu_avx2.h"
-#include "cpu_avx512.h"
-#include "cpu_attention.h"
+#include "products_avx2.h"
+#include "products_avx512.h"
+#include "attention_avx512.h"
 
 AVX2 void bf16_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<8>::bf16_rows, FEW_ROWS) }
 AVX2 void int8_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(int8_rows_avx2, FEW_ROWS) }

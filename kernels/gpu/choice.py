@@ -164,7 +164,7 @@ def _file() -> Path:
     import triton
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("gpu*.py")))
+    source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     versions = f"{gpu}, torch {torch.__version__}, triton {triton.__version__}"
     key = hashlib.sha256(source + versions.encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

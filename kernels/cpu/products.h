@@ -1,4 +1,4 @@
-// What the CPU's operators (cpu.cpp) and its kernels (cpu_kernels.cpp) share. They are two translation units because
+// What the CPU's operators (operators.cpp) and its kernels (products.cpp) share. They are two translation units because
 // PyTorch's headers take as long to compile as the kernels, and so both compile at once.
 
 #pragma once
@@ -9,7 +9,7 @@
 #include <vector>
 
 constexpr int64_t LANES = 16;
-constexpr int64_t SCALED = 256;  // inputs that become integers by one scale, a multiple of every group size
+constexpr int64_t SCALED = 256;  // inputs that share a scale when they are made integers; group sizes must divide it
 constexpr int64_t CHUNK = 256;   // slots of a cache at a time; 512 would overflow a sum of int8 values
 using bf16 = uint16_t;
 #define INLINE __attribute__((always_inline)) inline

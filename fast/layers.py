@@ -1,0 +1,238 @@
+"""What makes the textbook model fast: the layers that take the place of those in `model.py`, with the same numbers.
+
+    speed_up(model, torch.bfloat16)  # the weights are there, the caches not yet
+
+This file alone knows both the model and the kernels. At batch size one a layer costs its launches as well as its bytes,
+so a `FastBlock` is five operators: what happens between two products happens inside them. Where a backend
+(`kernels/__init__.py`) has no kernel, the textbook's module stays: a family or a quantisation works before it is fast.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast.quantized import Int4Linear, Int8Linear, QuantizedLinear
+from kernels import Product, cpu, gpu
+from model import (
+    Attention,
+    KVCache,
+    Linear,
+    RMSNorm,
+    Transformer,
+    TransformerBlock,
+    grouped_attention,
+    multiply,
+)
+
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": gpu}
+
+
+def kernels_missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why plain PyTorch multiplies, and on a GPU attends, in one line; None where there are kernels."""
+    backend = BACKENDS.get(torch.device(device).type)
+    if backend is None:
+        return f"there is no kernel for quantised weights on {device}"
+    return backend.missing(device, dtype)
+
+
+def backend_for(device: torch.device | str, dtype: torch.dtype) -> ModuleType | None:
+    """The backend whose kernels take activations in `dtype` on `device`, if there is one."""
+    return BACKENDS[torch.device(device).type] if kernels_missing(device, dtype) is None else None
+
+
+class FastLinear(nn.Module):
+    """A Linear whose product is a backend's operator; its tensors are those of the operator."""
+
+    def __init__(self, linear: nn.Module, product: Product):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias, self.collective = linear.bias, linear.collective
+        self.operator, self.names = product.operator, tuple(product.tensors)
+        for name, tensor in product.tensors.items():
+            self.register_buffer(name, tensor)
+
+    def forward(
+        self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None, gated: bool = False
+    ) -> Tensor:
+        """As `fused`, in one operator; the collective comes last."""
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        added = None if residual is None else residual.flatten(0, -2)
+        tensors = [getattr(self, name) for name in self.names]
+        y = self.operator(x.flatten(0, -2), *tensors, self.bias, weight, eps, added, gated)
+        y = y.unflatten(0, x.shape[:-1])
+        return y if self.collective is None else self.collective(y)
+
+
+class CompiledLinear(Linear):
+    """A Linear for a compiler on a CPU without a kernel: in float32 one row takes 2/3 of the time of `F.linear`."""
+
+    def __init__(self, linear: Linear):
+        with torch.device("meta"):
+            super().__init__(linear.in_features, linear.out_features, linear.bias is not None, linear.sharding)
+        self.weight, self.bias, self.collective = linear.weight, linear.bias, linear.collective
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() > self.in_features or not torch.compiler.is_compiling():
+            y = multiply(x, self.weight, self.bias)
+        else:  # a multiply-and-sum that Inductor fuses
+            # Inductor stores what as_strided sees: x is made once, not again for every output.
+            row = x.reshape(-1).as_strided((self.in_features,), (1,))
+            # It sums up to 4096 terms in registers, longer rows through memory at two thirds of the speed.
+            length = next(n for n in range(min(4096, self.in_features), 0, -1) if self.in_features % n == 0)
+            products = self.weight.float().unflatten(1, (-1, length)) * row.float().view(-1, length)
+            y = products.sum(-1).sum(-1).view(*x.shape[:-1], -1)
+            y = (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+        return y if self.collective is None else self.collective(y)
+
+
+def fused(
+    linear: nn.Module, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None, gated: bool = False
+) -> Tensor:
+    """`residual + linear(norm(x))`; or `gated`, `silu(gate) * up` of the two halves that the Linear puts out.
+
+    One operator, if the Linear has one. It ends where a collective has to follow: then the residual is added after.
+    """
+    if isinstance(linear, FastLinear) and linear.collective is None:
+        return linear(x, norm, residual, gated)
+    y = linear(x if norm is None else norm(x))
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+class NormedOutput(nn.Module):
+    """The model's norm and its output projection in one operator."""
+
+    def __init__(self, norm: RMSNorm, linear: FastLinear):
+        super().__init__()
+        self.norm, self.linear = norm, linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x, self.norm)
+
+
+class FastKVCache(KVCache):
+    """A cache over which a backend's kernel attends, if its `attention` has one for this type of cache."""
+
+    def __init__(self, attention: Callable | None, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
+        super().__init__(shape, device, dtype)
+        self.kernel = attention and attention(device, dtype, shape[-1])
+
+    def attend(
+        self,
+        attention: Attention,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        input_pos: Tensor,
+        n_slots: int,
+        mask: Tensor,
+    ) -> Tensor:
+        """As `attention.attend` over this cache."""
+        # Test S last: torch.compile adds a guard for every condition it evaluates.
+        has_kernel = self.kernel is not None and qkv.shape[1] <= self.kernel.max_positions
+        if has_kernel and self.kernel.takes_qkv:
+            norms = (None, None, 0.0)
+            if attention.q_norm is not None:
+                norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps
+            return self.kernel.operator(qkv, cos, sin, input_pos, attention.window, *norms, *self.buffers())
+        q, k, v = attention.heads(qkv, cos, sin)
+        self.write(input_pos, k, v)
+        if has_kernel:
+            k, v, *scales = self.stored(len(q), n_slots)
+            y = self.kernel.operator(q, k, v, input_pos, attention.window, *scales)
+        else:
+            y = compiled_attention(q, *self.read(len(q), n_slots, q.dtype), mask)
+        return y.transpose(1, 2).flatten(2)
+
+
+def compiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`grouped_attention`; of one position it is spelled out for a compiler where that makes it faster.
+
+    SDPA's kernels hand a head to a core each and multiply matrices of G = H / KV rows; at G = 1 a fused
+    multiply-and-sum reads the cache 5 times as fast (CPU, 512 to 4096 positions).
+    """
+    (B, H, S, D), KV = q.shape, k.shape[1]
+    if S > 1 or not torch.compiler.is_compiling() or (H > KV and not q.is_cuda):
+        return grouped_attention(q, k, v, mask)
+    q = q.reshape(B, KV, H // KV, D)
+    scores = (q.float() * k.float()).sum(-1)[:, :, None] if H == KV else (q @ k.mT).float()  # [B, KV, G, L]
+    probs = (scores * D**-0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+    y = (probs.mT * v.float()).sum(2, keepdim=True).to(q.dtype) if H == KV else probs.to(v.dtype) @ v
+    return y.view(B, H, S, D)
+
+
+class FastBlock(nn.Module):
+    """`TransformerBlock` as five operators, compiled once for all layers."""
+
+    def __init__(self, block: TransformerBlock):
+        super().__init__()
+        self.attention_norm, self.attention = block.attention_norm, block.attention
+        self.ffn_norm, self.feed_forward = block.ffn_norm, block.feed_forward
+
+    @torch.compiler.nested_compile_region  # the blocks are alike: torch.compile translates the first and reuses it
+    def forward(self, x, cos, sin, input_pos, n_slots, mask):
+        a, f = self.attention, self.feed_forward
+        qkv = fused(a.wqkv, x, self.attention_norm)
+        if input_pos is None or mask is None:  # the text at hand is all there is to attend to
+            y = a.attend(qkv, cos, sin, input_pos, n_slots, mask)
+        else:
+            y = a.kv_cache.attend(a, qkv, cos, sin, input_pos, n_slots, mask)
+        x = fused(a.wo, y, residual=x)
+        return fused(f.w2, fused(f.w13, x, self.ffn_norm, gated=True), residual=x)
+
+
+# What a backend gets of a Linear, in the order of `kernels.product`. A Linear that is not here has no kernel.
+TENSORS: dict[type[nn.Module], tuple[str, ...]] = {
+    Linear: ("weight",),
+    CompiledLinear: ("weight",),
+    Int8Linear: ("weight", "scales"),
+    Int4Linear: ("weight", "scales", "zeros"),
+}
+
+
+def fast_linear(linear: nn.Module, backend: ModuleType | None) -> nn.Module:
+    """What takes the place of `linear`: a `FastLinear`, or where `backend` has no kernel for it the next best."""
+    product = backend and backend.product(*(getattr(linear, name) for name in TENSORS[type(linear)]))
+    if product:
+        return FastLinear(linear, product)
+    return CompiledLinear(linear) if type(linear) is Linear and linear.weight.device.type == "cpu" else linear
+
+
+def replace_linears(module: nn.Module, backend: ModuleType | None) -> None:
+    """Replace every Linear in `module`, one by one, so that each weight is freed once it is packed."""
+    for name in [name for name, child in module.named_modules() if type(child) in TENSORS]:
+        parent, _, key = name.rpartition(".")
+        setattr(module.get_submodule(parent), key, fast_linear(module.get_submodule(name), backend))
+
+
+def speed_up(model: Transformer, dtype: torch.dtype) -> None:
+    """Put fast layers in the place of the textbook's, for activations in `dtype` on the device of the weights.
+
+    On a GPU this turns cuDNN's attention off for the process: on Hopper SDPA prefers it, and it plans anew for each
+    length of a prompt, which takes longer than the attention.
+    """
+    device = model.tok_embeddings.weight.device
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    backend = backend_for(device, dtype)
+    for i, block in enumerate(model.layers):
+        if type(block) is TransformerBlock:
+            model.layers[i] = FastBlock(block)
+    replace_linears(model, backend)
+    if isinstance(model.output, FastLinear) and model.output.collective is None:
+        model.output, model.norm = NormedOutput(model.norm, model.output), nn.Identity()
+    model.new_cache = partial(FastKVCache, backend and backend.attention)
+
+
+def together(model: Transformer, step: Callable) -> Callable:
+    """`step` as the backend holds it together, if its kernels do all the work of `model`; the caches are set up."""
+    for module in model.modules():
+        if isinstance(module, (Linear, QuantizedLinear)) or (isinstance(module, FastKVCache) and module.kernel is None):
+            return step
+    return BACKENDS[model.slots.device.type].together(step)

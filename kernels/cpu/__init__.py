@@ -1,0 +1,55 @@
+"""The CPU's kernels, in C++: products that read each weight once, at the speed of memory, and attention over a cache.
+
+    if cpu.missing("cpu", torch.bfloat16) is None:
+        product = cpu.product(weight, scales, zeros)
+
+`build.py` compiles `operators.cpp` and `products.cpp`; `packing.py` lays weights out as `products.cpp` reads them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import Attention, Product
+from kernels.cpu import build, packing
+from kernels.cpu.build import together
+
+__all__ = ["attention", "missing", "product", "together"]
+
+
+def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why there are no kernels for activations in `dtype`, in one line, or None; builds them where they are not."""
+    if dtype != torch.bfloat16:
+        return f"the kernels for quantised weights take bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return build.load()
+
+
+def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None) -> Product | None:
+    """The product with a weight in bfloat16, int8 or int4; None where its sizes do not fit the panels."""
+    n_out = weight.shape[0]
+    if zeros is not None:
+        groupsize = 2 * weight.shape[1] // scales.shape[1]
+        if groupsize % 32 or packing.SCALED % groupsize:
+            return None
+
+        def multiply(x: Tensor, packed: Tensor, *around: Any) -> Tensor:
+            return torch.ops.fast.int4_linear(x, packed, n_out, groupsize, *around)
+
+        return Product({"packed": packing.pack_int4(weight, scales, zeros)}, multiply)
+    if weight.shape[1] % (2 if scales is None else 4):
+        return None
+
+    def multiply(x: Tensor, packed: Tensor, *around: Any) -> Tensor:
+        operator = torch.ops.fast.bf16_linear if scales is None else torch.ops.fast.int8_linear
+        return operator(x, packed, n_out, *around)
+
+    packed = packing.pack_bf16(weight) if scales is None else packing.pack_int8(weight, scales)
+    return Product({"packed": packed}, multiply)
+
+
+def attention(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> Attention | None:
+    """Attention for processors with AVX-512 and its bf16 dot product."""
+    if kv_dtype not in (torch.bfloat16, torch.int8) or head_dim % 32 or torch.ops.fast.variants()[0] != "avx512":
+        return None
+    return Attention(torch.ops.fast.decode_attention, max_positions=16, takes_qkv=False)

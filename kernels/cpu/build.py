@@ -1,0 +1,124 @@
+"""Compiles the CPU's operators, `torch.ops.fast.*`, once; every later process finds them.
+
+if build.load() is None:
+    y = torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight), n_out)
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-w")
+
+_library: ctypes.PyDLL | None = None
+
+
+@functools.cache
+def load() -> str | None:
+    """Build or find the operators `torch.ops.fast.*`; None, or in one line why they are not there.
+
+    The library lies in TORCH_EXTENSIONS_DIR, by default `~/.cache/torch_extensions`, under a name that depends on the
+    source and on the version of torch.
+    """
+    global _library
+    content = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.[ch]*")))
+    key = hashlib.sha256(content + f"{torch.__version__} {FLAGS}".encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    library = folder / f"fast-{key}.so"
+    try:
+        if not library.exists():
+            _build(library)
+        torch.ops.load_library(library)
+        _library = ctypes.PyDLL(str(library))
+    except (OSError, subprocess.CalledProcessError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = next((line for line in lines if "error" in line), lines[0])
+        return f"the CPU's kernels cannot be built, without them quantised weights run slowly: {reason}"
+    _register_fakes()
+    return None
+
+
+def together(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step` in one parallel region: between its kernels the threads prefetch the weights that come next.
+
+    Operators that are not of these kernels run on one thread in there.
+    """
+
+    def run(*args: Any) -> Any:
+        result, error = None, KeyboardInterrupt()  # which may come before the first line of `call`
+
+        @ctypes.CFUNCTYPE(None)
+        def call() -> None:
+            nonlocal result, error
+            try:
+                result, error = step(*args), None
+            except BaseException as problem:
+                error = problem
+
+        _library.in_a_team(call)
+        if error is not None:
+            raise error
+        return result
+
+    return step if _library is None else run
+
+
+def compiler() -> str:
+    """The C++ compiler's command, which is also Inductor's."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
+def compiler_missing() -> str | None:
+    """Why nothing in C++ can be compiled, in one line, or None."""
+    return None if shutil.which(compiler()) else f"no C++ compiler ({compiler()}) is installed"
+
+
+def _build(library: Path) -> None:
+    """Compile the sources, all at once; the library gets its name once it is whole. Raises OSError or
+    CalledProcessError.
+    """
+    if reason := compiler_missing():
+        raise OSError(reason)
+    print("building the CPU's kernels, once ...", file=sys.stderr)
+    root = Path(torch.__file__).parent
+    library.parent.mkdir(parents=True, exist_ok=True)
+    include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+    link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        temporary = Path(folder)
+
+        def run(*arguments: str | Path) -> None:
+            subprocess.run([compiler(), *FLAGS, *arguments], check=True, capture_output=True, text=True)
+
+        def compile(source: Path) -> Path:
+            run(abi, *include, "-c", source, "-o", target := temporary / f"{source.stem}.o")
+            return target
+
+        with ThreadPoolExecutor() as pool:
+            objects = list(pool.map(compile, Path(__file__).parent.glob("*.cpp")))
+        run("-shared", *objects, "-o", whole := temporary / library.name, *link)
+        os.replace(whole, library)
+
+
+def _register_fakes() -> None:
+    """Tell a compiler what the operators return."""
+
+    def linear(x, packed, n_out, bias=None, norm=None, eps=0.0, residual=None, gated=False):
+        return x.new_empty(x.shape[0], n_out // 2 if gated else n_out)
+
+    for name in ("bf16_linear", "int8_linear"):
+        torch.library.register_fake(f"fast::{name}", linear)
+    torch.library.register_fake("fast::int4_linear", lambda x, w, n, groupsize, *around: linear(x, w, n, *around))
+    torch.library.register_fake("fast::decode_attention", lambda q, *others: q.new_empty(q.shape))

@@ -1,0 +1,79 @@
+"""The GPU's kernels, in Triton: products of a few rows, and attention of a few positions over the cache.
+
+    if gpu.missing("cuda", torch.bfloat16) is None:
+        product = gpu.product(weight, scales, zeros)
+
+Triton is imported only where it is used: the package works without it, and then has no kernels.
+"""
+
+import functools
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import Attention, Product
+
+
+@functools.cache
+def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why there are no kernels for activations in `dtype` on this GPU, in one line, or None: two small ones ran."""
+    try:
+        from kernels.gpu import flash_decoding, products
+    except ModuleNotFoundError as error:
+        return f"a GPU's kernels need the package {error.name}: pip install {error.name}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"a GPU's kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"a GPU's kernels need compute capability 8.0, {device} has less"
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["clang", "gcc"]  # Triton's choice, for its launchers
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not any(map(shutil.which, compilers)) or not headers.exists():
+        return f"a GPU's kernels need a C compiler ({' or '.join(compilers)}) and Python's headers"
+    try:
+        qkv, turn = (torch.zeros(1, 1, n, device=device, dtype=kind) for n, kind in ((192, dtype), (32, torch.float32)))
+        cache = torch.zeros(2, 1, 1, 1, 64, device=device, dtype=dtype)
+        flash_decoding.decode_attention(qkv, turn, turn, turn[..., 0].long(), 0, None, None, 0.0, *cache)
+        x, weight = (torch.zeros(16, 64, device=device, dtype=kind) for kind in (dtype, torch.int8))
+        products.linear(x[:1], weight, torch.zeros(16, device=device))
+        torch.cuda.synchronize(device)
+    except Exception as error:  # of any kind: what Triton, the driver or the chip does not take
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"a GPU's kernels fail on {torch.cuda.get_device_name(device)}: {reason}"
+    return None
+
+
+def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None) -> Product | None:
+    """The product with a weight in bfloat16 or float16, int8 or int4; None where 32 does not divide the inputs."""
+    from kernels.gpu import products
+
+    if weight.shape[1] % (16 if zeros is not None else 32):
+        return None
+    if scales is None:
+        return Product({"weight": weight}, products.float_linear)
+    tensors = {"weight": weight.contiguous(), "scales": scales.contiguous()}
+    if zeros is None:
+        return Product(tensors, products.int8_linear)
+    return Product({**tensors, "zeros": zeros.contiguous()}, torch.ops.fast_gpu.linear)
+
+
+def attention(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> Attention | None:
+    """Attention over a cache in bfloat16, float16, int8 or, where the GPU has it, fp8; None for heads above 128."""
+    from kernels.gpu import flash_decoding
+
+    kinds = [torch.bfloat16, torch.float16, torch.int8]
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9):  # a CPU's is Triton's interpreter
+        kinds.append(torch.float8_e4m3fn)
+    if kv_dtype not in kinds or head_dim > 128:
+        return None
+    return Attention(torch.ops.fast_gpu.decode_attention, flash_decoding.MAX_POSITIONS, takes_qkv=True)
+
+
+def together(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step` itself: a CUDA graph already holds it together."""
+    return step

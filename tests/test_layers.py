@@ -1,0 +1,206 @@
+"""layers.py: the fast layers beside the textbook's, bit for bit without kernels; what has no kernel runs all the same.
+
+python -m pytest tests/test_layers.py
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from fast import layers
+from fast.checkpoint import load_model, open_checkpoint
+from fast.layers import FastBlock, FastKVCache, FastLinear, backend_for, fast_linear, together
+from fast.quantized import LINEARS, Int4Linear, Int8Linear, QuantizedLinear
+from kernels import Product, cpu
+from model import Linear, Transformer, TransformerBlock
+from quantize import quantize
+
+MODES = {"float": None, "int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
+has_kernels = pytest.mark.skipif(cpu.missing("cpu", torch.bfloat16) is not None, reason="needs the CPU's kernels")
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(approximate: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((approximate - exact).float().norm() / exact.float().norm())
+
+
+@pytest.fixture(scope="module")
+def stored(tiny, tmp_path_factory):
+    """`stored(family, mode)`: where such a model lies."""
+    made = {}
+
+    def make(family: str, mode: str):
+        if MODES[mode] is None:
+            return tiny(family)[1]
+        if (family, mode) not in made:
+            made[family, mode] = tmp_path_factory.mktemp(family) / "model.pth"
+            quantize(open_checkpoint(tiny(family)[1]), MODES[mode], made[family, mode], "cpu")
+        return made[family, mode]
+
+    return make
+
+
+def textbook(monkeypatch, path, dtype: torch.dtype) -> Transformer:
+    with monkeypatch.context() as patch:
+        patch.setattr("fast.checkpoint.speed_up", lambda model, dtype: None)
+        return load_model(path, dtype=dtype)
+
+
+def logits(model: Transformer, kv_dtype: torch.dtype | None) -> list[torch.Tensor]:
+    """Of whole texts without a cache, of a prefill, of single positions in rows of unlike length, of several."""
+    model.setup_caches(2, 48, kv_dtype=kv_dtype)
+    idx, ends = torch.arange(60).view(2, 30), torch.tensor([[20], [11]])
+    found = [model(idx), model(idx[:, :20], torch.arange(20))]
+    found += [model(idx[:, i : i + 1], ends + i, model.slots[:32]) for i in range(3)]
+    return [*found, model(idx[:, :5], ends + 3 + torch.arange(5), model.slots[:40])]
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["llama-bias", "mistral-window", "qwen3"])
+def test_without_kernels_the_layers_compute_the_textbooks_bits(stored, monkeypatch, family, mode, dtype, kv_dtype):
+    exact = textbook(monkeypatch, stored(family, mode), dtype)
+    assert all(type(block) is TransformerBlock for block in exact.layers)
+    monkeypatch.setattr(layers, "kernels_missing", lambda device, dtype: "none here")
+    model = load_model(stored(family, mode), dtype=dtype)
+    assert all(type(block) is FastBlock for block in model.layers)
+    for ours, theirs in zip(logits(model, kv_dtype), logits(exact, kv_dtype), strict=True):
+        assert ours.equal(theirs)
+
+
+@has_kernels
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["llama-bias", "llama-tied", "mistral-window", "qwen3"])
+def test_with_kernels_they_compute_the_same_but_for_rounding(stored, monkeypatch, family, mode, kv_dtype):
+    exact = textbook(monkeypatch, stored(family, mode), torch.float32)
+    model = load_model(stored(family, mode), dtype=torch.bfloat16)
+    assert not [module for module in model.modules() if isinstance(module, (nn.Linear, QuantizedLinear))]
+    for ours, theirs in zip(logits(model, kv_dtype), logits(exact, kv_dtype), strict=True):
+        assert 0 < relative_error(ours, theirs) < 0.06
+
+
+@has_kernels
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scheme", [{}, {"groupsize": 32}, {"groupsize": 64}])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_packed_for_this_device_it_gives_the_same_product(bias, scheme, rows):
+    weight, b = normal(40, 192, seed=1), normal(40, seed=2).bfloat16() if bias else None
+    x = normal(rows, 1, 192, seed=3).bfloat16()
+    module = (Int4Linear if scheme else Int8Linear).from_float(weight, b, **scheme)
+    expected = nn.functional.linear(x.float(), module.dequantize(torch.float32), None if b is None else b.float())
+    fast = fast_linear(module, backend_for("cpu", torch.bfloat16))
+    assert isinstance(fast, FastLinear)
+    assert fast(x).dtype == torch.bfloat16
+    assert relative_error(fast(x).float(), expected) < 0.006
+
+
+@has_kernels
+@pytest.mark.parametrize("groupsize", [16, 512, 96])
+def test_groups_that_no_kernel_takes_run_without_one(groupsize):
+    module, x = Int4Linear.from_float(normal(8, 1536), groupsize=groupsize), normal(2, 1536, seed=1).bfloat16()
+    fast = fast_linear(module, backend_for("cpu", torch.bfloat16))
+    assert fast is module
+    assert relative_error(fast(x), x.float() @ module.dequantize(torch.float32).T) < 0.01
+
+
+class TernaryLinear(QuantizedLinear):
+    """Made up: weights of -1, 0 and 1, a scale for each output."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scales", torch.empty(out_features, dtype=torch.float32))
+
+    @classmethod
+    def from_float(cls, weight, bias=None, **scheme) -> "TernaryLinear":
+        module = cls(weight.shape[1], weight.shape[0])
+        module.scales = weight.float().abs().mean(1)
+        module.weight = (weight.float() / module.scales[:, None]).round().clamp(-1, 1).to(torch.int8)
+        module.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
+        return module
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        return (self.weight * self.scales[:, None]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantisation_that_has_no_kernel_runs(tiny, tmp_path, monkeypatch, dtype):
+    """As docs/extending.md adds one: a class, and its name in LINEARS."""
+    monkeypatch.setitem(LINEARS, "ternary", TernaryLinear)
+    quantize(open_checkpoint(tiny("llama-bias")[1]), {"mode": "ternary"}, tmp_path / "model.pth", "cpu")
+    model, exact = load_model(tmp_path / "model.pth", dtype=dtype), load_model(tiny("llama-bias")[1], dtype=dtype)
+    assert type(model.layers[0].attention.wo) is TernaryLinear
+    w2 = model.layers[1].feed_forward.w2
+    assert set(w2.weight.unique().tolist()) == {-1, 0, 1}
+    for ours, theirs in zip(logits(model, None), logits(exact, None), strict=True):
+        assert 0.1 < relative_error(ours, theirs) < 1.5  # 3 levels lose a lot, but not all
+
+
+def test_a_kernel_is_added_in_two_places(tiny, tmp_path, monkeypatch):
+    """As docs/extending.md adds one: what a backend answers, and what it gets of the Linear."""
+    seen = []
+
+    def operator(x, weight, scales, bias, norm, eps, residual, gated):
+        seen.append((x.shape[0], gated))
+        x = x if norm is None else nn.functional.rms_norm(x, norm.shape, norm, eps)
+        y = nn.functional.linear(x, weight * scales[:, None], bias)
+        if gated:
+            gate, up = y.chunk(2, dim=-1)
+            y = nn.functional.silu(gate) * up
+        return y if residual is None else y + residual
+
+    def product(weight, scales=None, zeros=None) -> Product | None:
+        return scales is not None and Product({"weight": weight, "scales": scales}, operator) or None
+
+    backend = SimpleNamespace(missing=lambda *_: None, product=product, attention=lambda *_: None, together=None)
+    monkeypatch.setitem(LINEARS, "ternary", TernaryLinear)
+    quantize(open_checkpoint(tiny("llama-bias")[1]), {"mode": "ternary", "skip": ["wo"]}, tmp_path / "model.pth", "cpu")
+    plain = load_model(tmp_path / "model.pth", dtype=torch.float32)
+    monkeypatch.setitem(layers.BACKENDS, "cpu", backend)
+    monkeypatch.setitem(layers.TENSORS, TernaryLinear, ("weight", "scales"))
+    model = load_model(tmp_path / "model.pth", dtype=torch.float32)
+    for ours, theirs in zip(logits(model, None), logits(plain, None), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert [gated for _, gated in seen[:7]] == [False, True, False] * 2 + [False]  # wqkv, w13, w2 of two layers; output
+    assert isinstance(model.layers[0].attention.wo, Linear)
+
+
+@has_kernels
+def test_a_step_is_held_together_where_kernels_do_all_of_it(tiny):
+    def step() -> None: ...
+
+    def is_together(path, dtype: torch.dtype = torch.bfloat16, kv_dtype: torch.dtype | None = None) -> bool:
+        model = load_model(path, dtype=dtype)
+        model.setup_caches(1, 16, kv_dtype=kv_dtype)
+        return together(model, step) is not step
+
+    attends = cpu.attention(torch.device("cpu"), torch.bfloat16, 32) is not None
+    assert is_together(tiny("llama-head-dim")[1]) == attends
+    assert is_together(tiny("llama-head-dim")[1], kv_dtype=torch.int8) == attends
+    assert not is_together(tiny("llama-head-dim")[1], kv_dtype=torch.float8_e4m3fn)
+    assert not is_together(tiny("llama-head-dim")[1], torch.float32)
+    assert not is_together(tiny("llama")[1])  # heads of 16, for which the kernel does not attend
+
+
+def test_a_device_without_a_backend_says_so():
+    assert layers.kernels_missing("mps", torch.bfloat16) == "there is no kernel for quantised weights on mps"
+    assert backend_for("mps", torch.bfloat16) is None
+    cache = FastKVCache(None, (1, 1, 4, 8), torch.device("cpu"), torch.bfloat16)
+    assert cache.kernel is None
+
+
+def test_a_model_can_be_sped_up_again(tiny):
+    """Converted to another type it gets that type's kernels; what it has stays."""
+    model, expected = (load_model(tiny("llama")[1], dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    layers.speed_up(model.bfloat16(), torch.bfloat16)
+    layers.speed_up(model, torch.bfloat16)
+    for ours, theirs in zip(logits(model, None), logits(expected, None), strict=True):
+        assert ours.equal(theirs)
+    assert not [module for module in model.modules() if type(module) is Linear]
