@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from fast.cli import CACHE_DTYPES, DEMO, load, resolve_device, resolve_kv_dtype
-from fast.compiling import missing_compiler, set_compile_flags
+from fast.cli import CACHE_DTYPES, DEMO, drop_compile, exit_code, load, resolve_device, resolve_kv_dtype
+from fast.compiling import set_compile_flags
 from fast.perplexity import perplexity
 from fast.scoring import parse_batch_size
 from fast.tokenizer import Tokenizer
@@ -136,9 +136,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.compile and args.tasks is None:
         print("--compile is for --tasks: --perplexity goes without", file=sys.stderr)
         args.compile = False
-    if args.compile and (lacking := missing_compiler()):
-        print(f"{lacking}: going on without --compile", file=sys.stderr)
-        args.compile = False
+    drop_compile(args, "compile")
 
 
 def import_harness() -> ModuleType:
@@ -188,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         with torch.no_grad(), ranks.joined(args.device):
             run(args, ranks)
 
-    return ranks.exit_code(work)
+    return exit_code(work, ranks)
 
 
 if __name__ == "__main__":

@@ -6,22 +6,31 @@ Without `--checkpoint_path` the embedded demo model runs. The loop itself is in 
 """
 
 import argparse
-import contextlib
 import dataclasses
-import os
 import sys
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fast.cli import CACHE_DTYPES, DEMO, load, resolve_device, resolve_kv_dtype
-from fast.compiling import missing_compiler, set_compile_flags
+from fast.chat import chat, warm_up_turns
+from fast.cli import (
+    CACHE_DTYPES,
+    DEMO,
+    check_writable,
+    drop_compile,
+    exit_code,
+    load,
+    profiled,
+    resolve_device,
+    resolve_kv_dtype,
+    write_json,
+)
+from fast.compiling import set_compile_flags
 from fast.decoding import Steps, build_steps, stream, warm_up
 from fast.layers import kernels_missing
-from fast.metrics import bytes_per_step, check_writable, count_parameters, describe, parameter_bytes, report, write_json
+from fast.metrics import bytes_per_step, count_parameters, describe, parameter_bytes, report
 from fast.rows import Row, run_rows
 from fast.sampling import Sampling
 from fast.speculative import (
@@ -131,9 +140,7 @@ def check_args(args: argparse.Namespace) -> None:
     for path in (args.metrics_path, args.profile):
         if path is not None:
             check_writable(path)
-    if (args.compile or args.compile_prefill) and (lacking := missing_compiler()):
-        print(f"{lacking}: going on without --compile", file=sys.stderr)
-        args.compile = args.compile_prefill = False
+    drop_compile(args, "compile", "compile_prefill")
 
 
 def check_speculation(args: argparse.Namespace) -> None:
@@ -264,7 +271,12 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     torch.manual_seed(args.seed)
     context = min(part.args.context_length for part in (model, draft) if part is not None)
     if args.interactive:
-        return chat(args, sampling, model, draft, tokenizer, args.max_seq_length or min(context, 4096), ranks)
+        room = args.max_seq_length or min(context, 4096)
+        first = [0] * max(1, min(64, room // 4))  # a turn to compile with
+        steps, _ = set_up(args, sampling, model, draft, [[first]], room, ranks)
+        if args.compile or args.compile_prefill:
+            warm_up_turns(steps, first)
+        return chat(steps, tokenizer, args.max_new_tokens, args.stop, args.system, ranks)
     limit = args.max_seq_length or context
     prompts = encode_prompts(args, tokenizer, model.args.vocab_size, limit)
     longest = max(map(len, prompts))
@@ -313,87 +325,6 @@ def report_ranks(
     return {"world_size": ranks.world_size, "parameter_bytes": nbytes, **costs}
 
 
-@contextlib.contextmanager
-def profiled(path: Path | None):
-    """Write a Chrome trace of what runs inside to `path`; do nothing without one."""
-    if path is None:
-        yield
-        return
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells stderr when it starts and stops
-    with torch.profiler.profile() as profile:
-        yield
-    profile.export_chrome_trace(str(path))
-    print(f"trace: {path} (open it at https://ui.perfetto.dev)")
-
-
-def chat(
-    args: argparse.Namespace,
-    sampling: Sampling,
-    model: Transformer,
-    draft: Transformer | None,
-    tokenizer: Tokenizer,
-    room: int,
-    ranks: Ranks,
-) -> None:
-    """Converse until Ctrl-D. The KV cache stays between turns: only what it does not hold yet is prefilled.
-
-    Ctrl-C ends an answer. Several ranks would each stop at another token of it and wait for the others for ever, and
-    torchrun hears it as well: there it ends the conversation.
-    """
-    caught = (KeyboardInterrupt,) if ranks.world_size == 1 else ()
-    blank = [[0] * max(1, min(64, room // 4))]
-    steps, _ = set_up(args, sampling, model, draft, [blank], room, ranks)
-    if args.compile or args.compile_prefill:  # a turn after the first, and one that is short enough for a kernel
-        plain = steps.plain if isinstance(steps, SpeculativeSteps) else steps
-        for turn in (blank[0], blank[0][:2]):
-            deque(stream(plain, [turn], 1, cached=len(blank[0]) * 2), maxlen=0)
-    if not tokenizer.has_chat_template and args.system is not None:
-        raise ValueError("--system needs a chat template, and this model has none")
-    if not tokenizer.has_chat_template:
-        print("this model has no chat template: it goes on from what you write")
-    history = [{"role": "system", "content": args.system}] if args.system is not None else []
-    text, cached = "", []  # the conversation so far, as text where there is no template; what the cache holds
-    while (line := ranks.share(lambda: _ask(caught))) is not None:
-        if not line.strip():
-            continue
-        if tokenizer.has_chat_template:
-            turn = [*history, {"role": "user", "content": line}]
-            prompt = tokenizer.encode(tokenizer.apply_chat_template(turn), bos=False)
-        else:
-            prompt = tokenizer.encode(text + line)
-        room = steps.model.max_seq_length - len(prompt)
-        if room < 1:
-            print(f"the conversation fills the cache of {steps.model.max_seq_length} tokens: starting over")
-            history, text, cached = history[: args.system is not None], "", []
-            continue
-        row = Row(tokenizer, prompt, min(args.max_new_tokens, room), args.stop)
-        with contextlib.suppress(*caught):
-            run_rows(steps, [row], min(args.max_new_tokens, room), _print_now, _common_prefix(cached, prompt[:-1]))
-        print()
-        cached = prompt + row.tokens[:-1] if row.tokens else []  # interrupted before that, the prefill is not whole
-        text += line + row.text
-        history += [{"role": "user", "content": line}, {"role": "assistant", "content": row.text}]
-
-
-def _ask(caught: tuple[type[BaseException], ...]) -> str | None:
-    while True:
-        try:
-            return input("> ")
-        except EOFError:
-            print()
-            return None
-        except caught:
-            print("\n(Ctrl-D ends)")
-
-
-def _print_now(_: int, text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 def main(argv: list[str] | None = None) -> int:
     ranks = Ranks.from_torchrun()
 
@@ -402,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
         with torch.no_grad(), ranks.joined(args.device):
             run(args, ranks)
 
-    return ranks.exit_code(work)
+    return exit_code(work, ranks)
 
 
 if __name__ == "__main__":

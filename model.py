@@ -111,11 +111,11 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Sharding:
-    """How tensor parallelism divides a module; which dimension it is, the module's shape in a divided model tells.
+    """How tensor parallelism divides a module; `tp.connect` finds the divided dimension by comparing shapes.
 
-    parts: sizes of what is stacked in the output, to be divided each on its own; None: it is one.
-    collective: what makes one output of the ranks' own, a "sum", or a "gather" along the last dimension; None: none,
-        the next module takes each rank's share.
+    parts: sizes of the projections stacked in the output, each divided on its own. None: there is one.
+    collective: how the ranks' outputs become one: "sum", or "gather" along the last dimension. None: they stay apart,
+        and the next module takes this rank's share.
     """
 
     parts: tuple[int, ...] | None = None
@@ -123,7 +123,7 @@ class Sharding:
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding`. Vocabulary-parallel, ids of other ranks give zeros and the all-reduce fills them in."""
+    """`nn.Embedding`, or vocabulary-parallel: ids of other ranks give zeros, and the all-reduce adds the ranks up."""
 
     sharding = Sharding(collective="sum")
     collective: Callable[[Tensor], Tensor] | None = None
@@ -169,9 +169,9 @@ KV_DTYPES = (torch.int8, torch.float8_e4m3fn)  # what a cache may be quantised t
 
 
 def quantize_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x [..., D]` in `dtype` and a float32 scale per vector, `[...]`, by which its greatest element meets the limit.
+    """`x [..., D]` in `dtype`, with a float32 scale per vector, `[...]`, that maps its largest element to the limit.
 
-    The error of an element is at most 1 / 254 of that greatest one in int8, and 1 / 16 of its own in fp8.
+    An element's error is at most 1 / 254 of the largest element in int8, and 1 / 16 of itself in fp8.
     """
     limit = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
     scales = x.float().abs().amax(-1).clamp(min=1e-30) / limit
@@ -182,8 +182,7 @@ def quantize_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 class KVCache(nn.Module):
     """Keys and values of one layer, `[B, n_kv_heads, capacity, head_dim]`, allocated once and written in place.
 
-    As int8 or fp8 they have scales, `[B, n_kv_heads, capacity]`: float32, a 32nd more bytes at 128 elements, so that
-    the values' rounding is all that is lost.
+    In int8 or fp8 each vector has a float32 scale, `[B, n_kv_heads, capacity]`: 1/32 more bytes at 128 elements.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype):
@@ -264,9 +263,9 @@ class Attention(nn.Module):
 
 
 def attention_mask(args: ModelArgs, positions: Tensor, kv_pos: Tensor) -> Tensor | None:
-    """Which slots `kv_pos [L]` the queries at `positions [B, S]` see, bool `[B, 1, S, L]`; None: plainly causal."""
+    """Which slots `kv_pos [L]` the queries at `positions [B, S]` see, bool `[B, 1, S, L]`. None: the causal mask."""
     if kv_pos.shape[0] == positions.shape[1] and args.sliding_window is None:
-        return None  # S consecutive queries are slots 0..S-1
+        return None  # as many slots as queries: they are the same positions
     mask = kv_pos <= positions[:, None, :, None]
     if args.sliding_window is not None:
         mask = mask & (kv_pos > positions[:, None, :, None] - args.sliding_window)
@@ -318,7 +317,7 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """The decoder. Call it without caches for whole texts (training, scoring), with them to generate."""
 
-    new_cache: Callable[..., KVCache] = KVCache
+    new_cache: Callable[..., KVCache] = KVCache  # `layers.speed_up` puts its own here
 
     def __init__(self, args: ModelArgs):
         super().__init__()

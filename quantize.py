@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fast.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from fast.cli import DEMO, check_device
+from fast.cli import DEMO, check_device, check_writable, exit_code
 from fast.gptq import check_finite, gptq_linears, read_weight
-from fast.metrics import check_writable
 from fast.quantized import GROUP_SIZES, LINEARS, quantized_linears, swap_linears
 from fast.tokenizer import Tokenizer, load_tokenizer, read_text
 from model import ModelArgs, Transformer
@@ -233,16 +232,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        with torch.no_grad():
-            run(build_parser().parse_args(argv))
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    with torch.no_grad():
+        return exit_code(lambda: run(build_parser().parse_args(argv)), stopped="stopped; nothing was written")
 
 
 if __name__ == "__main__":

@@ -264,22 +264,6 @@ class Ranks:
             sys.stdout.flush()
         os._exit(code)
 
-    def exit_code(self, work: Callable[[], Any]) -> int:
-        """Do `work`; what this process is to exit with. An error is one line on stderr and ends the other ranks too."""
-        try:
-            work()
-        except BrokenPipeError:  # the reader has seen enough, as in `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.complain("")
-            return self.leave(141) if self.world_size > 1 else 0  # 0 would not end the other ranks
-        except (ValueError, OSError, ImportError) as error:
-            self.complain(f"error: {error}")
-            return self.leave(2)
-        except KeyboardInterrupt:
-            self.complain("\nstopped")
-            return self.leave(130)
-        return 0
-
     def share(self, make: Callable[[], str | None]) -> str | None:
         """What rank 0 makes, on every rank, however long that takes: a person may be typing."""
         if self.world_size == 1:

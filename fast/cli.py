@@ -1,15 +1,24 @@
-"""What the command lines share: the demo model, the device, the dtype, loading.
+"""What the command lines share: the demo model, devices, loading, the files they write, and how they end.
 
-device, dtype = resolve_device(args)
-model, tokenizer = load(args.checkpoint_path, device, dtype)
+    device, dtype = resolve_device(args)
+    model, tokenizer = load(args.checkpoint_path, device, dtype)
+
+Bad input is one line on stderr and exit code 2; a file is written whole or not at all.
 """
 
 import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fast.checkpoint import load_model
+from fast.compiling import missing_compiler
 from fast.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer
 from tp import ALONE, Ranks
@@ -46,3 +55,72 @@ def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> t
     """The model at `path`, a `.pth` of ours or a Hugging Face directory, and the tokenizer that lies with it."""
     model = load_model(path, device=device, dtype=dtype, ranks=ranks)
     return model, load_tokenizer(path)
+
+
+def drop_compile(args: argparse.Namespace, *flags: str) -> None:
+    """Turn these flags off where this machine lacks a compiler, and say so on stderr."""
+    if any(getattr(args, flag) for flag in flags) and (lacking := missing_compiler()):
+        print(f"{lacking}: going on without --compile", file=sys.stderr)
+        for flag in flags:
+            setattr(args, flag, False)
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError where the file `path` could not be made, before time is spent on what it is to hold."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"cannot write {path}: {folder} is not a directory")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a directory")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write {path}: no permission to write in {folder}")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` once it is whole, or goes."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def profiled(path: Path | None):
+    """Write a Chrome trace of what runs inside to `path`; do nothing without one."""
+    if path is None:
+        yield
+        return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells stderr when it starts and stops
+    with torch.profiler.profile() as profile:
+        yield
+    profile.export_chrome_trace(str(path))
+    print(f"trace: {path} (open it at https://ui.perfetto.dev)")
+
+
+def exit_code(work: Callable[[], Any], ranks: Ranks = ALONE, stopped: str = "stopped") -> int:
+    """Do `work`; what this process is to exit with. An error is one line on stderr and ends the other ranks too.
+
+    stopped: what Ctrl-C prints.
+    """
+    try:
+        work()
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        ranks.complain("")
+        return ranks.leave(141) if ranks.world_size > 1 else 0  # 0 would not end the other ranks
+    except (ValueError, OSError, ImportError) as error:
+        ranks.complain(f"error: {error}")
+        return ranks.leave(2)
+    except KeyboardInterrupt:
+        ranks.complain(f"\n{stopped}")
+        return ranks.leave(130)
+    return 0

@@ -1,7 +1,9 @@
-"""torch.compile as decoding uses it: what a step is compiled for, Inductor's settings, what a machine lacks for it.
+"""torch.compile as decoding uses it: for which sizes a step is compiled, Inductor's settings, what a machine lacks.
 
-set_compile_flags("cpu")
-decode = compile_step(decode, dynamic_dims=(None, None, 0), mode="reduce-overhead")
+    set_compile_flags("cpu")
+    decode = compile_step(decode, dynamic_dims=(None, None, 0), mode="reduce-overhead")
+
+Settings are set by a command line's `main`, never by an import.
 """
 
 import contextlib
@@ -19,17 +21,23 @@ from torch import Tensor
 
 from kernels.cpu.build import compiler_missing
 
+Dims = int | tuple[int, ...] | None
 
-def compile_step(step: Callable, dynamic_dims: tuple[int | None, ...], mode: str | None = None) -> Callable:
-    """Compile `step` once for all sizes that the given dimension of each argument may have."""
+
+def compile_step(step: Callable, dynamic_dims: tuple[Dims, ...], mode: str | None = None) -> Callable:
+    """Compile `step` once for all sizes above one that the given dimensions of each argument may have.
+
+    mode: torch.compile's; "reduce-overhead" records CUDA graphs.
+    """
     compiled = torch.compile(step, mode=mode, fullgraph=True)
 
     def run(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        for tensor, dim in zip(tensors, dynamic_dims, strict=True):
-            if dim is not None and tensor.shape[dim] > 1:
-                torch._dynamo.mark_dynamic(tensor, dim)
+        for tensor, dims in zip(tensors, dynamic_dims, strict=True):
+            for dim in dims if isinstance(dims, tuple) else (dims,):
+                if dim is not None and dim < tensor.dim() and tensor.shape[dim] > 1:
+                    torch._dynamo.mark_dynamic(tensor, dim)
         out = compiled(*tensors)
-        if not tensors[0].is_cuda:
+        if mode is None or not tensors[0].is_cuda:
             return out
         return out.clone() if isinstance(out, Tensor) else tuple(o.clone() for o in out)  # a CUDA graph reuses its own
 

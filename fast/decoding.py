@@ -59,8 +59,21 @@ def kv_slots(n: int, capacity: int) -> int:
     Rounding up reads at most a quarter more than is valid. Sizes are few because a CUDA graph is recorded for each,
     unless a GPU's kernel attends: that takes the whole cache and finds out on the device how many are valid.
     """
-    step = max(128, 1 << max(0, (n - 1).bit_length() - 3))
-    return min(-(-n // step) * step, capacity)
+    return min(round_up(n, at_least=128, per_octave=4), capacity)
+
+
+def round_up(n: int, at_least: int, per_octave: int) -> int:
+    """`n` rounded up to one of `per_octave` equal steps between two powers of two, and to a multiple of `at_least`.
+
+    So lengths are few, and what they are above `n` is at most a share of it.
+    """
+    step = max(at_least, (1 << (n - 1).bit_length()) // (2 * per_octave))
+    return -(-n // step) * step
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many ids the two begin with alike: the cache of one serves the other so far."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def stream(steps: Steps, prompts: list[list[int]], max_new_tokens: int, cached: int = 0) -> Iterator[list[int]]:

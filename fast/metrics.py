@@ -5,12 +5,9 @@
 Decoding is bound by memory: its measure is the bytes a token must read, over the bytes the device moves per second.
 """
 
-import json
-import os
 import resource
 import sys
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -127,24 +124,3 @@ def report(
 def _median(values: list[float | None]) -> float | None:
     present = [value for value in values if value is not None]
     return median(present) if present else None
-
-
-def check_writable(path: Path) -> None:
-    """Raise ValueError where the file `path` could not be made, before time is spent on what it is to hold."""
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise ValueError(f"cannot write {path}: {folder} is not a directory")
-    if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a directory")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"cannot write {path}: no permission to write in {folder}")
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write `data` to `path`, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(data, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

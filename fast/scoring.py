@@ -9,13 +9,14 @@ cache, and only what differs is computed per row. Texts that share nothing need 
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fast.compiling import compile_step
+from fast.decoding import common_prefix, round_up
 from fast.perplexity import negative_log_likelihoods
 from model import Transformer
 
@@ -104,14 +105,9 @@ def to_groups(texts: list[Text], max_rows: int) -> list[Group]:
     return groups
 
 
-def common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 def bucket(n: int) -> int:
-    """`n` rounded up to an eighth of its octave, at least 16: few lengths, an eighth of padding at most."""
-    step = max(16, 1 << max(0, (n - 1).bit_length() - 4))
-    return -(-n // step) * step
+    """`n` rounded up to one of few lengths, with at most an eighth of padding from 128 on."""
+    return round_up(n, at_least=16, per_octave=8)
 
 
 class Scorer:
@@ -147,8 +143,8 @@ class Scorer:
         def cached(idx: Tensor, input_pos: Tensor, kv_pos: Tensor, logits_at: Tensor) -> Tensor:
             return model(idx, input_pos, kv_pos, logits_at)
 
-        self._whole = _compiled(whole) if compile else whole
-        self._cached = _compiled(cached) if compile else cached
+        self._whole = compile_step(whole, ((0, 1), (0, 1))) if compile else whole
+        self._cached = compile_step(cached, ((0, 1), (0, 1), 0, (0, 1))) if compile else cached
 
     def rows_for(self, length: int) -> int:
         """How many rows of `length` tokens a batch takes."""
@@ -306,17 +302,3 @@ def split(group: Group, rows: int) -> list[Group]:
     """The group in pieces of at most `rows` texts; one text alone shares nothing."""
     pieces = [group.texts[i : i + rows] for i in range(0, len(group.texts), rows)]
     return [Group(piece, group.shared if len(piece) > 1 else 0) for piece in pieces]
-
-
-def _compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile `step` once for all sizes above one that the dimensions of its arguments may have."""
-    compiled = torch.compile(step, fullgraph=True)
-
-    def run(*tensors: Tensor) -> Tensor:
-        for tensor in tensors:
-            for dim, size in enumerate(tensor.shape):
-                if size > 1:
-                    torch._dynamo.mark_dynamic(tensor, dim)
-        return compiled(*tensors)
-
-    return run

@@ -41,15 +41,14 @@ from measuring import (
 )
 from tqdm import tqdm
 
-from fast.cli import CACHE_DTYPES, resolve_device, resolve_kv_dtype
-from fast.compiling import missing_compiler, set_compile_flags
+from fast.cli import CACHE_DTYPES, drop_compile, exit_code, resolve_device, resolve_kv_dtype, write_json
+from fast.compiling import set_compile_flags
 from fast.decoding import Steps, build_steps, stream, warm_up
 from fast.families import preset
 from fast.layers import kernels_missing
-from fast.metrics import peak_memory, write_json
+from fast.metrics import peak_memory
 from fast.quantized import GROUP_SIZES
 from fast.sampling import Sampling
-from tp import ALONE
 
 
 def scheme_of(args: argparse.Namespace, mode: str) -> dict[str, Any] | None:
@@ -251,9 +250,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, argv: list[str]) -> None:
     check(args)
     device, dtype = resolve_device(args)
-    if (args.compile or args.compile_prefill) and (lacking := missing_compiler()):
-        print(f"{lacking}: going on without --compile", file=sys.stderr)
-        args.compile = args.compile_prefill = False
+    drop_compile(args, "compile", "compile_prefill")
     if args.compile or args.compile_prefill:
         set_compile_flags(device)
         torch._dynamo.config.recompile_limit = 256  # one function for every mode, capacity and batch size
@@ -279,7 +276,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     with torch.no_grad():
-        return ALONE.exit_code(lambda: run(build_parser().parse_args(argv), argv))
+        return exit_code(lambda: run(build_parser().parse_args(argv), argv))
 
 
 if __name__ == "__main__":

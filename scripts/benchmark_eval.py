@@ -19,12 +19,10 @@ import _root  # noqa: F401 - finds the modules of the repository's root
 import torch
 from benchmark import build_model, hardware
 
-from fast.cli import DEMO, resolve_device
+from fast.cli import DEMO, exit_code, resolve_device, write_json
 from fast.compiling import set_compile_flags
 from fast.families import HF_MODULES, preset
-from fast.metrics import write_json
 from model import Transformer
-from tp import ALONE
 
 Item = list[tuple[None, list[int], list[int]]]  # four requests as the harness hands them to a model, tokens only
 
@@ -149,7 +147,7 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return ALONE.exit_code(lambda: run(argv))
+    return exit_code(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -22,11 +22,10 @@ import torch
 from benchmark import build_model, hardware
 from torch import Tensor
 
-from fast.cli import resolve_device
-from fast.compiling import missing_compiler, set_compile_flags
+from fast.cli import drop_compile, exit_code, resolve_device, write_json
+from fast.compiling import set_compile_flags
 from fast.decoding import Steps, build_steps, stream, warm_up
 from fast.families import preset
-from fast.metrics import write_json
 from fast.sampling import Sampling
 from fast.speculative import (
     SPARE,
@@ -39,7 +38,6 @@ from fast.speculative import (
     warm_up_speculation,
 )
 from model import Transformer
-from tp import ALONE
 
 SCHEMES = {"none": None, "int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
 
@@ -138,9 +136,7 @@ def run(args: argparse.Namespace) -> None:
     if shapes[0] != shapes[1] and not args.prompt_lookup:
         raise ValueError(f"--draft {args.draft} has a vocabulary of {shapes[1]} tokens, --model {shapes[0]}")
     device, dtype = resolve_device(args)
-    if args.compile and (lacking := missing_compiler()):
-        print(f"{lacking}: going on without --compile", file=sys.stderr)
-        args.compile = False
+    drop_compile(args, "compile")
     set_compile_flags(device)
     print("building and compiling ...", file=sys.stderr)
     capacity, sampling = args.prompt_length + args.new_tokens - 1, Sampling()
@@ -169,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     with torch.no_grad():
-        return ALONE.exit_code(lambda: run(build_parser().parse_args(argv)))
+        return exit_code(lambda: run(build_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

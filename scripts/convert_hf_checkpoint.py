@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from fast.checkpoint import Stored, open_checkpoint, save_checkpoint
+from fast.cli import exit_code
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -49,16 +50,12 @@ def main() -> int:
     parser.add_argument("--checkpoint_dir", type=Path, required=True, metavar="DIR", help="directory of the model")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
     args = parser.parse_args()
-    try:
+
+    def work() -> None:
         target = convert(args.checkpoint_dir, DTYPES[args.dtype])
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"next: python generate.py --checkpoint_path {target}")
-    return 0
+        print(f"next: python generate.py --checkpoint_path {target}")
+
+    return exit_code(work, stopped="stopped; nothing was written")
 
 
 if __name__ == "__main__":

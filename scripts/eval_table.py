@@ -22,9 +22,8 @@ from quality import demo_training_text
 import eval as eval_cli
 import quantize
 from fast.checkpoint import open_checkpoint
-from fast.cli import DEMO
+from fast.cli import DEMO, exit_code
 from fast.quantized import LINEARS
-from tp import ALONE
 
 TASKS = DEMO.parent / "tasks"
 DEMO_FLAGS = ["--perplexity", str(DEMO.parent / "heldout.txt"), "--include_path", str(TASKS), "--tasks"]
@@ -89,7 +88,7 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return ALONE.exit_code(lambda: run(argv))
+    return exit_code(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -34,9 +34,8 @@ from gpu_correctness import CORRECTNESS
 from gpu_speed import DECODES, DEMO_PARTS, PRODUCTS, WAITS, startup_rows
 from tqdm import tqdm
 
+from fast.cli import exit_code, write_json
 from fast.compiling import set_compile_flags
-from fast.metrics import write_json
-from tp import ALONE
 
 STEPS: dict[str, tuple[list[Part], int]] = {  # the parts of a step, and its seconds; what it leaves the next one has
     "card": ([card_rows], 20),
@@ -175,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         run_step(args.step, args.out)
         return 0
     is_right = []
-    return ALONE.exit_code(lambda: is_right.append(run(args.out))) or int(not all(is_right))
+    return exit_code(lambda: is_right.append(run(args.out))) or int(not all(is_right))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,9 @@ import torch
 import quantize
 from demo.corpus import read_documents, split_corpus
 from fast.checkpoint import load_model, open_checkpoint
-from fast.cli import check_device
+from fast.cli import check_device, exit_code
 from fast.perplexity import perplexity
 from fast.tokenizer import load_tokenizer, read_text
-from tp import ALONE
 
 ROOT = Path(__file__).resolve().parent.parent
 GPTQ = {"percdamp": 0.01, "blocksize": 128, "act_order": False}
@@ -95,7 +94,7 @@ def stored_bytes(stored) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     with torch.no_grad():
-        return ALONE.exit_code(lambda: run(build_parser().parse_args(argv)))
+        return exit_code(lambda: run(build_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ point's distance from the roof is its share of the bandwidth, under the flat roo
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import _root  # noqa: F401 - finds the modules of the repository's root
+
+from fast.cli import replacing
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -66,12 +67,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         scale.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(title="points: rows x context or prompt", fontsize=8, title_fontsize=8, loc="lower right")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

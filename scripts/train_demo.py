@@ -13,7 +13,6 @@ import io
 import itertools
 import json
 import math
-import os
 import platform
 import random
 import re
@@ -33,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from demo.corpus import read_documents, split_corpus
+from fast.cli import replacing
 from fast.families import args_from_hf
 from model import Transformer
 
@@ -235,11 +235,10 @@ def train(
 
 
 def write(path: Path, text: str | bytes) -> None:
-    """Write a file beside its place, then rename: a reader never sees half of it."""
+    """Write a file, whole or not at all, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(text if isinstance(text, bytes) else text.encode())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
 def hf_weights(model: Transformer) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ import json
 import pytest
 import torch
 
-from fast.metrics import bytes_per_step, describe, measure_bandwidth, peak_memory, report, write_json
+from fast.cli import write_json
+from fast.metrics import bytes_per_step, describe, measure_bandwidth, peak_memory, report
 from model import ModelArgs, Transformer
 
 ARGS = {

@@ -16,7 +16,7 @@ import torch
 from conftest import GREEDY, make_tiny, prompt_of, tokens_of
 
 import generate
-from fast import cli
+from fast import chat, cli
 from fast.checkpoint import load_model
 from fast.cli import DEMO
 from fast.compiling import compile_step
@@ -396,7 +396,7 @@ def test_a_conversation_may_speculate(main, monkeypatch):
     answers = []
     for flags in ((), ("--speculate_k", 3), ("--prompt_lookup",)):
         lines = iter(["The list of", " names", " and the"])
-        monkeypatch.setattr(generate, "_ask", lambda _, lines=lines: next(lines, None))
+        monkeypatch.setattr(chat, "ask", lambda _, lines=lines: next(lines, None))
         code, out, err = main("--interactive", *flags)
         assert (code, err) == (0, "")
         answers.append(out.partition("what you write\n")[2])

@@ -6,6 +6,8 @@
 `build.py` compiles `operators.cpp` and `products.cpp`; `packing.py` lays weights out as `products.cpp` reads them.
 """
 
+import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +15,6 @@ from torch import Tensor
 
 from kernels import Attention, Product
 from kernels.cpu import build, packing
-from kernels.cpu.build import together
-
-__all__ = ["attention", "missing", "product", "together"]
 
 
 def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
@@ -53,3 +52,28 @@ def attention(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> Att
     if kv_dtype not in (torch.bfloat16, torch.int8) or head_dim % 32 or torch.ops.fast.variants()[0] != "avx512":
         return None
     return Attention(torch.ops.fast.decode_attention, max_positions=16, takes_qkv=False)
+
+
+def together(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step` in one parallel region: between its kernels the threads prefetch the weights that come next.
+
+    Operators that are not of these kernels run on one thread in there.
+    """
+
+    def run(*args: Any) -> Any:
+        result, error = None, KeyboardInterrupt()  # which may come before the first line of `call`
+
+        @ctypes.CFUNCTYPE(None)
+        def call() -> None:
+            nonlocal result, error
+            try:
+                result, error = step(*args), None
+            except BaseException as problem:
+                error = problem
+
+        build.in_a_team(call)
+        if error is not None:
+            raise error
+        return result
+
+    return step if build.in_a_team is None else run

@@ -1,7 +1,9 @@
-"""Compiles the CPU's operators, `torch.ops.fast.*`, once; every later process finds them.
+"""Compiles the CPU's operators, `torch.ops.fast.*`.
 
-if build.load() is None:
-    y = torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight), n_out)
+    if build.load() is None:
+        y = torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight), n_out)
+
+It is done once; later processes find the library. `operators.cpp` says what the operators take.
 """
 
 import ctypes
@@ -15,13 +17,12 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-w")
 
-_library: ctypes.PyDLL | None = None
+in_a_team: Callable[..., None] | None = None  # `threads.h` has it: (step), a C function; None: there are no kernels
 
 
 @functools.cache
@@ -31,7 +32,7 @@ def load() -> str | None:
     The library lies in TORCH_EXTENSIONS_DIR, by default `~/.cache/torch_extensions`, under a name that depends on the
     source and on the version of torch.
     """
-    global _library
+    global in_a_team
     content = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.[ch]*")))
     key = hashlib.sha256(content + f"{torch.__version__} {FLAGS}".encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
@@ -40,38 +41,13 @@ def load() -> str | None:
         if not library.exists():
             _build(library)
         torch.ops.load_library(library)
-        _library = ctypes.PyDLL(str(library))
+        in_a_team = ctypes.PyDLL(str(library)).in_a_team
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[0])
         return f"the CPU's kernels cannot be built, without them quantised weights run slowly: {reason}"
     _register_fakes()
     return None
-
-
-def together(step: Callable[..., Any]) -> Callable[..., Any]:
-    """`step` in one parallel region: between its kernels the threads prefetch the weights that come next.
-
-    Operators that are not of these kernels run on one thread in there.
-    """
-
-    def run(*args: Any) -> Any:
-        result, error = None, KeyboardInterrupt()  # which may come before the first line of `call`
-
-        @ctypes.CFUNCTYPE(None)
-        def call() -> None:
-            nonlocal result, error
-            try:
-                result, error = step(*args), None
-            except BaseException as problem:
-                error = problem
-
-        _library.in_a_team(call)
-        if error is not None:
-            raise error
-        return result
-
-    return step if _library is None else run
 
 
 def compiler() -> str:

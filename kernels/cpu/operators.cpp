@@ -3,19 +3,15 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <omp.h>
 #include <torch/library.h>
 
-#include <atomic>
-#include <chrono>
 #include <cmath>
 #include <optional>
 #include <string>
-#include <thread>
-#include <unordered_map>
 #include <utility>
 
 #include "products.h"
+#include "threads.h"
 
 namespace {
 
@@ -29,135 +25,6 @@ int64_t panels(int64_t N) { return (N + LANES - 1) / LANES; }
 
 // at::empty, whose header takes a sixth of this file's compilation.
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype = at::kBFloat16) { return at::detail::empty_cpu(sizes, dtype); }
-
-// ---- The threads of a step.
-//
-// Between products memory is idle, so the threads stay in one parallel region for a whole step (`in_a_team`). One leads
-// it; the others, while it has no work for them, prefetch the beginning of the weights that followed last time. A decoded
-// token of 1.1B weights on two threads takes 4 % less in int4, 2 % in int8 and bf16.
-
-constexpr int64_t AHEAD = 1 << 20;       // bytes that a thread reads so: what a core's own cache holds
-constexpr int64_t NAP_AFTER = 1 << 17;   // looks for work, a few milliseconds: a compiler is at work, or somebody else
-constexpr std::chrono::microseconds NAP(50);
-
-struct Weights {
-  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-  const uint8_t* begin;
-  int64_t bytes;
-  const Weights* next = nullptr;
-};
-
-struct Span {
-  const uint8_t* begin = nullptr;
-  int64_t bytes = 0;
-};
-
-struct Team {
-  int64_t size = 0;                  // 0 outside a step
-  std::atomic<uint64_t> n_calls{0};  // for work; the last has none, and ends the step
-  std::atomic<int64_t> n_working{0};
-  void (*work)(const void*, int64_t) = nullptr;
-  const void* what = nullptr;
-  Span ahead;  // read by the others during a call, changed between two
-  c10::intrusive_ptr<c10::StorageImpl> held, held_before;  // what it lies in, and what others may still be reading
-  std::unordered_map<const uint8_t*, Weights> known;       // by where they begin
-  Weights* last = nullptr;
-
-  void look_ahead() {
-    held_before = std::move(held);
-    held = last && last->next ? last->next->storage.lock() : nullptr;
-    ahead = held ? Span{last->next->begin, last->next->bytes} : Span{};
-  }
-
-  void multiplies(const at::Tensor& packed) {
-    const auto* begin = static_cast<const uint8_t*>(packed.const_data_ptr());
-    const auto weak = packed.storage().getWeakStorageImpl();
-    Weights& now = known.try_emplace(begin, Weights{weak, begin, 0}).first->second;
-    now.storage = weak, now.bytes = packed.nbytes();
-    if (last) last->next = &now;
-    last = &now;
-    look_ahead();
-  }
-};
-
-thread_local Team team;  // that this thread leads
-
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
-// What thread t does until the step ends.
-void follow(Team& led, Span ahead, int64_t t) {
-  uint64_t seen = 0;
-  for (int64_t n_read = 0, n_looks = 0;;) {
-    const int64_t from = ahead.bytes * t / led.size + n_read;  // the thread's own part comes first
-    if (const uint64_t call = led.n_calls.load(std::memory_order_acquire); call != seen) {
-      if (!led.work) return;
-      led.work(led.what, t);
-      ahead = led.ahead, seen = call, n_read = n_looks = 0;
-      led.n_working.fetch_sub(1, std::memory_order_release);
-    } else if (n_read < AHEAD && from + 2048 <= ahead.bytes) {
-      for (int64_t i = 0; i < 2048; i += 64) static_cast<void>(*static_cast<const volatile uint8_t*>(ahead.begin + from + i));
-      n_read += 2048;
-    } else if (++n_looks < NAP_AFTER) {
-      pause();
-    } else {
-      std::this_thread::sleep_for(NAP);
-    }
-  }
-}
-
-// `run(t)` for every t below n, at once.
-template <class Run>
-void together(int64_t n, const Run& run) {
-  if (team.size == 0) {
-    at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) run(t);
-    });
-    return;
-  }
-  const auto part = [&run, n, size = team.size](int64_t t) {
-    for (; t < n; t += size) run(t);
-  };
-  team.work = [](const void* what, int64_t t) { (*static_cast<const decltype(part)*>(what))(t); };
-  team.what = &part;
-  team.n_working = team.size - 1;
-  team.n_calls.fetch_add(1, std::memory_order_release);
-  part(0);
-  while (team.n_working.load(std::memory_order_acquire)) pause();
-}
-
-// `work(i)` for every i below n. Each thread has a range of its own, which it goes through from its first to its last;
-// one that is done takes the second half of what another has left, for cores are never equally fast: a decoded token of
-// 1.1B weights on two of them takes 6 % less than with equal shares in bf16 and int8, 2 % less in int4.
-template <class Work>
-void share_out(int64_t n, const Work& work) {
-  struct alignas(64) Range {
-    std::atomic<uint64_t> bounds;
-  };
-  const auto pack = [](uint64_t first, uint64_t end) { return first << 32 | end; };
-  const int64_t n_threads = std::min<int64_t>(n, at::get_num_threads());
-  std::vector<Range> ranges(n_threads);
-  for (int64_t t = 0; t < n_threads; ++t) ranges[t].bounds = pack(n * t / n_threads, n * (t + 1) / n_threads);
-  const auto run = [&](int64_t t) {
-    for (int64_t from = t; from < t + n_threads;) {
-      std::atomic<uint64_t>& bounds = ranges[from % n_threads].bounds;
-      uint64_t seen = bounds;
-      const uint64_t first = seen >> 32, end = uint32_t(seen);
-      if (first == end) {
-        ++from;
-      } else if (from == t) {
-        if (bounds.compare_exchange_weak(seen, pack(first + 1, end))) work(int64_t(first));
-      } else if (const uint64_t middle = (first + end) / 2; bounds.compare_exchange_weak(seen, pack(first, middle))) {
-        ranges[t].bounds = pack(middle, end);
-        from = t;
-      }
-    }
-  };
-  together(n_threads, run);
-}
 
 // y = x W^T of many rows: the panels as bf16 rows, as many as the cache holds, and a product of matrices.
 void by_matrices(Kind kind, const Call& c, const at::Tensor& x, at::Tensor& y) {
@@ -407,30 +274,6 @@ void choose_variant(const std::string& name) {
 }
 
 }  // namespace
-
-// `step()`, which PyTorch's own threads leave to this one and its team.
-extern "C" __attribute__((visibility("default"))) void in_a_team(void (*step)()) {
-  if (team.size || at::get_num_threads() == 1) return step();
-  Team& led = team;
-  led.n_calls = 0;
-  led.look_ahead();
-#pragma omp parallel num_threads(at::get_num_threads())
-  {
-    const Span ahead = led.ahead;
-    const int64_t t = omp_get_thread_num();
-    if (t == 0) led.size = omp_get_num_threads();
-#pragma omp barrier
-    if (t > 0) {
-      follow(led, ahead, t);
-    } else {
-      step();
-      led.work = nullptr;
-      led.n_calls.fetch_add(1, std::memory_order_release);
-    }
-  }
-  led.size = 0;
-  led.held.reset(), led.held_before.reset();
-}
 
 TORCH_LIBRARY(fast, m) {
   m.def("pack_bf16(Tensor weight, Tensor(a!) out) -> ()");

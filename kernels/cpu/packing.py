@@ -1,6 +1,8 @@
-"""Weights as panels of 16 rows, the layout that `products.cpp` reads and describes, in memory with huge pages.
+"""Weights as panels of 16 rows, in memory with huge pages.
 
-packed = pack_int4(weight, scales, zeros)
+    packed = pack_int4(weight, scales, zeros)
+
+`products.cpp` reads panels, and describes them.
 """
 
 import contextlib

@@ -1,0 +1,80 @@
+"""A conversation at the terminal.
+
+    chat(steps, tokenizer, max_new_tokens=200, stop=[])
+
+The KV cache stays between turns: only what it does not hold yet is prefilled.
+"""
+
+import contextlib
+from collections import deque
+
+from fast.decoding import Steps, common_prefix, stream
+from fast.rows import Row, run_rows
+from fast.speculative import SpeculativeSteps
+from fast.tokenizer import Tokenizer
+from tp import ALONE, Ranks
+
+
+def warm_up_turns(steps: Steps | SpeculativeSteps, first: list[int]) -> None:
+    """Compile a turn after the `first`, and one that is short enough for a kernel."""
+    plain = steps.plain if isinstance(steps, SpeculativeSteps) else steps
+    for turn in (first, first[:2]):
+        deque(stream(plain, [turn], 1, cached=2 * len(first)), maxlen=0)
+
+
+def chat(
+    steps: Steps | SpeculativeSteps,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    stop: list[str],
+    system: str | None = None,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Converse until Ctrl-D. Raises ValueError for a `system` message where the model has no chat template.
+
+    Ctrl-C ends an answer. Several ranks would each stop at another token of it and wait for the others for ever, and
+    torchrun hears it as well: there it ends the conversation.
+    """
+    caught = (KeyboardInterrupt,) if ranks.world_size == 1 else ()
+    if not tokenizer.has_chat_template:
+        if system is not None:
+            raise ValueError("--system needs a chat template, and this model has none")
+        print("this model has no chat template: it goes on from what you write")
+    beginning = [{"role": "system", "content": system}] if system is not None else []
+    history, text, cached = beginning, "", []  # text: the conversation where there is no template; cached: its ids
+    while (line := ranks.share(lambda: ask(caught))) is not None:
+        if not line.strip():
+            continue
+        if tokenizer.has_chat_template:
+            turn = [*history, {"role": "user", "content": line}]
+            prompt = tokenizer.encode(tokenizer.apply_chat_template(turn), bos=False)
+        else:
+            prompt = tokenizer.encode(text + line)
+        room = min(max_new_tokens, steps.model.max_seq_length - len(prompt))
+        if room < 1:
+            print(f"the conversation fills the cache of {steps.model.max_seq_length} tokens: starting over")
+            history, text, cached = beginning, "", []
+            continue
+        row = Row(tokenizer, prompt, room, stop)
+        with contextlib.suppress(*caught):
+            run_rows(steps, [row], room, print_now, common_prefix(cached, prompt[:-1]))
+        print()
+        cached = prompt + row.tokens[:-1] if row.tokens else []  # interrupted before that, the prefill is not whole
+        text += line + row.text
+        history = [*history, {"role": "user", "content": line}, {"role": "assistant", "content": row.text}]
+
+
+def ask(caught: tuple[type[BaseException], ...]) -> str | None:
+    """A line from the keyboard; None at its end."""
+    while True:
+        try:
+            return input("> ")
+        except EOFError:
+            print()
+            return None
+        except caught:
+            print("\n(Ctrl-D ends)")
+
+
+def print_now(_: int, text: str) -> None:
+    print(text, end="", flush=True)
