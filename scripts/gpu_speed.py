@@ -275,24 +275,28 @@ def make_headroom(card: Card) -> None:
 def attention_rows(card: Card, batch: int) -> Iterator[Row]:
     """Attention of one position, caches taking turns: by the GPU's kernels, and as Inductor would."""
     make_headroom(card)
-    args, layers = MODELS["8B"], []
-    plain = torch.compile(Attention.attend, fullgraph=True, dynamic=False) if card.compile else Attention.attend
-    ways = {"Inductor": lambda *given: plain(*given, mask)}
-    attends = kernels_of(card) and gpu.attention
-    if attends:
-        ways["kernels/gpu"] = lambda attention, *given: attention.kv_cache.attend(attention, *given, None)
+    args, kernels = MODELS["8B"], {"Inductor": None}
+    if backend := kernels_of(card):
+        kernels["kernels/gpu"] = backend.attention
+
+    def attend(attention: Attention, *given: Any) -> Tensor:
+        return attention.kv_cache.attend(attention, *given)
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=False) if card.compile else attend
     for context in CONTEXTS:
         position = torch.full((batch, 1), context - 1, device=card.device)
         mask = torch.ones(batch, 1, 1, context, dtype=torch.bool, device=card.device)
-        layers.clear()
-        for _ in range(8):
-            with torch.device("meta"):
-                layers.append(Attention(args))
-            shape = (batch, args.n_kv_heads, context + 1, args.head_dim)
-            layers[-1].kv_cache = FastKVCache(attends, shape, torch.device(card.device), card.dtype)
-        qkv = torch.randn(batch, 1, sum(layers[0].wqkv.sharding.parts), device=card.device, dtype=card.dtype)
-        given = (layers, qkv, *rope_table(args, position), position, context)
-        calls = {label: partial(replay_seconds, card.device, call_all, way, *given) for label, way in ways.items()}
+        shape, calls = (batch, args.n_kv_heads, context + 1, args.head_dim), {}
+        for label, attention in kernels.items():
+            layers = []
+            for _ in range(8):
+                with torch.device("meta"):
+                    layers.append(Attention(args))
+                layers[-1].kv_cache = FastKVCache(attention, shape, torch.device(card.device), card.dtype)
+            qkv = torch.randn(batch, 1, layers[0].wqkv.out_features, device=card.device, dtype=card.dtype)
+            given = (layers, qkv, *rope_table(args, position), position, context, mask)
+            way = attend if attention else compiled
+            calls[label] = partial(replay_seconds, card.device, call_all, way, *given)
         fastest, seconds, failed = time_each(calls, f"8B attention, {batch} at {context}: nothing attends")
         n_bytes = sum(x.nbytes for x in layers[0].kv_cache.buffers())
         predicted = card.step_seconds(n_bytes, COUNTED_ATTENTION)

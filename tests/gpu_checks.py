@@ -358,6 +358,20 @@ def test_the_fastest_attention_is_taken(monkeypatch, mended, best):
     assert [f"{way['SPLITS']} programs a head, {way['BLOCK']} slots at a time" for way in launched] == [names[best]]
 
 
+def test_the_report_times_both_attentions(monkeypatch, mended):
+    """What Inductor is compared by has no kernel of ours; neither way fails."""
+    monkeypatch.setattr(gpu_speed, "kernels_of", lambda card: gpu)
+    monkeypatch.setattr(gpu_speed, "CONTEXTS", [100])
+    monkeypatch.setitem(gpu_speed.MODELS, "8B", REPORTED)
+    launched = launches_of(monkeypatch, "_attend_share", flash_decoding)
+    card = gpu_speed.Card(DEVICE, torch.float16, None, compile=False)
+    (row,) = gpu_speed.attention_rows(card, 2)
+    assert (row.is_right, row.more["failed"]) == (None, {})
+    assert set(row.more["us"]) == {"Inductor", "kernels/gpu"}
+    assert launched
+    assert len(launched) % 8 == 0  # one for each cache
+
+
 @pytest.mark.parametrize("wrong", ["a slot less", "no new key", "another angle"])
 def test_the_report_sees_wrong_attention(mended, monkeypatch, wrong):
     """It may be right for all rows but the longest, and for all that is cached."""
