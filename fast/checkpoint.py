@@ -326,10 +326,7 @@ def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, 
     if not files:
         raise ValueError(f"{folder} has no *.safetensors, no pytorch_model*.bin and no consolidated.*.pth")
     params = _read_json(origin / "params.json")
-    try:
-        families.check_meta_params(params)
-    except ValueError as error:
-        raise ValueError(f"{origin}/{error}") from None
+    families.check_meta_params(params, origin / "params.json")
     shards = [_tensors(file) for file in files]
     if any(shard.keys() != shards[0].keys() for shard in shards):
         raise ValueError(f"{origin}: the consolidated.*.pth hold different tensors")

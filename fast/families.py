@@ -7,6 +7,7 @@ Adding a family that this Transformer can compute is one entry in `FAMILIES`; `d
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from model import ModelArgs, RopeScaling
@@ -156,11 +157,11 @@ META_PARAMS = {
 }  # fmt: skip
 
 
-def check_meta_params(params: dict[str, Any]) -> None:
-    """Raise ValueError for keys of `params.json` that are missing or unknown."""
+def check_meta_params(params: dict[str, Any], path: Path) -> None:
+    """Raise ValueError for keys of the `params.json` at `path` that are missing or unknown."""
     missing, unsupported = {"dim", "n_layers", "n_heads", "norm_eps"} - params.keys(), params.keys() - META_PARAMS
     if missing or unsupported:
-        raise ValueError(f"params.json: missing {sorted(missing)}, unsupported {sorted(unsupported)}")
+        raise ValueError(f"{path}: missing {sorted(missing)}, unsupported {sorted(unsupported)}")
 
 
 def meta_head_dim(params: dict[str, Any]) -> int:

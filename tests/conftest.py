@@ -95,6 +95,14 @@ import torch._dynamo  # which loading no longer imports, but something later may
 GREEDY = Sampling(temperature=0)
 
 
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(approximate: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((approximate - exact).float().norm() / exact.float().norm())
+
+
 def prompt_of(length: int, seed: int = 0) -> list[int]:
     return torch.randint(128, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)).tolist()
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import normal, relative_error
 from torch import nn
 
 from fast import layers
@@ -19,14 +20,6 @@ from quantize import quantize
 
 MODES = {"float": None, "int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
 has_kernels = pytest.mark.skipif(cpu.missing("cpu", torch.bfloat16) is not None, reason="needs the CPU's kernels")
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative_error(approximate: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((approximate - exact).float().norm() / exact.float().norm())
 
 
 @pytest.fixture(scope="module")

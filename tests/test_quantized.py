@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from conftest import normal, relative_error
 from torch import nn
 
 from fast.quantized import (
@@ -21,14 +22,6 @@ from fast.quantized import (
     unpack_nibbles,
 )
 from model import Linear, Sharding
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative_error(approximate: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((approximate - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 2), (3, 64), (17, 96), (64, 250)])

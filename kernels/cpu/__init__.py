@@ -26,25 +26,20 @@ def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
 
 def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None) -> Product | None:
     """The product with a weight in bfloat16, int8 or int4; None where its sizes do not fit the panels."""
-    n_out = weight.shape[0]
+    n_out, n_in = weight.shape
     if zeros is not None:
-        groupsize = 2 * weight.shape[1] // scales.shape[1]
+        groupsize = 2 * n_in // scales.shape[1]
         if groupsize % 32 or packing.SCALED % groupsize:
             return None
-
-        def multiply(x: Tensor, packed: Tensor, *around: Any) -> Tensor:
-            return torch.ops.fast.int4_linear(x, packed, n_out, groupsize, *around)
-
-        return Product({"packed": packing.pack_int4(weight, scales, zeros)}, multiply)
-    if weight.shape[1] % (2 if scales is None else 4):
+        operator, sizes = torch.ops.fast.int4_linear, (n_out, groupsize)
+        packed = packing.pack_int4(weight, scales, zeros)
+    elif n_in % (2 if scales is None else 4):
         return None
-
-    def multiply(x: Tensor, packed: Tensor, *around: Any) -> Tensor:
-        operator = torch.ops.fast.bf16_linear if scales is None else torch.ops.fast.int8_linear
-        return operator(x, packed, n_out, *around)
-
-    packed = packing.pack_bf16(weight) if scales is None else packing.pack_int8(weight, scales)
-    return Product({"packed": packed}, multiply)
+    elif scales is not None:
+        operator, sizes, packed = torch.ops.fast.int8_linear, (n_out,), packing.pack_int8(weight, scales)
+    else:
+        operator, sizes, packed = torch.ops.fast.bf16_linear, (n_out,), packing.pack_bf16(weight)
+    return Product({"packed": packed}, lambda x, packed, *around: operator(x, packed, *sizes, *around))
 
 
 def attention(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> Attention | None:
