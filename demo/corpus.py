@@ -1,4 +1,4 @@
-"""English prose that every Python installation carries, for `scripts/train_demo.py` to train on.
+"""English prose that every Python installation carries, for `train.py` to train on.
 
     training, heldout = split_corpus(read_documents(Path(sysconfig.get_path("stdlib"))))
 
@@ -9,6 +9,7 @@ import ast
 import html
 import io
 import re
+import sysconfig
 import textwrap
 import tokenize
 import warnings
@@ -63,7 +64,7 @@ def is_prose(paragraph: str) -> bool:
 def clean(text: str) -> list[str]:
     """The prose paragraphs of a text. A sentence that announces a dropped example ("For instance:") goes too."""
     kept: list[str] = []
-    announced = False  # the last paragraph kept ends in a colon, and nothing has come after it yet
+    announced = False  # the last paragraph kept ends in a colon, and what it announces has not come yet
     for paragraph in split_paragraphs(text):
         paragraph = CREDIT.sub("", LABEL.sub("", paragraph))
         paragraph = re.sub(r"(?<=\w)::$", ":", re.sub(r" ?\[\d+\]", "", paragraph))
@@ -137,3 +138,9 @@ def split_corpus(
     known = {run for document in training for p in document for run in shingles(p)}
     heldout = [[p for p in d if 6 * len(shingles(p) & known) <= len(shingles(p))] for d in heldout]
     return [d for d in training if d], [d for d in heldout if d]
+
+
+def training_text() -> str:
+    """The text that the demo models are trained on, from this installation of Python."""
+    training, _ = split_corpus(read_documents(Path(sysconfig.get_path("stdlib"))))
+    return "\n".join(paragraph for document in training for paragraph in document)

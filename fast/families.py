@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model import ModelArgs, RopeScaling
+from torch import Tensor
+
+from model import ModelArgs, RopeScaling, Transformer
 
 # Our module -> the modules of the file whose weights (and biases) lie in it, one above the other. `{}` is the layer.
 HF_MODULES: dict[str, tuple[str, ...]] = {
@@ -26,6 +28,18 @@ HF_MODULES: dict[str, tuple[str, ...]] = {
     "norm": ("model.norm",),
     "output": ("lm_head",),
 }
+
+
+def hf_weights(model: Transformer) -> dict[str, Tensor]:
+    """The weights and biases of a textbook model under Hugging Face's names, as views; a tied output has no entry."""
+    found = {}
+    for name, tensor in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        layer = next((part for part in module.split(".") if part.isdigit()), "")
+        names = HF_MODULES[module.replace(f".{layer}.", ".{}.")]
+        parts = tensor.split(model.get_submodule(module).sharding.parts) if len(names) > 1 else [tensor]
+        found |= {f"{theirs.format(layer)}.{kind}": part for theirs, part in zip(names, parts, strict=True)}
+    return found
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@
 Decoding is bound by memory: its measure is the bytes a token must read, over the bytes the device moves per second.
 """
 
+import platform
+import re
 import resource
 import sys
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -62,6 +65,15 @@ def measure_bandwidth(device: str) -> float:
             torch.cuda.synchronize()
         best = max(best, (nbytes if target is None else 2 * nbytes) / (time.perf_counter() - start))
     return best
+
+
+def hardware(device: str) -> str:
+    """The GPU's name, or the CPU's and the number of threads in use: `AMD EPYC x 2`."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*:\s*(.+)", cpuinfo)
+    return f"{name[1] if name else platform.machine()} x {torch.get_num_threads()}"
 
 
 def peak_memory(device: str) -> int:

@@ -1,4 +1,4 @@
-"""Lets a script import the modules of the repository's root: `import _root` before them.
+"""Lets the scripts in this folder import the modules of the repository's root: `import _root` first.
 
 `python scripts/x.py` makes Python look beside the script, not in the working directory. This is the one place that
 changes the search path, and only entry points import it.

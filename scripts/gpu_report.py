@@ -29,15 +29,16 @@ from typing import Any
 
 import _root  # noqa: F401 - finds the modules of the repository's root
 import torch
-from gpu_card import COPY, LAUNCH, PRODUCT, Card, Part, card_rows, nvidia_smi
-from gpu_correctness import CORRECTNESS
-from gpu_speed import DECODES, DEMO_PARTS, PRODUCTS, WAITS, startup_rows
 from tqdm import tqdm
 
 from fast.cli import exit_code, write_json
 from fast.compiling import set_compile_flags
+from scripts.bench.gpu_card import COPY, LAUNCH, PRODUCT, Card, Part, card_rows, nvidia_smi
+from scripts.bench.gpu_correctness import CORRECTNESS
+from scripts.bench.gpu_products import PRODUCTS
+from scripts.bench.gpu_speed import DECODES, DEMO_PARTS, WAITS, startup_rows
 
-STEPS: dict[str, tuple[list[Part], int]] = {  # the parts of a step, and its seconds; what it leaves the next one has
+STEPS: dict[str, tuple[list[Part], int]] = {  # the parts of a step, and its seconds; unused time goes to the next
     "card": ([card_rows], 20),
     "correctness": (CORRECTNESS, 90),
     "demo": (DEMO_PARTS, 55),
@@ -49,9 +50,9 @@ STEPS: dict[str, tuple[list[Part], int]] = {  # the parts of a step, and its sec
 
 
 def run_step(name: str, out: Path) -> None:
-    """Do a step, writing each row as a line of JSON to stdout; what else is printed goes to stderr.
+    """Do a step, writing each row as a line of JSON to stdout; everything else that is printed goes to stderr.
 
-    A part that fails is a row that says so, and the next part goes on.
+    A part that fails becomes a row that says so, and the next part runs.
     """
     from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
@@ -63,9 +64,9 @@ def run_step(name: str, out: Path) -> None:
     has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
     card = Card("cuda", torch.bfloat16 if has_bf16 else torch.float16, out, **known)
     set_compile_flags("cuda")
-    torch._dynamo.config.recompile_limit = 256  # one function for every mode, size and batch
-    torch._dynamo.config.automatic_dynamic_shapes = False  # each batch size as if it were alone
-    os.environ["TRITON_CACHE_DIR"] = triton_cache_dir(0)  # Inductor's from the first kernel on, or some compile twice
+    torch._dynamo.config.recompile_limit = 256  # one function serves every mode, size and batch
+    torch._dynamo.config.automatic_dynamic_shapes = False  # compile for each batch size
+    os.environ["TRITON_CACHE_DIR"] = triton_cache_dir(0)  # use Inductor's from the start, or some kernels compile twice
     torch.manual_seed(0)
     for part in STEPS[name][0]:
         try:
@@ -78,24 +79,24 @@ def run_step(name: str, out: Path) -> None:
             what = f"{name} {given}".rstrip() + ": FAILED"
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             print(json.dumps({"what": what, "failed": reason}), file=rows, flush=True)
-        torch.compiler.reset()  # lets go of the weights
+        torch.compiler.reset()  # frees the weights
 
 
 def rows_of(command: list[str], log: Path, seconds: float) -> Iterator[dict[str, Any]]:
-    """The rows that `command` writes, as they come; a last one says where it failed or took more than `seconds`."""
+    """Yield the rows that `command` writes; a last row if it failed or took more than `seconds`."""
     with log.open("w") as file:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True)
     late = threading.Event()
 
     def stop() -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # its compilers too
+            os.killpg(child.pid, signal.SIGKILL)  # with its compiler processes
 
     timer = threading.Timer(seconds, lambda: (late.set(), stop()))
     timer.start()
     try:
         for line in child.stdout:
-            if line.endswith("}\n"):  # else it is the last of a process that was stopped
+            if line.endswith("}\n"):  # otherwise the process was stopped while writing it
                 yield json.loads(line)
         code = child.wait()
     finally:
@@ -113,7 +114,7 @@ table_line = "| {:<64} | {:<8} | {:>9} | {:>9} | {:>6} |".format
 
 
 def describe(row: dict[str, Any]) -> str:
-    """A row of the table; what can be wrong is judged, what else was predicted has its ratio."""
+    """A row of the table: a check has its verdict, any other prediction the ratio to it."""
     if "failed" in row:
         return table_line(row["what"], "", "", "", "")
     predicted, measured, judged = row["predicted"], row["measured"], row["is_right"]
@@ -126,7 +127,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def made_with() -> dict[str, str]:
-    """The card, and the versions of what drives it."""
+    """The card, and the versions of the software."""
     triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
     (driver,) = nvidia_smi("driver_version") or ["unknown"]
     versions = {"torch": torch.__version__, "triton": triton, "CUDA": torch.version.cuda, "driver": driver}
@@ -134,7 +135,7 @@ def made_with() -> dict[str, str]:
 
 
 def run(out: Path) -> bool:
-    """Do every step, print the table and write the report; whether all was right."""
+    """Do every step, print the table and write the report; return whether all was right."""
     if not torch.cuda.is_available():
         why = "sees none" if torch.version.cuda else "was built without CUDA"
         raise ValueError(f"this measures an NVIDIA GPU, and torch {torch.__version__} {why}")

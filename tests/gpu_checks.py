@@ -11,8 +11,6 @@ import dataclasses
 import os
 from functools import partial
 
-import gpu_correctness
-import gpu_speed
 import pytest
 import torch
 import triton.language as tl
@@ -23,6 +21,7 @@ from fast.quantized import GROUP_SIZES, Int4Linear, Int8Linear
 from kernels import gpu
 from kernels.gpu import choice, flash_decoding, products
 from model import Attention, KVCache, Linear, ModelArgs, RMSNorm, Sharding, Transformer, rope_table
+from scripts.bench import gpu_correctness, gpu_products
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.bfloat16, torch.float16]
@@ -225,10 +224,10 @@ def test_the_report_times_every_way(monkeypatch, kind):
     """Each candidate launches the tiles it is named after, and multiplies right."""
     weight = normal(64, 2048) / 16
     linear = float_linear(weight, torch.float16) if kind == "float" else Int4Linear.from_float(weight, groupsize=32)
-    monkeypatch.setattr(gpu_speed, "kernels_of", lambda card: gpu)
-    card = gpu_speed.Card(DEVICE, torch.float16, None, compile=False)
+    monkeypatch.setattr(gpu_products, "kernels_of", lambda card: gpu)
+    card = gpu_products.Card(DEVICE, torch.float16, None, compile=False)
     launched = launches_of(monkeypatch, "_multiply")
-    found = gpu_speed.candidates(card, "w13", [linear], 1, others=True)
+    found = gpu_products.candidates(card, "w13", [linear], 1, others=True)
     launched.clear()
     for label, (name, modules, call) in found.items():
         run = gpu_correctness.Surrounded(name, modules[0], DEVICE, torch.float16)
@@ -360,12 +359,12 @@ def test_the_fastest_attention_is_taken(monkeypatch, mended, best):
 
 def test_the_report_times_both_attentions(monkeypatch, mended):
     """What Inductor is compared by has no kernel of ours; neither way fails."""
-    monkeypatch.setattr(gpu_speed, "kernels_of", lambda card: gpu)
-    monkeypatch.setattr(gpu_speed, "CONTEXTS", [100])
-    monkeypatch.setitem(gpu_speed.MODELS, "8B", REPORTED)
+    monkeypatch.setattr(gpu_products, "kernels_of", lambda card: gpu)
+    monkeypatch.setattr(gpu_products, "CONTEXTS", [100])
+    monkeypatch.setitem(gpu_products.MODELS, "8B", REPORTED)
     launched = launches_of(monkeypatch, "_attend_share", flash_decoding)
-    card = gpu_speed.Card(DEVICE, torch.float16, None, compile=False)
-    (row,) = gpu_speed.attention_rows(card, 2)
+    card = gpu_products.Card(DEVICE, torch.float16, None, compile=False)
+    (row,) = gpu_products.attention_rows(card, 2)
     assert (row.is_right, row.more["failed"]) == (None, {})
     assert set(row.more["us"]) == {"Inductor", "kernels/gpu"}
     assert launched

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import FAMILIES as TINY_FAMILIES
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fast.checkpoint import load_model
-from fast.families import FAMILIES, HF_MODULES, PRESETS, Family, args_from_hf, preset
+from fast.families import FAMILIES, HF_MODULES, PRESETS, Family, args_from_hf, hf_weights, preset
 from model import Transformer
 
 # --- config.json ----------------------------------------------------------------------------------------------------
@@ -153,6 +153,23 @@ def test_a_family_is_added_in_one_place(tiny, read_config, tmp_path, monkeypatch
     save_file({renamed(name): tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
     idx = torch.arange(20)[None]
     assert torch.allclose(load_model(tmp_path, dtype=torch.float32)(idx), hf(idx).logits, rtol=1e-4, atol=1e-4)
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-bias", "mistral", "qwen2", "qwen3"])
+def test_weights_go_back_under_their_names(tiny, read_config, family):
+    hf, directory = tiny(family)
+    model = Transformer(args_from_hf(read_config(directory))).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.uniform_(0.5, 1)
+    again = AutoModelForCausalLM.from_config(hf.config).float().eval()
+    weights = hf_weights(model)
+    assert again.load_state_dict(weights, strict=False).missing_keys == ["lm_head.weight"] * (family == "llama-tied")
+    assert weights.keys() <= again.state_dict().keys()
+    idx = torch.arange(20)[None]
+    assert torch.allclose(again(idx).logits, model(idx), rtol=1e-4, atol=1e-4)
 
 
 # --- presets --------------------------------------------------------------------------------------------------------

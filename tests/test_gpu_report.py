@@ -14,15 +14,13 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import gpu_card
-import gpu_correctness
 import gpu_report
-import gpu_speed
-import measuring
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_card import COPY, Card, Part, Row
+
+from scripts.bench import gpu_card, gpu_correctness, gpu_products, gpu_speed, measuring
+from scripts.bench.gpu_card import COPY, Card, Part, Row
 
 TINY = dataclasses.replace(gpu_correctness.TINY, context_length=2048)
 
@@ -32,9 +30,11 @@ def card(tmp_path, monkeypatch) -> Card:
     """A CPU with made-up figures, and models that are tiny."""
     for name in gpu_speed.MODELS:
         monkeypatch.setitem(gpu_speed.MODELS, name, TINY)
-    sizes = {"N_LAYERS": 3, "FEWER_LAYERS": 1, "CONTEXTS": (20, 140), "NEW_TOKENS": 12, "PROMPT_LENGTHS": (9, 20)}
+    sizes = {"N_LAYERS": 3, "FEWER_LAYERS": 1, "NEW_TOKENS": 12, "PROMPT_LENGTHS": (9, 20)}
     for name, value in sizes.items():
         monkeypatch.setattr(gpu_speed, name, value)
+    for module in (gpu_products, gpu_speed):
+        monkeypatch.setattr(module, "CONTEXTS", (20, 140))
     monkeypatch.setattr(measuring, "past_the_caches", lambda device: 1 << 20)
     return Card("cpu", torch.bfloat16, tmp_path, compile=False, copy=1e10, rate=1e11, launch=1e-6)
 
@@ -123,7 +123,7 @@ def test_a_token_that_is_not_greedy_is_regretted(card):
 
 def test_products(card):
     card = dataclasses.replace(card, dtype=torch.float16)  # for which a CPU has no kernels: as on an old GPU
-    rows = by_name(card, *gpu_speed.PRODUCTS)
+    rows = by_name(card, *gpu_products.PRODUCTS)
     assert (
         len(rows) == 2 * 5 * 4 * 3 + 2 * 2
     )  # models, products, modes: today's at 1 row and 6, all else at 1; attention
@@ -134,7 +134,7 @@ def test_products(card):
 
 
 def test_a_product_that_fails_or_errs_is_wrong(card, monkeypatch):
-    card, calls = dataclasses.replace(card, dtype=torch.float16), {"right": gpu_speed.call}
+    card, calls = dataclasses.replace(card, dtype=torch.float16), {"right": gpu_products.call}
 
     def failing(run, x, residual):
         raise RuntimeError("out of resources")
@@ -142,17 +142,17 @@ def test_a_product_that_fails_or_errs_is_wrong(card, monkeypatch):
     def candidates(card, name, linears, rows, others):
         return {label: (name, linears, call) for label, call in calls.items()}
 
-    monkeypatch.setattr(gpu_speed, "candidates", candidates)
-    assert gpu_speed.product_row(card, "8B", "wo", "int8", 1, False).is_right is None
-    calls["wrong"] = lambda *args: 1.01 * gpu_speed.call(*args)
-    assert gpu_speed.product_row(card, "8B", "wo", "int8", 1, False).is_right is False
+    monkeypatch.setattr(gpu_products, "candidates", candidates)
+    assert gpu_products.product_row(card, "8B", "wo", "int8", 1, False).is_right is None
+    calls["wrong"] = lambda *args: 1.01 * gpu_products.call(*args)
+    assert gpu_products.product_row(card, "8B", "wo", "int8", 1, False).is_right is False
     calls["wrong"] = failing
-    row = gpu_speed.product_row(card, "8B", "wo", "int8", 1, False)
+    row = gpu_products.product_row(card, "8B", "wo", "int8", 1, False)
     assert (row.is_right, row.more["failed"]) == (False, {"wrong": "RuntimeError: out of resources"})
     assert row.what == "8B wo, int8, 1 row: right"
     del calls["right"]
     with pytest.raises(RuntimeError, match="nothing multiplies"):
-        gpu_speed.product_row(card, "8B", "wo", "int8", 1, False)
+        gpu_products.product_row(card, "8B", "wo", "int8", 1, False)
 
 
 def test_whole_steps_and_waits(card):

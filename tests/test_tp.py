@@ -13,7 +13,6 @@ import threading
 from pathlib import Path
 
 import pytest
-import scaling
 import torch
 from conftest import GREEDY, make_tiny, prompt_of, tokens_of
 from test_checkpoint import write_meta
@@ -323,14 +322,3 @@ def _free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
-
-
-# ---- The model of scaling.
-
-
-@pytest.mark.parametrize("models", [["llama-2-7b"], ["llama-2-7b", "llama-2-70b"]], ids=["7B fitted", "both fitted"])
-def test_the_scaling_model_is_within_15_percent_of_the_published_figures(models):
-    rows = scaling.check_table(scaling.fit(models))
-    assert len(rows) == 13
-    for model, kind, n, published, predicted in rows:
-        assert abs(predicted / published - 1) < 0.15, (model, kind, n)

@@ -1,6 +1,6 @@
-"""scripts/train_demo.py in its smallest form, and the demo it made: directories that transformers and we both read.
+"""`demo/train.py` in its smallest form, and the demo it made: directories that transformers and we both read.
 
-python -m pytest tests/test_train_demo.py
+python -m pytest tests/test_demo.py
 """
 
 import json
@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from demo import make_tasks
 from fast.checkpoint import load_model
 from fast.tokenizer import load_tokenizer
 
@@ -40,7 +41,7 @@ def test_the_demo_is_small_and_its_pair_shares_a_tokenizer():
 
 def test_a_short_training_writes_everything(tmp_path):
     flags = ["--steps", 2, "--max_documents", 60, "--batch_size", 1, "--vocab_size", 1024, "--out", tmp_path]
-    command = [sys.executable, "-m", "scripts.train_demo", *map(str, flags)]
+    command = [sys.executable, "-m", "demo.train", *map(str, flags)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "training.json").read_text())
@@ -49,3 +50,14 @@ def test_a_short_training_writes_everything(tmp_path):
     assert (tmp_path / "heldout.txt").stat().st_size > 0
     for name in ("target", "draft"):
         assert_ours_is_theirs(tmp_path / name)
+
+
+def test_the_demo_tasks_are_those_that_the_script_makes(tmp_path, capsys):
+    assert make_tasks.main(["--out", str(tmp_path)]) == 0
+    made, kept = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in (tmp_path, ROOT / "demo" / "tasks"))
+    assert made == kept
+    assert sum(map(len, kept.values())) < 100_000
+    for line in kept["demo_continuation.jsonl"].splitlines():
+        item = json.loads(line)
+        assert len(set(item["endings"])) == 4
+        assert 0 <= item["label"] < 4

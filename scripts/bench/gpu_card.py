@@ -1,10 +1,10 @@
-"""The first step of `gpu_report.py`, what the card itself does; the rows of its table, and what predictions rest on.
+"""The first step of `gpu_report.py`: what the card itself can do. Also the report's rows and its predictions.
 
     card = Card("cuda", torch.bfloat16, out=Path("gpu_report"))
     for row in card_rows(card): print(row.what, row.measured, row.unit)
 
-Worth knowing: predictions are made without a GPU. A decode step is expected to take what its bytes take at the
-bandwidth of a copy, and for each kernel launch what a tiny kernel takes inside a CUDA graph.
+Worth knowing: a decode step is predicted to take the time of its bytes at the bandwidth of a copy, plus the time of a
+tiny kernel inside a CUDA graph for each of its launches.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import replay_seconds
 
 from fast.families import preset
+from scripts.bench.measuring import replay_seconds
 
 MODES: dict[str, dict[str, Any] | None] = {
     "bf16": None,
@@ -26,8 +26,9 @@ MODES: dict[str, dict[str, Any] | None] = {
     "int4": {"mode": "int4", "groupsize": 32},
     "int4 g128": {"mode": "int4", "groupsize": 128},
 }
-WHOLE_MODELS = ("int4", "bf16", "int8")  # the modes of which whole models are measured
+WHOLE_MODELS = ("int4", "bf16", "int8")  # the modes in which whole models are measured
 MODELS = {"7B": preset("llama-2-7b"), "8B": preset("llama-3.1-8b")}
+CONTEXTS = (128, 8192)
 
 COPY, PRODUCT, LAUNCH = (
     "copy, bytes read and written",
@@ -38,24 +39,24 @@ COPY, PRODUCT, LAUNCH = (
 
 @dataclasses.dataclass
 class Row:
-    """A row of the table. is_right: of what can be wrong; else the ratio to the prediction is printed."""
+    """A row of the table. is_right: the verdict of a check; None: not a check, so the table shows the ratio instead."""
 
     what: str
     unit: str
     predicted: float | None
     measured: float | None
     is_right: bool | None = None
-    more: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the JSON alone
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)  # only in the JSON
 
 
 def within(what: str, unit: str, limit: float, measured: float, **more: Any) -> Row:
-    """A row that is right below the limit, and wrong where it is not a number."""
+    """A check that is right below the limit; NaN is wrong."""
     return Row(what, unit, limit, measured, measured < limit, more)
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """The device, and what the first step found of it: bytes and operations per second, seconds of a launch."""
+    """The device, and what the first step measured: bytes per second, operations per second, seconds of a launch."""
 
     device: str
     dtype: torch.dtype
@@ -66,29 +67,35 @@ class Card:
     launch: float | None = None
 
     def step_seconds(self, n_bytes: float, n_launches: float) -> float | None:
-        """What a decode step is predicted to take."""
+        """The predicted time of a decode step; None before the first step."""
         return n_bytes / self.copy + n_launches * self.launch if self.copy and self.launch else None
 
 
-Part = Callable[[Card], Iterator[Row]]  # of a step: where it fails the next one goes on
+Part = Callable[[Card], Iterator[Row]]  # a part of a step; if it fails, the next part still runs
 
 
 def inverse(seconds: float | None, n: float = 1) -> float | None:
     return n / seconds if seconds else None
 
 
+def make_headroom(card: Card) -> None:
+    """Reserve 1 GB in the allocator: without it Inductor, tuning a kernel that writes, copies its output to the CPU."""
+    if card.device.startswith("cuda"):
+        torch.empty(1 << 30, dtype=torch.uint8, device=card.device)
+
+
 def card_rows(card: Card) -> Iterator[Row]:
-    """Bandwidth, product rate, launches and clocks; the predictions are what the driver says the chip can do."""
+    """Bandwidth, product rate, launches and clocks; predicted from what the driver reports of the chip."""
     yield from clocks("as found")
     props = torch.cuda.get_device_properties(card.device)
     width, memory_clock = (getattr(props, name, 0) for name in ("memory_bus_width", "memory_clock_rate"))
-    nominal = 2 * memory_clock * 1e3 * width / 8  # bytes per second: bits on both edges of the clock
+    nominal = 2 * memory_clock * 1e3 * width / 8  # bytes per second: double data rate
     n_bytes = min(1 << 30, torch.cuda.mem_get_info(card.device)[0] // 4)
     source = torch.ones(n_bytes // 4, device=card.device)
     seconds = replay_seconds(card.device, torch.empty_like(source).copy_, source)
     yield Row(COPY, "GB/s", nominal / 1e9 or None, 2 * source.nbytes / seconds / 1e9)
     a, b = (torch.randn(8192, 8192, device=card.device, dtype=card.dtype) for _ in range(2))
-    per_clock = {(8, 0): 2048, (9, 0): 4096}.get((props.major, props.minor), 0)  # operations of an SM's tensor cores
+    per_clock = {(8, 0): 2048, (9, 0): 4096}.get((props.major, props.minor), 0)  # bf16 operations of an SM
     peak = per_clock * props.multi_processor_count * clock_rate(props)
     yield Row(PRODUCT, "TFLOP/s", peak / 1e12 or None, 2 * 8192**3 / replay_seconds(card.device, torch.mm, a, b) / 1e12)
     yield from clocks("after products")
@@ -102,7 +109,7 @@ def card_rows(card: Card) -> Iterator[Row]:
 
 
 def clocks(when: str) -> Iterator[Row]:
-    """The clocks right now beside the highest."""
+    """The clocks at this moment beside the highest."""
     found = nvidia_smi("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem")
     if all(number.isdigit() for number in found) and found:
         sm, most_sm, memory, most_memory = map(float, found)
@@ -111,7 +118,7 @@ def clocks(when: str) -> Iterator[Row]:
 
 
 def nvidia_smi(*names: str) -> list[str]:
-    """What nvidia-smi says of the first GPU under these names, nothing where there is no nvidia-smi."""
+    """What nvidia-smi reports of the first GPU for these names; empty without nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
     if shutil.which(command[0]) is None:
         return []
@@ -120,7 +127,7 @@ def nvidia_smi(*names: str) -> list[str]:
 
 
 def issue_rate(device: str) -> float:
-    """Warp instructions that all multiprocessors issue in a second."""
+    """Warp instructions per second that all multiprocessors together can issue."""
     if not device.startswith("cuda"):
         return math.inf
     props = torch.cuda.get_device_properties(device)
@@ -128,5 +135,5 @@ def issue_rate(device: str) -> float:
 
 
 def clock_rate(props: Any) -> float:
-    """The highest clock of the multiprocessors in Hz, 0 where this torch does not tell."""
+    """The highest clock of the multiprocessors in Hz; 0 if this torch does not report it."""
     return getattr(props, "clock_rate", 0) * 1e3

@@ -1,19 +1,19 @@
 """Speed at a real model's shape, with random weights, beside what the device itself can do at that moment.
 
-    python scripts/benchmark.py --model tinyllama-1.1b --mode bf16 int8 int4
-    python scripts/benchmark.py --model tinyllama-1.1b --context_length 128 512 2048 --batch_size 1 4 16 --plot roof.png
-    python scripts/benchmark.py --model tinyllama-1.1b --context_length 100 --max_seq_length 256 8192
-    python scripts/benchmark.py --model tinyllama-1.1b --mode bf16 int8 int4 --shapes --batch_size 1 6 16
+    python -m scripts.bench.speed --model tinyllama-1.1b --mode bf16 int8 int4
+    python -m scripts.bench.speed --model tinyllama-1.1b --context_length 128 512 --batch_size 1 4 16 --plot roof.png
+    python -m scripts.bench.speed --model tinyllama-1.1b --context_length 100 --max_seq_length 256 8192
+    python -m scripts.bench.speed --model tinyllama-1.1b --mode bf16 int8 int4 --shapes --batch_size 1 6 16
 
-Worth knowing: a machine's bandwidth may drift by half within seconds, so tokens/s alone say little. A plain read (on a
-GPU a copy) is timed before and after every stretch of decoding, a plain product before and after every prefill; a share
-compares a figure with its own two neighbours, and the table gives medians. Everything takes turns within a run. A flag
-with several values is an axis: each value is measured with the first one of the other flags, and in every mode.
-Progress goes to stderr; the table, and as the last line every figure as JSON, to stdout.
+Worth knowing: a machine's bandwidth may halve within seconds, so tokens/s alone say little. A plain read (on a GPU a
+copy) is timed before and after every stretch of decoding, a plain product before and after every prefill. A share
+compares a figure with these two neighbours; the table gives medians; all points take turns within a run. A flag with
+several values is an axis: each value is measured with the first value of the other flags, and in every mode.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -21,27 +21,13 @@ import sys
 import tempfile
 import time
 from collections import deque
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import _root  # noqa: F401 - finds the modules of the repository's root
 import torch
-from measuring import (
-    SHAPES,
-    Decode,
-    Prefill,
-    Product,
-    Rotation,
-    Yardstick,
-    build_model,
-    hardware,
-    meta_model,
-    with_caches,
-)
 from tqdm import tqdm
 
-from fast.cli import CACHE_DTYPES, drop_compile, exit_code, resolve_device, resolve_kv_dtype, write_json
+from fast.cli import CACHE_DTYPES, drop_compile, exit_code, resolve_device, resolve_kv_dtype
 from fast.compiling import set_compile_flags
 from fast.decoding import Steps, build_steps, stream, warm_up
 from fast.families import preset
@@ -49,6 +35,10 @@ from fast.layers import kernels_missing
 from fast.metrics import peak_memory
 from fast.quantized import GROUP_SIZES
 from fast.sampling import Sampling
+from scripts.bench import command_line
+from scripts.bench.command_line import check_at_least, check_files, report
+from scripts.bench.measuring import Decode, Prefill, Product, Rotation, Yardstick
+from scripts.bench.random_models import SHAPES, build_model, meta_model, with_caches
 
 
 def scheme_of(args: argparse.Namespace, mode: str) -> dict[str, Any] | None:
@@ -56,7 +46,7 @@ def scheme_of(args: argparse.Namespace, mode: str) -> dict[str, Any] | None:
 
 
 def capacities_of(args: argparse.Namespace) -> list[int]:
-    """The capacities of the KV cache. Raises ValueError for one that the asked lengths outgrow."""
+    """The capacities of the KV cache. Raises ValueError for one that is too small for the lengths asked for."""
     needed = max(*args.prompt_length, max(args.context_length) + args.new_tokens - 1)
     if args.max_seq_length and min(args.max_seq_length) < needed:
         raise ValueError(f"--max_seq_length {min(args.max_seq_length)} is less than the {needed} these lengths take")
@@ -64,7 +54,7 @@ def capacities_of(args: argparse.Namespace) -> list[int]:
 
 
 def prepare(args: argparse.Namespace, mode: str) -> list[Steps]:
-    """The steps for each capacity of the KV cache, on the same weights."""
+    """The compiled steps for each capacity of the KV cache, sharing the weights."""
     capacities, shape = capacities_of(args), preset(args.model)
     shape = dataclasses.replace(shape, context_length=max(shape.context_length, *capacities))
     model = build_model(shape, *resolve_device(args), scheme_of(args, mode))
@@ -73,7 +63,7 @@ def prepare(args: argparse.Namespace, mode: str) -> list[Steps]:
 
 
 def warm_up_alone(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the first compiled run of one mode, kernels built on the way included, and the process's memory."""
+    """Seconds of the first compiled run of one mode, including building the CPU's kernels, and peak memory in bytes."""
     args.max_seq_length, args.batch_size = capacities_of(args)[:1], args.batch_size[:1]
     prompts = [[1] * args.prompt_length[0]] * args.batch_size[0]
     start = time.perf_counter()
@@ -86,8 +76,8 @@ def warm_up_alone(args: argparse.Namespace) -> dict[str, float]:
 
 
 def fresh_process(argv: list[str], mode: str, env: dict[str, str]) -> dict[str, float]:
-    """What `warm_up` takes in a new process with `env` in its environment, and that process's peak memory."""
-    command = [sys.executable, __file__, *argv, "--only_warm_up", mode]
+    """`warm_up_alone` in a new process, with `env` added to its environment."""
+    command = [sys.executable, "-m", "scripts.bench.speed", *argv, "--only_warm_up", mode]
     child = subprocess.run(command, env={**os.environ, **env}, stdout=subprocess.PIPE)
     if child.returncode:
         raise ValueError(f"the process that warms up {mode} failed with exit code {child.returncode}")
@@ -95,9 +85,9 @@ def fresh_process(argv: list[str], mode: str, env: dict[str, str]) -> dict[str, 
 
 
 def measure_startup(args: argparse.Namespace, argv: list[str]) -> list[dict[str, Any]]:
-    """Compile times and peak memory of every mode on its own, in fresh processes.
+    """Compile times and peak memory of every mode, in fresh processes.
 
-    `first` finds nothing, `cold` the CPU's kernels (on a GPU there are none to build), `warm` all that `cold` left.
+    `first` finds no cache, `cold` finds only the CPU's kernels built (a GPU has none to build), `warm` all of `cold`'s.
     """
     alone, names = [], ["first", "cold", "warm"] if resolve_device(args)[0] == "cpu" else ["cold", "warm"]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
@@ -107,7 +97,7 @@ def measure_startup(args: argparse.Namespace, argv: list[str]) -> list[dict[str,
                 print(f"{mode} in a fresh process{f', {name}' if name else ''} ...", file=sys.stderr)
                 if name:
                     folder = f"{cache}/{mode}_{'first' if name == 'first' else 'later'}"
-                    os.makedirs(folder, exist_ok=True)  # a TMPDIR that is not there is not used; headers lie in it
+                    os.makedirs(folder, exist_ok=True)  # it holds precompiled headers; a missing TMPDIR is ignored
                     env = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TMPDIR"), folder)
                     env["TORCH_EXTENSIONS_DIR"] = f"{cache}/{mode}_kernels"
                 run = fresh_process(argv, mode, env)
@@ -124,10 +114,10 @@ def take_turns(points: list[Prefill | Decode] | list[Product], repeats: int) -> 
 def measure_model(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of every prefill and every decode."""
     batches, contexts = args.batch_size, args.context_length
-    # batch size, context length, number of the capacity: each axis from the base on
+    # (batch size, context length, index of the capacity): along each axis, starting from the first values
     decodes = [(batches[0], context, 0) for context in contexts] + [(batch, contexts[0], 0) for batch in batches[1:]]
     decodes += [(batches[0], contexts[0], i) for i in range(1, len(capacities_of(args)))]
-    if args.compile:  # Each batch size as if it were alone; else the second would be compiled for any.
+    if args.compile:  # compile for each batch size; otherwise the second one would be compiled as dynamic
         torch._dynamo.config.automatic_dynamic_shapes = len(args.mode) * len(decodes) == 1
     print(f"building {args.model} and warming up ...", file=sys.stderr)
     yardstick, by_mode = Yardstick(preset(args.model), *resolve_device(args)), {}
@@ -144,7 +134,7 @@ def measure_model(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_shapes(args: argparse.Namespace) -> dict[str, Any]:
-    """The figures of every product of a decode step, in memory for one shape in every mode at a time."""
+    """The figures of every product of a decode step; only one shape, in every mode, is in memory at a time."""
     device, dtype = resolve_device(args)
     shape, products = preset(args.model), []
     yardstick = Yardstick(shape, device, dtype)
@@ -159,7 +149,7 @@ def measure_shapes(args: argparse.Namespace) -> dict[str, Any]:
             points += [Product(mode, name, rotation, run, yardstick, rows) for rows in args.batch_size]
         take_turns(points, args.repeats)
         products += [point.figures() for point in points]
-        torch.compiler.reset()  # lets go of this shape's weights
+        torch.compiler.reset()  # frees this shape's weights
     return {"products": products}
 
 
@@ -174,7 +164,6 @@ def print_table(r: dict[str, Any]) -> None:
         return f"{p['bandwidth_gb_per_s']:.1f} GB/s (plain {'copy' if 'cuda' in r['device'] else 'read'})"
 
     share = "{:.0%} ({:.0%} to {:.0%})".format
-    print(f"{r['model']}, {r['dtype']}, {r['hardware']}, torch {r['torch']}\n")
     row("", "measured", "the device itself", "share of it", "us per layer: + rest")
     row(*("-" * width for width in widths))
     for p in r.get("prefill", []):
@@ -198,19 +187,14 @@ def print_table(r: dict[str, Any]) -> None:
         compiled = [f"{key.split('_')[1]} {m[key]:.1f} s" for key in m if key.startswith("compile_")]
         row(f"{m['mode']} compile, with a first run", ", ".join(compiled) or "-")
         row(f"{m['mode']} peak memory", f"{m['peak_memory_bytes'] / 1e9:.2f} GB")
-    print()
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = command_line.build_parser(__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="a preset of fast/families.py, such as tinyllama-1.1b")
     add("--mode", nargs="+", choices=["bf16", "int8", "int4"], default=["bf16"], help="one or several")
     add("--groupsize", type=int, choices=GROUP_SIZES, default=32, help="of int4")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the decode step")
     add("--compile_prefill", action="store_true", help="compile the prefill")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
     add("--kv_dtype", choices=CACHE_DTYPES, default="auto", help="what the KV cache stores (default: as --dtype)")
     axes = {
         "prompt_length": ([128], "tokens of a prefill"),
@@ -224,27 +208,22 @@ def build_parser() -> argparse.ArgumentParser:
         add(f"--{name}", type=int, default=default)
     add("--shapes", action="store_true", help="the single products of a decode step instead, --batch_size rows each")
     add("--startup", action="store_true", help="compile times and peak memory too, in fresh processes")
-    add("--json_path", type=Path, help="write the figures to this file too")
     add("--plot", type=Path, help="draw every prefill and decode under the device's roofline, into this PNG")
-    add("--only_warm_up", help=argparse.SUPPRESS)
+    add("--only_warm_up", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for what cannot be measured."""
-    lengths = [*args.prompt_length, *args.context_length, *args.batch_size, args.new_tokens - 1, args.repeats]
-    if min(lengths) < 1:
-        raise ValueError("--new_tokens must be at least 2; lengths, --batch_size and --repeats at least 1")
+    check_at_least(args, 1, "prompt_length", "context_length", "batch_size", "repeats")
+    check_at_least(args, 2, "new_tokens")
     preset(args.model)
     capacities_of(args)
+    check_files(args)
     if args.plot and args.shapes:
         raise ValueError("--plot draws prefills and decodes, which --shapes leaves out")
-    for name in ("json_path", "plot"):
-        path = getattr(args, name)
-        if path and not path.parent.is_dir():
-            raise ValueError(f"--{name} {path}: there is no folder {path.parent}")
-    if args.plot:
-        import roofline  # noqa: F401 - raises ValueError without matplotlib
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs the package matplotlib: pip install matplotlib")
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> None:
@@ -254,23 +233,17 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     if args.compile or args.compile_prefill:
         set_compile_flags(device)
         torch._dynamo.config.recompile_limit = 256  # one function for every mode, capacity and batch size
-    if args.only_warm_up:
+    if "only_warm_up" in args:
         return print(json.dumps(warm_up_alone(args)))
     if set(args.mode) != {"bf16"} and (reason := kernels_missing(device, dtype)):
         print(reason, file=sys.stderr)
-    asked = {key: value for key, value in vars(args).items() if key not in ("json_path", "plot", "only_warm_up")}
-    alone = {"alone": measure_startup(args, argv)} if args.startup else {}
-    measured = measure_shapes(args) if args.shapes else measure_model(args)
-    made = {"hardware": hardware(device), "torch": torch.__version__, "date": date.today().isoformat()}
-    result = {**asked, "dtype": str(dtype).removeprefix("torch."), **made, **alone, **measured}
-    print_table(result)
-    if args.json_path:
-        write_json(args.json_path, result)
+    figures = {"alone": measure_startup(args, argv)} if args.startup else {}
+    figures |= measure_shapes(args) if args.shapes else measure_model(args)
+    result = report(args, figures, print_table)
     if args.plot:
-        import roofline
+        from scripts.bench.roofline import draw
 
-        roofline.draw(result, args.plot)
-    print(json.dumps(result))
+        draw(result, args.plot)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,9 +1,9 @@
-"""Steps 3 to 7 of `gpu_report.py`: the demo, single products, whole decode steps, what a user waits for, start-up.
+"""Steps 3 and 5 to 7 of `gpu_report.py`: the demo, whole decode steps, what a user waits for, start-up.
 
     for row in demo_rows(card, "bf16"): print(row.what, row.predicted, row.measured, row.unit)
 
-Worth knowing: how many launches a step has, and how many instructions a kernel issues for each weight, was counted in
-the generated code, on a machine without a GPU (`COUNTED_...`). Weights are random, but for the demo's.
+Worth knowing: how many launches a step has was counted in the generated code, on a machine without a GPU
+(`COUNTED_...`). Weights are random, but for the demo's.
 """
 
 import contextlib
@@ -16,30 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from types import ModuleType
-from typing import Any
 
 import torch
-from benchmark_speculative import timed
-from gpu_card import MODELS, MODES, WHOLE_MODELS, Card, Part, Row, inverse, issue_rate, within
-from gpu_correctness import Surrounded, product_error
-from measuring import (
-    SHAPES,
-    Decode,
-    Rotation,
-    Yardstick,
-    build_model,
-    meta_model,
-    operations,
-    replay_seconds,
-    with_caches,
-)
-from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import quantize
@@ -47,19 +30,29 @@ from fast.checkpoint import load_model
 from fast.cli import DEMO
 from fast.compiling import compile_step
 from fast.decoding import Steps, build_steps, kv_slots, stream, time_kernels, warm_up
-from fast.layers import FastKVCache, fast_linear, kernels_missing
 from fast.metrics import bytes_per_step
-from fast.quantized import Int4Linear, QuantizedLinear
 from fast.sampling import Sampling
 from fast.speculative import SPARE, PromptLookup, build_speculative_steps, speculate, warm_up_speculation
 from fast.tokenizer import load_tokenizer
-from kernels import gpu
-from kernels.gpu.choice import asked_by, trying
-from model import Attention, Transformer, rope_table
+from model import Transformer
+from scripts.bench.gpu_card import (
+    CONTEXTS,
+    MODELS,
+    MODES,
+    WHOLE_MODELS,
+    Card,
+    Part,
+    Row,
+    inverse,
+    make_headroom,
+    within,
+)
+from scripts.bench.measuring import Decode, Yardstick, operations, replay_seconds, timed
+from scripts.bench.random_models import build_model, with_caches
 
-N_LAYERS = 8  # of the 8B shape, so that it fits small GPUs
-FEWER_LAYERS = 4  # what N_LAYERS take more than these says what a layer takes
-CONTEXTS, NEW_TOKENS = (128, 8192), 32
+N_LAYERS = 8  # instead of the 8B shape's 32, to fit small GPUs
+FEWER_LAYERS = 4  # the difference to N_LAYERS gives the time of one layer
+NEW_TOKENS = 32
 PROMPT_LENGTHS = (200, 517, 1111)
 
 # Launches of a compiled step of Llama-3.1-8B in every mode, counted on 2026-11-26 with torch 2.14.1 in the code that
@@ -67,21 +60,14 @@ PROMPT_LENGTHS = (200, 517, 1111)
 COUNTED_LAUNCHES = {1: (6, 8), 8: (6, 7)}
 COUNTED_VERIFY = 65  # the pass over 6 rows, 8 layers; 2 more with torch 2.11
 COUNTED_DEMO = 36  # a greedy decode step of the demo
-COUNTED_ATTENTION = 2  # that of kernels/gpu/flash_decoding.py
-# Instructions for each weight that kernels/gpu issues at one row, counted the same day in sm_90 machine code.
-COUNTED_INSTRUCTIONS = {
-    "int4": {"wqkv": 3.0, "wo": 3.4, "w13": 2.6, "w2": 2.5, "output": 2.7},
-    "int8": {"wqkv": 3.8, "wo": 4.2, "w13": 3.6, "w2": 3.4, "output": 3.5},
-    "bf16": {"wqkv": 1.5, "wo": 1.7, "w13": 2.0, "w2": 1.1, "output": 1.8},
-}
 
 
 # ---- Step 3: the demo.
 
 
 def trace_tokens(steps: Steps, prompts: list[list[int]], cached: int, path: Path) -> dict[str, float]:
-    """Write a Chrome trace of 5 decoded tokens; the kernels and graphs that each launched, and its kernels' time."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells stderr when it starts and stops
+    """Write a Chrome trace of 5 decoded tokens; return kernels and graphs launched, and kernel time, per token."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences its messages on stderr
     n, tokens = 5, stream(steps, prompts, 12, cached)
     for _ in range(3):
         next(tokens)
@@ -107,7 +93,7 @@ def recorded_graphs() -> int:
 
 
 def regret(model: Transformer, prompt: list[int], tokens: list[int]) -> float:
-    """How much less likely than the likeliest a greedy token was at worst, by `model`: in deviations of the logits."""
+    """The largest gap between the highest logit and the chosen token's, by `model`, in standard deviations."""
     idx = torch.tensor([prompt + tokens], device=model.tok_embeddings.weight.device)
     logits = model(idx)[0, len(prompt) - 1 : -1].float()
     chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
@@ -147,197 +133,19 @@ def demo_rows(card: Card, mode: str) -> Iterator[Row]:
 DEMO_PARTS: list[Part] = [partial(demo_rows, mode=mode) for mode in WHOLE_MODELS]
 
 
-# ---- Step 4: single products.
-
-
-def kernels_of(card: Card) -> ModuleType | None:
-    """The GPU's kernels, if it is a GPU that has them."""
-    return gpu if card.device.startswith("cuda") and kernels_missing(card.device, card.dtype) is None else None
-
-
-class Int4Pack(nn.Module):
-    """The product by PyTorch's own int4 operator, whose formula is the same: w = (q - 8) scale + zero."""
-
-    def __init__(self, linear: Int4Linear):
-        super().__init__()
-        self.in_features, self.out_features, self.groupsize = linear.in_features, linear.out_features, linear.groupsize
-        swapped = linear.weight << 4 | linear.weight >> 4  # it takes the even input from the high four bits
-        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(swapped, 8))
-        self.register_buffer("scales", torch.stack((linear.scales, linear.zeros), -1).transpose(0, 1).contiguous())
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.aten._weight_int4pack_mm(x.flatten(0, -2), self.packed, self.groupsize, self.scales)
-        return y.unflatten(0, x.shape[:-1])
-
-
-Call = Callable[[Surrounded, Tensor, Tensor], Tensor]
-
-
-def call(run: Surrounded, x: Tensor, residual: Tensor) -> Tensor:
-    return run(x, residual)
-
-
-def taking(way: str) -> Call:
-    """A call in which the operator takes this way instead of the one it would choose."""
-
-    def run_with_way(run: Surrounded, x: Tensor, residual: Tensor) -> Tensor:
-        with trying(way):
-            return run(x, residual)
-
-    return run_with_way
-
-
-Candidates = dict[str, tuple[str, list[nn.Module], Call]]
-
-
-def candidates(card: Card, name: str, linears: list[nn.Module], rows: int, others: bool) -> Candidates:
-    """Ways to compute the product `name`, by label: what the model takes today, or all `others`.
-
-    Each is the product's name, without one for the bare product, the modules, and how they are called.
-    """
-    compiled = torch.compile(call, fullgraph=True, dynamic=False) if card.compile else call
-    plain, bare = {"Inductor": (name, linears, compiled)}, {"F.linear, bare": ("", linears, call)}
-    if (backend := kernels_of(card)) is None:
-        return bare if others else plain
-    fast = [fast_linear(linear, backend) for linear in linears]
-    if not others:
-        return {"kernels/gpu": (name, fast, call)}
-    found = plain if isinstance(linears[0], QuantizedLinear) else bare
-    if isinstance(linears[0], Int4Linear) and card.dtype == torch.bfloat16:
-        found["aten._weight_int4pack_mm, bare"] = ("", [Int4Pack(linear) for linear in linears], call)
-    run = Surrounded(name, fast[0], card.device, card.dtype)
-    ((ways, _),) = asked_by(run, *run.inputs(rows, card.device, card.dtype)).values()
-    return {**{f"kernels/gpu, {way}": (name, fast, taking(way)) for way in ways}, **found}
-
-
-def call_all(run: Callable[..., Tensor], each: list[nn.Module], *args: Any) -> list[Tensor]:
-    return [run(one, *args) for one in each]
-
-
-def time_each(ways: dict[str, Callable[[], float]], otherwise: str) -> tuple[str, dict[str, float], dict[str, str]]:
-    """The label of the fastest, the seconds of each, and why others failed; RuntimeError where none is left.
-
-    One that does not compile here is a finding: the others are timed all the same.
-    """
-    seconds, failed = {}, {}
-    for label, time_it in ways.items():
-        try:
-            seconds[label] = time_it()
-        except Exception as error:
-            failed[label] = f"{type(error).__name__}: {error}"
-    torch.compiler.reset()  # lets go of what they compiled, and of the weights in it
-    if not seconds:
-        raise RuntimeError(f"{otherwise}: {failed}")
-    return min(seconds, key=seconds.get), seconds, failed
-
-
-def product_row(card: Card, model: str, name: str, mode: str, rows: int, others: bool) -> Row:
-    """The fastest candidate for one product, with weights that take turns so that no cache holds them."""
-    linear = SHAPES[name](meta_model(MODELS[model], card.dtype, MODES[mode]))
-    rotation = Rotation(linear, card.device, card.dtype, MODES[mode], is_fast=False)
-    linears, n_bytes = [one.linear for one in rotation.copies], rotation.nbytes / len(rotation.copies)
-    errors = {}
-
-    def time_it(label: str, around: str, modules: list[nn.Module], run: Call) -> float:
-        each = [Surrounded(around, module, card.device, card.dtype) for module in modules]
-        x, residual = each[0].inputs(rows, card.device, card.dtype)
-        exact = Surrounded(around, linears[0], card.device, card.dtype)
-        errors[label] = product_error(exact, x, residual, run(each[0], x, residual))
-        return replay_seconds(card.device, call_all, run, each, x, residual) / len(each)
-
-    found = candidates(card, name, linears, rows, others)
-    ways = {label: partial(time_it, label, *way) for label, way in found.items()}
-    fastest, seconds, failed = time_each(ways, f"{model} {name}, {mode}: nothing multiplies")
-    predicted = card.copy and n_bytes / card.copy
-    if predicted and rows == 1 and fastest == "kernels/gpu":
-        issued = COUNTED_INSTRUCTIONS[mode.split()[0]][name] * linear.in_features * linear.out_features / 32
-        predicted = max(predicted, issued / issue_rate(card.device))
-    what = f"{model} {name}, {mode}, {rows} row{'s' if rows > 1 else ''}: {fastest}"
-    is_right = None if all(error < 4 for error in errors.values()) and not failed else False
-    more = {"us": {k: s * 1e6 for k, s in seconds.items()}, "errors": errors, "failed": failed, "bytes": n_bytes}
-    return Row(what, "us", predicted and predicted * 1e6, seconds[fastest] * 1e6, is_right, more)
-
-
-def product_rows(
-    card: Card, model: str, modes: Iterable[str], rows: int, others: bool = False, names: Iterable[str] = tuple(SHAPES)
-) -> Iterator[Row]:
-    for mode in modes:
-        for name in names:
-            yield product_row(card, model, name, mode, rows, others)
-
-
-def make_headroom(card: Card) -> None:
-    """Without it Inductor, when it tunes a kernel that writes into a cache, saves the cache on the CPU at every try."""
-    if card.device.startswith("cuda"):
-        torch.empty(1 << 30, dtype=torch.uint8, device=card.device)
-
-
-def attention_rows(card: Card, batch: int) -> Iterator[Row]:
-    """Attention of one position, caches taking turns: by the GPU's kernels, and as Inductor would."""
-    make_headroom(card)
-    args, kernels = MODELS["8B"], {"Inductor": None}
-    if backend := kernels_of(card):
-        kernels["kernels/gpu"] = backend.attention
-
-    def attend(attention: Attention, *given: Any) -> Tensor:
-        return attention.kv_cache.attend(attention, *given)
-
-    compiled = torch.compile(attend, fullgraph=True, dynamic=False) if card.compile else attend
-    for context in CONTEXTS:
-        position = torch.full((batch, 1), context - 1, device=card.device)
-        mask = torch.ones(batch, 1, 1, context, dtype=torch.bool, device=card.device)
-        shape, calls = (batch, args.n_kv_heads, context + 1, args.head_dim), {}
-        for label, attention in kernels.items():
-            layers = []
-            for _ in range(8):
-                with torch.device("meta"):
-                    layers.append(Attention(args))
-                layers[-1].kv_cache = FastKVCache(attention, shape, torch.device(card.device), card.dtype)
-            qkv = torch.randn(batch, 1, layers[0].wqkv.out_features, device=card.device, dtype=card.dtype)
-            given = (layers, qkv, *rope_table(args, position), position, context, mask)
-            way = attend if attention else compiled
-            calls[label] = partial(replay_seconds, card.device, call_all, way, *given)
-        fastest, seconds, failed = time_each(calls, f"8B attention, {batch} at {context}: nothing attends")
-        n_bytes = sum(x.nbytes for x in layers[0].kv_cache.buffers())
-        predicted = card.step_seconds(n_bytes, COUNTED_ATTENTION)
-        us = {label: total / len(layers) * 1e6 for label, total in seconds.items()}
-        more, what = {"us": us, "failed": failed, "bytes": n_bytes}, f"8B attention, {batch} at {context}: {fastest}"
-        yield Row(what, "us", predicted and predicted * 1e6, us[fastest], False if failed else None, more)
-
-
-QUANTIZED = ("int4", "int8", "int4 g128")
-# What decides most comes first: kernels must be compiled, and time may run out.
-PRODUCTS: list[Part] = [
-    partial(product_rows, model="8B", modes=QUANTIZED, rows=1),
-    partial(product_rows, model="8B", modes=QUANTIZED, rows=6),
-    partial(attention_rows, batch=1),
-    partial(product_rows, model="8B", modes=("int4",), rows=1, others=True, names=("w13", "w2")),
-    partial(product_rows, model="8B", modes=("bf16",), rows=1),
-    partial(product_rows, model="8B", modes=("bf16",), rows=1, others=True),
-    partial(product_rows, model="7B", modes=QUANTIZED, rows=1),
-    partial(product_rows, model="7B", modes=("bf16",), rows=1),
-    partial(attention_rows, batch=8),
-    partial(product_rows, model="8B", modes=("bf16",), rows=6),
-    partial(product_rows, model="7B", modes=("bf16", *QUANTIZED), rows=6),
-    partial(product_rows, model="8B", modes=("int8", "int4 g128"), rows=1, others=True, names=("w13", "w2")),
-    partial(product_rows, model="8B", modes=QUANTIZED, rows=1, others=True, names=("wqkv", "wo", "output")),
-    partial(product_rows, model="7B", modes=("bf16", *QUANTIZED), rows=1, others=True),
-]
-
-
 # ---- Step 5: whole decode steps.
 
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """A decode step of some depth: its bytes, and its seconds on the GPU as a graph that its replays alone surround."""
+    """A decode step of a model: its bytes, and its seconds on the GPU in back-to-back replays of its graph."""
 
     n_bytes: float
     seconds: float
 
 
 def time_replays(card: Card, model: Transformer, batch: int, context: int) -> Timed:
-    """The step's graph captured by hand: no host in between."""
+    """Time the step's graph, captured by hand and replayed without the host in between."""
     step = build_steps(model, Sampling()).decode
     step = compile_step(step, dynamic_dims=(None, None, 0)) if card.compile else step
     tokens, position = torch.zeros(2, batch, 1, dtype=torch.long, device=card.device)
@@ -347,7 +155,7 @@ def time_replays(card: Card, model: Transformer, batch: int, context: int) -> Ti
 
 
 def time_stream(steps: Steps, yardstick: Yardstick, mode: str, batch: int, context: int) -> tuple[float, float]:
-    """Seconds of a step in the loop that generates, and its share of the bandwidth of copies around it."""
+    """Seconds of a step in the loop that generates, and its share of the bandwidth of copies beside it."""
     model, point = steps.model, Decode(mode, steps, yardstick, batch, context, NEW_TOKENS)
     zeros = torch.zeros(batch, 1, dtype=torch.long, device=model.slots.device)
     for slots in sorted({kv_slots(context + n, model.max_seq_length) for n in range(NEW_TOKENS)}):
@@ -360,13 +168,13 @@ def time_stream(steps: Steps, yardstick: Yardstick, mode: str, batch: int, conte
 
 
 def predicted_rate(card: Card, batch: int, n_layers: int, n_bytes: float) -> float | None:
-    """Tokens per second that the bytes and the counted launches let expect."""
+    """Tokens per second predicted from the bytes and the counted launches."""
     per_layer, around = COUNTED_LAUNCHES[batch]
     return inverse(card.step_seconds(n_bytes, n_layers * per_layer + around), batch)
 
 
 def layer_rows(card: Card, what: str, batch: int, looped: float, deep: Timed, shallow: Timed) -> Iterator[Row]:
-    """What a layer takes, by two depths on the GPU alone; what 32 layers would take in the loop."""
+    """The time of a layer, from models of two depths without the host; from it, the speed of 32 layers in the loop."""
     n = N_LAYERS - FEWER_LAYERS
     seconds, n_bytes = (deep.seconds - shallow.seconds) / n, (deep.n_bytes - shallow.n_bytes) / n  # of a layer
     predicted = predicted_rate(card, batch, N_LAYERS, deep.n_bytes)
@@ -386,7 +194,7 @@ def build(card: Card, mode: str, n_layers: int) -> Transformer:
 
 
 def decode_rows(card: Card, mode: str, batch: int) -> Iterator[Row]:
-    """Decode steps of the 8B shape at every length of context, each with a Chrome trace."""
+    """Decode steps of the 8B shape at each context length, with a Chrome trace of each."""
     yardstick, room = Yardstick(MODELS["8B"], card.device, card.dtype), max(CONTEXTS) + NEW_TOKENS
     deep, shallow = (with_caches(build(card, mode, n), batch, [room])[0] for n in (N_LAYERS, FEWER_LAYERS))
     per_layer, around = COUNTED_LAUNCHES[batch]
@@ -407,7 +215,7 @@ def decode_rows(card: Card, mode: str, batch: int) -> Iterator[Row]:
 
 
 def overlap_rows(card: Card, mode: str) -> Iterator[Row]:
-    """The model's kernels in a graph, where each may start before the one before it ends, beside the same without."""
+    """The model's kernels in a graph, with and without programmatic dependent launch."""
     if card.device.startswith("cuda") and torch.cuda.get_device_capability(card.device) < (9, 0):
         return
     from kernels.gpu import products
@@ -434,7 +242,7 @@ DECODES += [partial(decode_rows, mode=mode, batch=8) for mode in WHOLE_MODELS]
 
 
 def verify_rows(card: Card, mode: str) -> Iterator[Row]:
-    """The pass that checks five drafts, beside a decoded token."""
+    """The pass that verifies five drafts, beside a decoded token."""
     model = build(card, mode, N_LAYERS)
     prompts = [torch.randint(model.args.vocab_size, (128,)).tolist()]
     model.setup_caches(1, 128 + NEW_TOKENS, spare=SPARE)
@@ -453,9 +261,9 @@ def verify_rows(card: Card, mode: str) -> Iterator[Row]:
 
 
 def first_token_rows(card: Card, how: str) -> Iterator[Row]:
-    """The time to the first token of prompts whose lengths were never seen before, and the same once more.
+    """Time to the first token of prompts of new lengths, and of the same lengths again.
 
-    cuDNN's attention, which SDPA would take on Hopper, plans anew for each length: hence how it is with that.
+    On Hopper SDPA would prefer cuDNN's attention, which builds a plan for each new length: `how` compares it.
     """
     model, is_compiled = build(card, "bf16", N_LAYERS), how == "compiled"
     every = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -477,7 +285,7 @@ def first_token_rows(card: Card, how: str) -> Iterator[Row]:
 
 
 def chat_rows(card: Card) -> Iterator[Row]:
-    """A turn of 40 tokens behind 300, and its answer, warmed up as `--interactive` is."""
+    """A turn of 40 tokens after a history of 300, and its answer, warmed up as `--interactive` does."""
     model = build(card, "bf16", N_LAYERS)
     model.setup_caches(1, 2048)
     steps, blank = build_steps(model, Sampling(), card.compile), [[0] * 64]
@@ -505,7 +313,7 @@ WAITS: list[Part] = [
 
 
 def startup_rows(card: Card) -> Iterator[Row]:
-    """`generate.py --compile` on the demo with empty compile caches, and with those that this left."""
+    """`generate.py --compile` on the demo with empty compile caches, and again with the filled ones."""
     script = DEMO.parent.parent / "generate.py"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         names = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME"

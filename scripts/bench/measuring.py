@@ -1,20 +1,18 @@
-"""What `benchmark.py` measures: a prefill, a decode step, one product; each beside what the device can do just then.
+"""What is measured: a prefill, a decode step, one product; each beside what the device itself can do at that moment.
 
     yardstick = Yardstick(args, device, dtype)
     point = Decode("bf16", steps, yardstick, batch_size=1, context_length=128, new_tokens=32)
     point.measure()
     print(point.figures())
 
-Worth knowing: memory that was never written is all one page of zeros, which the caches hold. So weights and KV caches
-are filled with noise, or reading them would cost nothing.
+Worth knowing: the bandwidth of a rented machine can halve within seconds. So every measurement is compared with a plain
+read or product taken immediately before and after it.
 """
 
 import copy
 import dataclasses
-import platform
-import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
@@ -25,90 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast.decoding import Steps, stream
-from fast.layers import backend_for, replace_linears, speed_up
+from fast.layers import backend_for, replace_linears
 from fast.metrics import bytes_per_step, memory_to_read
-from fast.quantized import swap_linears
 from kernels.gpu import choice
 from model import ModelArgs, Transformer
+from scripts.bench.random_models import fill_weights
 
-MAX_COPIES = 128  # of a weight that is rotated past the caches: as many calls make one compiled graph
-
-
-def noise_block(device: str | torch.device, dtype: torch.dtype) -> Tensor:
-    """Noise of an odd length, so that no two rows of a weight filled with it are equal."""
-    return (0.02 * torch.randn((1 << 22) + 15, device=device)).to(dtype)
-
-
-def fill(tensor: Tensor, noise: Tensor) -> None:
-    """Fill a contiguous tensor with `noise` over and over."""
-    for piece in tensor.view(-1).split(len(noise)):
-        piece.copy_(noise[: len(piece)])
-
-
-def fill_weights(module: nn.Module, dtype: torch.dtype, scheme: dict[str, Any] | None) -> None:
-    """Random weights for all of `module`, norms at one."""
-    noise = noise_block(next(iter(module.state_dict().values())).device, dtype)
-    whole = torch.randint(-127, 128, noise.shape, device=noise.device, dtype=torch.int8)
-    for name, parameter in module.named_parameters():
-        if "norm" in name:
-            parameter.fill_(1)
-        else:
-            fill(parameter, noise)
-    for name, buffer in module.named_buffers():
-        if name.endswith("weight"):
-            fill(buffer.view(torch.int8), whole)
-        else:  # so that weights spread as the noise does
-            buffer.fill_(0.0 if name.endswith("zeros") else 0.02 / (73 if scheme["mode"] == "int8" else 4.6))
-
-
-def meta_model(args: ModelArgs, dtype: torch.dtype, scheme: dict[str, Any] | None) -> Transformer:
-    """The model without memory. scheme: how the Linears are quantised, as a checkpoint records it."""
-    if scheme is not None:
-        args = dataclasses.replace(args, tie_embeddings=False)  # a quantised output projection has its own weight
-    with torch.device("meta"):
-        model = Transformer(args)
-    if scheme is not None:
-        swap_linears(model, scheme)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model.requires_grad_(False).eval()
-
-
-def build_model(args: ModelArgs, device: str, dtype: torch.dtype, scheme: dict[str, Any] | None = None) -> Transformer:
-    """A model with random weights, made on the device, fast as a loaded one. scheme: as for `meta_model`."""
-    model = meta_model(args, dtype, scheme)
-    tied = model.args.tie_embeddings
-    if tied:
-        model.output.weight = None  # else to_empty gives it memory of its own
-    model = model.to_empty(device=device)
-    if tied:
-        model.output.weight = model.tok_embeddings.weight
-    fill_weights(model, dtype, scheme)
-    speed_up(model, dtype)
-    return model
-
-
-def with_caches(
-    model: Transformer, batch_size: int, capacities: list[int], kv_dtype: torch.dtype | None = None
-) -> list[Transformer]:
-    """For each capacity a model on the same weights, its KV cache written all over: with noise, int8 with zeros."""
-    twins, weights = [], [*model.parameters(), *model.buffers()]
-    noise = noise_block(model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype)
-    for capacity in capacities:
-        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
-        twin.setup_caches(batch_size, capacity, kv_dtype=kv_dtype)
-        for layer in twin.layers:
-            for buffer in layer.attention.kv_cache.buffers():
-                fill(buffer, noise)
-        twins.append(twin)
-    return twins
+MAX_COPIES = 128  # of a weight in a `Rotation`: each copy is a call in one compiled graph
 
 
 def replay_seconds(device: str, function: Callable[..., Any], *args: Any) -> float:
-    """Seconds that the kernels of a call take on a GPU, without the host; on a CPU a call's own, the median of 5."""
+    """GPU: seconds of a call's kernels, replayed as a CUDA graph, without the host. CPU: the median of 5 calls."""
     if device.startswith("cuda"):
         return choice.replay_seconds(function, *args)
-    function(*args)  # the first may compile
+    function(*args)  # the first call may compile
     return median(_elapsed(function, *args) for _ in range(5))
 
 
@@ -118,8 +46,17 @@ def _elapsed(function: Callable[..., Any], *args: Any) -> float:
     return time.perf_counter() - start
 
 
+def timed(items: Iterable[Any]) -> tuple[list[Any], float]:
+    """All items after the first one, and the seconds until the last."""
+    iterator = iter(items)
+    next(iterator)
+    start = time.perf_counter()
+    rest = list(iterator)
+    return rest, time.perf_counter() - start
+
+
 class Yardstick:
-    """What the device can do right now: bytes per second of memory, operations per second of matrix products."""
+    """What the device can do at this moment: memory bandwidth, and the rate of matrix products."""
 
     def __init__(self, args: ModelArgs, device: str, dtype: torch.dtype):
         self.is_cuda, self.device, self.dtype = device.startswith("cuda"), device, dtype
@@ -127,23 +64,23 @@ class Yardstick:
         self.target = torch.empty_like(self.source) if self.is_cuda else None
         sizes = (args.dim, 2 * args.hidden_dim), (2048, 2048)
         self.weights = [torch.randn(n_out, n_in, device=device, dtype=dtype) for n_in, n_out in sizes]
-        self.bandwidth()  # the first is slow
+        self.bandwidth()  # the first read is slow
 
     def seconds(self, function: Callable[..., Any], *args: Any) -> float:
-        """How long a call takes; on a GPU the mean of as many as take 5 ms, by its own clock: the host runs ahead."""
+        """Seconds of a call. GPU: the mean over about 5 ms of calls, by CUDA events, since the host runs ahead."""
         if not self.is_cuda:
             return _elapsed(function, *args)
         n = 1 + int(5e-3 / choice.seconds_by_events(1, function, *args))
         return choice.seconds_by_events(n, function, *args)
 
     def bandwidth(self) -> float:
-        """Bytes per second of one plain read on a CPU, of copies on a GPU (reads plus writes)."""
+        """Bytes per second: of one plain read on a CPU, of the fastest of 5 copies on a GPU (reads plus writes)."""
         if self.target is None:
             return self.source.nbytes / self.seconds(self.source.sum)
         return 2 * self.source.nbytes / min(self.seconds(self.target.copy_, self.source) for _ in range(5))
 
     def matmul_rates(self, n_tokens: int) -> dict[str, float]:
-        """Operations per second of `F.linear`, best of three, by shape (tokens x in x out)."""
+        """Operations per second of `F.linear`, the best of three, by shape (tokens x in x out)."""
         rates = {}
         for weight in self.weights:
             x = torch.randn(n_tokens, weight.shape[1], device=self.device, dtype=self.dtype)
@@ -153,8 +90,9 @@ class Yardstick:
 
 
 def operations(args: ModelArgs, batch_size: int, tokens: int, pairs: float) -> float:
-    """Operations of a pass: 2 per token and weight of the layers, the output projection for a row's last token, and in
-    attention the two products of `pairs` queries and keys that see each other. Norms, RoPE, softmax: not counted.
+    """Operations of a pass over `tokens` of each row: 2 per token and weight of the layers, 2 per weight of the output
+    projection (only a row's last token goes through it), and attention's two products for `pairs` of a query and a key
+    it attends to. Norms, RoPE and softmax are not counted.
     """
     with torch.device("meta"):
         blocks = Transformer(args).layers
@@ -164,7 +102,7 @@ def operations(args: ModelArgs, batch_size: int, tokens: int, pairs: float) -> f
 
 
 def spread(values: list[float], outside: int) -> list[float]:
-    """The median, and the range without one in `outside` of the values at either end."""
+    """The median, the lowest and the highest value, after dropping one in `outside` at either end."""
     ordered = sorted(values)
     cut = len(ordered) // outside
     return [median(ordered), ordered[cut], ordered[-1 - cut]]
@@ -172,7 +110,7 @@ def spread(values: list[float], outside: int) -> list[float]:
 
 @dataclasses.dataclass
 class Prefill:
-    """Prefills, up to the first token's id on the host. A share's base is the fastest product around it."""
+    """Prefills, timed until the first token's id is on the host. `share`: of the fastest product beside it."""
 
     mode: str
     steps: Steps
@@ -180,7 +118,7 @@ class Prefill:
     batch_size: int
     prompt_length: int
     seconds: list[float] = dataclasses.field(default_factory=list)
-    rates: list[dict[str, float]] = dataclasses.field(default_factory=list)  # two for each prefill: before and after
+    rates: list[dict[str, float]] = dataclasses.field(default_factory=list)  # before and after each prefill
 
     def measure(self) -> None:
         n_tokens = self.batch_size * self.prompt_length
@@ -212,7 +150,7 @@ class Prefill:
 
 @dataclasses.dataclass
 class Decode:
-    """Decode steps in stretches of at least 50 ms, each with the bandwidth around it; on a GPU a run is one stretch.
+    """Decode steps, timed in stretches of at least 50 ms between two plain reads; on a GPU a run is one stretch.
 
     The first `context_length` positions of the cache are noise: what is there does not change the time.
     """
@@ -230,7 +168,7 @@ class Decode:
         is_cuda, before = self.yardstick.is_cuda, self.yardstick.bandwidth()
         tokens = stream(self.steps, [[1]] * self.batch_size, self.new_tokens, cached=self.context_length - 1)
         next(tokens)
-        if not is_cuda:  # a GPU is at the next token already
+        if not is_cuda:  # a GPU already computes the next token
             before = self.yardstick.bandwidth()
         n, valid, start = 0, self.context_length, time.perf_counter()
         for i, _ in enumerate(tokens, start=2):
@@ -241,11 +179,11 @@ class Decode:
                 n, before, start = 0, after, time.perf_counter()
 
     def add(self, seconds: float, positions: float, bandwidth: float) -> None:
-        """A stretch: seconds of a step, positions that it attends on average, bytes per second of the reads beside."""
+        """Add a stretch: seconds per step, mean positions attended to, bytes per second of the reads beside it."""
         self.stretches.append((seconds, bytes_per_step(self.steps.model, self.batch_size, positions), bandwidth))
 
     def figures(self) -> dict[str, Any]:
-        """Medians over the stretches; the share's range is that of its middle 80 %.
+        """Medians over the stretches; `share` has the range of the middle 80 %.
 
         A step's time is that of its bytes at the bandwidth of the moment, and the rest; both are divided by the number
         of layers, the output projection's part with them.
@@ -272,24 +210,24 @@ class Decode:
 
 
 class Copy(nn.Module):
-    """One of the weights that take turns."""
+    """One of the copies that take turns."""
 
     def __init__(self, linear: nn.Module):
         super().__init__()
         self.linear = linear
 
-    @torch.compiler.nested_compile_region  # as in the model, where nothing is fused with a neighbour's product either
+    @torch.compiler.nested_compile_region  # as in the model: Inductor must not fuse two products
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)
 
 
 class Rotation(nn.Module):
-    """Copies of one Linear, more than the caches hold, multiplied one after another as a decode step would."""
+    """Copies of one Linear, more than the CPU's or GPU's caches hold, multiplied in turn, as a decode step would."""
 
     def __init__(
         self, linear: nn.Module, device: str, dtype: torch.dtype, scheme: dict[str, Any] | None, is_fast: bool = True
     ):
-        """linear: on `meta`, as `meta_model` has it. is_fast: multiplied by a kernel, where there is one."""
+        """linear: on `meta`, as in `meta_model`. is_fast: use the backend's kernel, if it has one."""
         super().__init__()
         nbytes = sum(t.nbytes for t in linear.state_dict().values())
         n = min(MAX_COPIES, max(2, -(-past_the_caches(device) // nbytes)))
@@ -300,11 +238,11 @@ class Rotation(nn.Module):
         self.nbytes = sum(t.nbytes for t in self.copies.state_dict().values())
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [one(x) for one in self.copies]  # all of them, or a compiler would leave out the rest
+        return [one(x) for one in self.copies]  # return all, or the compiler removes the unused products
 
 
 def past_the_caches(device: str) -> int:
-    """Bytes that a rotation should at least have: four times the last cache, and no less than 256 MB."""
+    """The least number of bytes of a `Rotation`: four times the last-level cache, and at least 256 MB."""
     if device.startswith("cuda"):
         return max(1 << 28, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -319,15 +257,15 @@ class Product:
     mode: str
     shape: str
     rotation: Rotation
-    run: Callable[[Tensor], list[Tensor]]  # the rotation, compiled if asked
+    run: Callable[[Tensor], list[Tensor]]  # the rotation, compiled or not
     yardstick: Yardstick
     rows: int
-    passes: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # seconds, bytes per second beside it
+    passes: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # seconds, bytes/s of reads
 
     def __post_init__(self):
         n_in, device, dtype = self.rotation.copies[0].linear.in_features, self.yardstick.device, self.yardstick.dtype
         self.x = torch.randn(self.rows, 1, n_in, device=device, dtype=dtype)
-        for _ in range(3):  # compiles; on a GPU records a graph
+        for _ in range(3):  # compiles, and on a GPU records a CUDA graph
             self.yardstick.seconds(self.run, self.x)
 
     def measure(self) -> None:
@@ -354,21 +292,3 @@ class Product:
             "bandwidth_gb_per_s": median(bandwidth for _, bandwidth in self.passes) / 1e9,
             "share": spread([nbytes / s / bandwidth for s, bandwidth in self.passes], outside=10),
         }
-
-
-def hardware(device: str) -> str:
-    """The GPU's name, or the CPU's and the number of threads in use."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"model name\s*:\s*(.+)", cpuinfo)
-    return f"{name[1] if name else platform.machine()} x {torch.get_num_threads()}"
-
-
-SHAPES: dict[str, Callable[[Transformer], nn.Module]] = {
-    "wqkv": lambda model: model.layers[0].attention.wqkv,
-    "wo": lambda model: model.layers[0].attention.wo,
-    "w13": lambda model: model.layers[0].feed_forward.w13,
-    "w2": lambda model: model.layers[0].feed_forward.w2,
-    "output": lambda model: model.output,
-}

@@ -2,8 +2,8 @@
 
     for row in kernel_rows(card): print(row.what, row.is_right)
 
-Worth knowing: what is right follows from float32 arithmetic in plain PyTorch, on the same weights; limits are in units
-of the result's rounding, or of the error that a CPU makes.
+Worth knowing: the reference is float32 arithmetic in plain PyTorch on the same weights; limits are in units of the
+result's rounding, or of the error that a CPU makes.
 """
 
 import copy
@@ -11,8 +11,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 import torch
-from gpu_card import MODELS, MODES, WHOLE_MODELS, Card, Part, Row, within
-from measuring import SHAPES, build_model, meta_model
 from torch import Tensor, nn
 
 from fast.checkpoint import load_model
@@ -37,10 +35,12 @@ from model import (
     grouped_attention,
     rope_table,
 )
+from scripts.bench.gpu_card import MODELS, MODES, WHOLE_MODELS, Card, Part, Row, within
+from scripts.bench.random_models import SHAPES, build_model, meta_model
 
 
 class Surrounded(nn.Module):
-    """One of a layer's products with what the model puts around it: a norm before, gates or a residual after."""
+    """One of a layer's products with what surrounds it in the model: a norm before, gates or a residual after."""
 
     def __init__(self, name: str, linear: nn.Module, device: str, dtype: torch.dtype):
         super().__init__()
@@ -49,7 +49,7 @@ class Surrounded(nn.Module):
             self.norm = RMSNorm(linear.in_features, 1e-5).to(device, dtype).requires_grad_(False)
 
     def inputs(self, rows: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Noise to call it with: `x [1, rows, K]`, `residual [1, rows, N]`."""
+        """Random inputs: `x [1, rows, K]`, `residual [1, rows, N]`."""
         widths = self.linear.in_features, self.linear.out_features
         return tuple(torch.randn(1, rows, width, device=device, dtype=dtype) for width in widths)
 
@@ -59,7 +59,7 @@ class Surrounded(nn.Module):
 
 
 def product_error(run: Surrounded, x: Tensor, residual: Tensor, y: Tensor) -> float:
-    """How far `y` is from `run`, of a textbook's Linear, in float32 arithmetic; in units of x's rounding."""
+    """The error of `y` against `run` with a textbook Linear in float32, in units of the rounding of x's dtype."""
     linear, is_quantized = run.linear, isinstance(run.linear, QuantizedLinear)
     with torch.device("meta"):
         plain = Linear(linear.in_features, linear.out_features, False, Sharding())
@@ -72,12 +72,12 @@ def product_error(run: Surrounded, x: Tensor, residual: Tensor, y: Tensor) -> fl
 
 
 def vector_error(y: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    """How far the worst of the vectors `y [..., D]` is from `exact`, relative to its norm, in units of a rounding."""
+    """The largest relative error of the vectors `y [..., D]`, by their norms, in units of the rounding of `dtype`."""
     return float(((y.float() - exact).norm(dim=-1) / exact.norm(dim=-1)).max()) / torch.finfo(dtype).eps
 
 
 def random_product(name: str, mode: str, args: ModelArgs, device: str, dtype: torch.dtype) -> Surrounded:
-    """A product of such a model, of which the norm, the gates and the residual are a large part."""
+    """A product with random weights, scaled so that norm, gates and residual matter to the result."""
     linear, scheme = SHAPES[name](meta_model(args, dtype, None)), MODES[mode]
     weight = torch.randn(linear.out_features, linear.in_features, device=device) / linear.in_features**0.5
     if scheme is None:
@@ -91,7 +91,7 @@ def random_product(name: str, mode: str, args: ModelArgs, device: str, dtype: to
 
 
 def product_errors(mode: str, args: ModelArgs, device: str, dtype: torch.dtype, all_rows: Iterable[int]) -> list[float]:
-    """The errors of the GPU's kernels for a product with norm and gates and for one with a residual, by rows of x."""
+    """Errors of the GPU's kernels, for each number of rows: a product with norm and gates, one with a residual."""
     errors = []
     for name in ("w13", "w2"):
         run = random_product(name, mode, args, device, dtype)
@@ -106,10 +106,10 @@ def product_errors(mode: str, args: ModelArgs, device: str, dtype: torch.dtype, 
 def attention_error(
     args: ModelArgs, positions: Tensor, n_slots: int, kv_dtype: torch.dtype, device: str, dtype: torch.dtype
 ) -> float:
-    """How far the GPU's attention at `positions [B, S]`, and what it stores, is from `model.Attention.attend`.
+    """The error of the GPU's attention at `positions [B, S]`, and of what it stores, against `model.Attention.attend`.
 
-    The softmax of that is in float32; the result is in units of the rounding of `dtype`. From the new positions on the
-    cache holds NaN. Values are so small that a weight times the scale of a quantised one may underflow in float16.
+    That one computes in float32; the error is in units of the rounding of `dtype`. The cache holds NaN from the new
+    positions on. Values are so small that a weight times a quantised value's scale may underflow in float16.
     """
     B, S = positions.shape
     attention = Attention(args).to(device, dtype).requires_grad_(False)
@@ -136,20 +136,20 @@ def attention_error(
     is_valid = (slots <= positions[:, -1:])[:, None, :, None]
     for ours, theirs in zip(numbers(cache), numbers(twin), strict=True):
         if not torch.equal(ours.isnan(), ~is_valid.expand_as(ours)):
-            return torch.inf  # not all is stored, or more than that
+            return torch.inf  # stored too few positions, or too many
         difference = torch.where(is_valid, ours - theirs, 0).norm() / torch.where(is_valid, theirs, 0).norm()
         errors.append(float(difference) / torch.finfo(dtype).eps)
     return float(torch.tensor(errors).max())  # NaN if one is
 
 
 def numbers(cache: KVCache) -> list[Tensor]:
-    """All keys and values in float32."""
+    """All keys and values, dequantised to float32."""
     k, v, *scales = (buffer.float() for buffer in cache.buffers())
     return [x * scale[..., None] for x, scale in zip((k, v), scales, strict=True)] if scales else [k, v]
 
 
 def kernel_rows(card: Card) -> Iterator[Row]:
-    """Every kernel beside plain PyTorch in float32, at the 8B shape; the limit is twice the rounding of the result."""
+    """Every kernel against plain PyTorch in float32, at the 8B shape; the limit is twice the rounding of the result."""
     if reason := kernels_missing(card.device, card.dtype):
         yield Row(reason, "", None, None)
         return
@@ -157,7 +157,7 @@ def kernel_rows(card: Card) -> Iterator[Row]:
     for mode, all_rows in (("bf16", some), ("int8", some), ("int4", some), ("int4 g128", (1, 6))):
         errors = product_errors(mode, MODELS["8B"], card.device, card.dtype, all_rows)
         yield error_row(f"{mode} products, {all_rows[0]} to {all_rows[-1]} rows", errors)
-    first = torch.tensor([[0], [2730], [8186]], device=card.device)  # of three rows
+    first = torch.tensor([[0], [2730], [8186]], device=card.device)  # the first position of each row
     args, normed = MODELS["8B"], dataclasses.replace(MODELS["8B"], qk_norm=True, sliding_window=1000)
     has_fp8 = torch.cuda.get_device_capability(card.device) >= (8, 9)
     for kv_dtype in (card.dtype, *KV_DTYPES[: 2 if has_fp8 else 1]):
@@ -180,7 +180,7 @@ TINY = ModelArgs(
 
 
 def cached_logits(model: Transformer, idx: Tensor, n_prefilled: int) -> Tensor:
-    """Logits of every position: a prefill, then one position at a time."""
+    """Logits of every position: prefill, then decode one position at a time."""
     model.setup_caches(*idx.shape)
     positions = torch.arange(idx.shape[1], device=idx.device)
     parts = [(0, n_prefilled), *((i, i + 1) for i in range(n_prefilled, idx.shape[1]))]
@@ -188,7 +188,7 @@ def cached_logits(model: Transformer, idx: Tensor, n_prefilled: int) -> Tensor:
 
 
 def logits_rows(card: Card) -> Iterator[Row]:
-    """A tiny model's logits through the cache, on the device beside float32 on the CPU, relative to their norm."""
+    """A tiny model's logits through the cache, on the device against float32 on the CPU: relative errors."""
     float32 = build_model(TINY, "cpu", torch.float32)
     idx = torch.randint(TINY.vocab_size, (2, 40))
 
@@ -199,7 +199,7 @@ def logits_rows(card: Card) -> Iterator[Row]:
     exact = float32(idx)
     found = error(copy.deepcopy(float32).to(card.device), exact)
     yield within("tiny model, float32: logits beside the CPU's", "relative", 1e-4, found)
-    limit = 3 * error(copy.deepcopy(float32).to(card.dtype), exact)  # of a CPU's own rounding
+    limit = 3 * error(copy.deepcopy(float32).to(card.dtype), exact)  # three times the CPU's own rounding error
     for mode in WHOLE_MODELS:
         model = copy.deepcopy(float32)
         for name, linear in list(quantized_linears(model, {})) if MODES[mode] else []:
@@ -215,7 +215,7 @@ def logits_rows(card: Card) -> Iterator[Row]:
 
 
 def greedy_rows(card: Card) -> Iterator[Row]:
-    """The demo's greedy tokens in float32: compiled as eager, speculating as plain."""
+    """The demo's greedy tokens in float32 must be the same compiled as eager, and speculating as plain."""
     n, greedy, prompts = 100, Sampling(temperature=0), [load_tokenizer(DEMO).encode("The module")]
     model = load_model(DEMO, card.device, torch.float32)
     model.setup_caches(1, 256, spare=SPARE)

@@ -1,33 +1,26 @@
-"""A roofline of what `benchmark.py` measured (Williams et al. 2009): speed over operations per byte, both measured.
+"""A roofline of what `speed.py` measured (Williams et al. 2009): speed over operations per byte, both measured.
 
-    python scripts/roofline.py figures.json roofline.png
+    draw(result, Path("roofline.png"))
 
 Worth knowing: the sloping roof is the plain read of the same run, the flat one its fastest product. Under the slope a
 point's distance from the roof is its share of the bandwidth, under the flat roof its share of the product's rate.
 """
 
-import json
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import _root  # noqa: F401 - finds the modules of the repository's root
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from fast.cli import replacing
-
-try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
-except ModuleNotFoundError as error:
-    raise ValueError("--plot needs the package matplotlib: pip install matplotlib") from error
 
 COLOURS = {"bf16": "tab:blue", "int8": "tab:orange", "int4": "tab:green"}
 
 
 def roof(result: dict[str, Any]) -> tuple[float, float]:
-    """The bandwidth in GB/s, the median over the decodes, and GFLOP/s of the fastest product."""
+    """The bandwidth in GB/s (median over the decodes), and the GFLOP/s of the fastest product."""
     bandwidth = median(point["bandwidth_gb_per_s"] for point in result["decode"])
     return bandwidth, max(point["matmul_gflops_per_s"] for point in result["prefill"])
 
@@ -52,13 +45,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
         named.add(name)
         if kind == "prefill":
             label = f"{point['batch_size']} x {point['prompt_length']}"
-        else:  # contexts lie close together: the first speaks for all
+        else:  # contexts lie close together: label only the first
             alike = [p for p in result[kind] if all(p[key] == point[key] for key in ("mode", "batch_size"))]
             lengths = sorted({p["context_length"] for p in alike})
             label = f"{point['batch_size']} x {lengths[0]}" + (f" to {lengths[-1]}" if len(lengths) > 1 else "")
             if point is not alike[0]:
                 continue
-        below = 9 + (8 * list(COLOURS).index(point["mode"]) if kind == "prefill" else 0)  # modes lie side by side
+        below = 9 + (8 * list(COLOURS).index(point["mode"]) if kind == "prefill" else 0)
         axes.annotate(label, (intensity, point["gflops_per_s"]), (5, -below), textcoords="offset points", fontsize=7)
     axes.set(xlabel="operations per byte", ylabel="GFLOP/s")
     axes.set_title(f"{result['model']}, {result['hardware']}, torch {result['torch']}, {result['date']}", fontsize=9)
@@ -69,7 +62,3 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.legend(title="points: rows x context or prompt", fontsize=8, title_fontsize=8, loc="lower right")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
-
-
-if __name__ == "__main__":
-    draw(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

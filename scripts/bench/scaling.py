@@ -1,20 +1,19 @@
-"""How fast tensor parallelism makes decoding: a model of it, held against gpt-fast's published figures.
+"""How fast decoding is in tensor parallelism: a model, compared with gpt-fast's published figures.
 
-    python scripts/scaling.py
+    python -m scripts.bench.scaling
 
 A token at batch size 1 takes the sum of three terms:
 
     weights of a rank / bandwidth  +  layers * overhead  +  collectives * (base + hop * log2(ranks) + bytes / link)
 
-Worth knowing: four numbers describe a machine in bf16, and Llama-2-7B on 1, 2, 4 and 8 GPUs determines them. The 70B
-rows are then predictions. int8 and int4 have a bandwidth and an overhead of their own, from their two one-GPU rows; the
-eight-GPU rows are predictions again. What is said of H100s rests on the assumptions in `H100`, and is unmeasured.
+Worth knowing: four numbers describe a machine in bf16, fitted to Llama-2-7B on 1, 2, 4 and 8 GPUs. The 70B rows are
+then predictions. int8 and int4 have their own bandwidth and overhead, fitted to two one-GPU rows each; their eight-GPU
+rows are predictions. The figures for H100s rest on the assumptions in `h100`, and are unmeasured.
 """
 
 import math
 from dataclasses import dataclass, replace
 
-import _root  # noqa: F401 - makes the project importable
 import torch
 
 from fast.families import preset
@@ -36,21 +35,21 @@ WEIGHT_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.625}  # int4: a scale and a 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the model knows of one. `bandwidth` (bytes/s) and `overhead` (seconds per layer) are by weight format."""
+    """What the model knows of a machine. `bandwidth` (bytes/s) and `overhead` (seconds a layer) are by format."""
 
     bandwidth: dict[str, float]
     overhead: dict[str, float]
-    base: float  # seconds of a collective between two ranks, less one hop
-    hop: float  # seconds for each doubling of the ranks
-    link: float  # bytes/s that a GPU sends to the others of its node
+    base: float  # seconds of a collective, without the hops
+    hop: float  # seconds added by each doubling of the ranks
+    link: float  # bytes/s that a GPU sends within its node
     node: int = 8  # GPUs
-    internode: float = 0.0  # seconds that a collective takes longer between nodes
+    internode: float = 0.0  # seconds added by a collective between nodes
     memory: float = 80e9  # bytes of a GPU
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a token: what the weights, the overhead and the collectives take (seconds), and the weights of a rank."""
+    """The cost of a token: seconds for weights, overhead and collectives, and the bytes of a rank's weights."""
 
     weights: float
     overhead: float
@@ -63,7 +62,7 @@ class Cost:
 
 
 def weight_bytes(args: ModelArgs, n_ranks: int, kind: str, shard_vocabulary: bool) -> float:
-    """Bytes that a rank reads per token. gpt-fast holds the output projection whole on every rank."""
+    """Bytes of weights that a rank reads per token. gpt-fast keeps the whole output projection on every rank."""
     with torch.device("meta"):
         share = Transformer(replace(divided(args, n_ranks), n_layers=1))
     layer = sum(p.numel() for p in share.layers.parameters())
@@ -72,7 +71,7 @@ def weight_bytes(args: ModelArgs, n_ranks: int, kind: str, shard_vocabulary: boo
 
 
 def collective_bytes(args: ModelArgs, n_ranks: int) -> float:
-    """What a rank sends in one all-reduce of a token's activations, in bf16, done as a ring."""
+    """Bytes that a rank sends in a ring all-reduce of one token's activations in bf16."""
     return 2 * (n_ranks - 1) / n_ranks * 2 * args.dim
 
 
@@ -82,14 +81,14 @@ def predict(machine: Machine, model: str, n_ranks: int, kind: str = "bf16", shar
     nbytes = weight_bytes(args, n_ranks, kind, shard_vocabulary)
     collectives = 0.0
     if n_ranks > 1:
-        count = 2 * args.n_layers + (2 if shard_vocabulary else 0)  # the embedding's sum, the logits' gather
+        count = 2 * args.n_layers + (2 if shard_vocabulary else 0)  # the embedding's all-reduce, the logits' all-gather
         latency = machine.base + machine.hop * math.log2(n_ranks) + machine.internode * (n_ranks > machine.node)
         collectives = count * (latency + collective_bytes(args, n_ranks) / machine.link)
     return Cost(nbytes / machine.bandwidth[kind], args.n_layers * machine.overhead[kind], collectives, nbytes)
 
 
 def fit(models: list[str], link: float = 300e9) -> Machine:
-    """The machine that explains the published bf16 rows of `models` best: least squares of the relative errors."""
+    """Fit a machine to the published bf16 rows of `models`, by least squares of the relative errors."""
     rows, seconds = [], []
     for model in models:
         args = preset(model)
@@ -112,7 +111,7 @@ def fit(models: list[str], link: float = 300e9) -> Machine:
 
 
 def h100(a100: Machine) -> Machine:
-    """An H100 as an A100 with faster memory (3350 instead of 2039 GB/s) and links (450 GB/s). All of it is assumed.
+    """An H100, assumed to be an A100 with faster memory (3350 instead of 2039 GB/s) and links (450 GB/s).
 
     The same share of the memory's rate, the same overhead of a layer and latency of a collective; between nodes, over
     InfiniBand, 20 us more.

@@ -1,6 +1,6 @@
-"""What speculation costs and brings at a real model's shape: random weights, so acceptance is forced, not found.
+"""What speculation costs and gains at a real model's shape. Weights are random, so acceptance is forced.
 
-    python scripts/benchmark_speculative.py --model tinyllama-1.1b --draft stories-15m --speculate_k 5 --accept 0 2 5
+    python -m scripts.bench.speculation --model tinyllama-1.1b --draft stories-15m --speculate_k 5 --accept 0 2 5
 
 Worth knowing: the speed-up follows from three costs, that of a decoded token, of k drafts and of the pass that verifies
 them: tokens per step * decode / (draft + verify). The table prints this beside what was measured end to end. Plain and
@@ -9,20 +9,14 @@ speculative decoding take turns, since a rented machine's bandwidth drifts; figu
 
 import argparse
 import dataclasses
-import json
 import sys
-import time
-from collections.abc import Iterable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import _root  # noqa: F401 - finds the modules of the repository's root
 import torch
-from benchmark import build_model, hardware
 from torch import Tensor
 
-from fast.cli import drop_compile, exit_code, resolve_device, write_json
+from fast.cli import drop_compile, exit_code, resolve_device
 from fast.compiling import set_compile_flags
 from fast.decoding import Steps, build_steps, stream, warm_up
 from fast.families import preset
@@ -38,12 +32,16 @@ from fast.speculative import (
     warm_up_speculation,
 )
 from model import Transformer
+from scripts.bench import command_line
+from scripts.bench.command_line import check_at_least, check_files, report
+from scripts.bench.measuring import timed
+from scripts.bench.random_models import build_model
 
 SCHEMES = {"none": None, "int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
 
 
 def forcing(n: int):
-    """`speculative.decide`, with all its work, whose verdict is that the first `n` drafts were accepted."""
+    """`speculative.decide`, doing all its work, but always accepting the first `n` drafts."""
 
     def forced(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         new, accepted = decide(sampling, logits, drafts, q)
@@ -61,17 +59,8 @@ def model_of(name: str, scheme: dict[str, Any] | None, args: argparse.Namespace,
     return model
 
 
-def timed(items: Iterable[Any]) -> tuple[list[Any], float]:
-    """All items after the first, and the seconds they took."""
-    iterator = iter(items)
-    next(iterator)
-    start = time.perf_counter()
-    rest = list(iterator)
-    return rest, time.perf_counter() - start
-
-
 def measure(plain: Steps, by_n: dict[int, SpeculativeSteps], prompts: list[list[int]], args) -> list[dict[str, Any]]:
-    """The costs in seconds, and the speed-up they predict beside the measured one, for each forced acceptance."""
+    """For each forced acceptance: the costs in seconds, the speed-up they predict, and the measured one."""
     turns: dict[int, list[tuple[float, ...]]] = {n: [] for n in by_n}
     for _ in range(args.repeats):
         for n, steps in by_n.items():
@@ -94,8 +83,7 @@ def measure(plain: Steps, by_n: dict[int, SpeculativeSteps], prompts: list[list[
 
 def print_table(result: dict[str, Any]) -> None:
     by = "prompt lookup" if result["prompt_lookup"] else result["draft"]
-    print(f"{result['model']} drafted by {by}, {result['dtype']}, {result['hardware']}, torch {result['torch']}")
-    print("The weights are random: that so many drafts were accepted is FORCED. Only the costs are measured.\n")
+    print(f"Drafted by {by}. The weights are random, so how many drafts are accepted is FORCED; costs are measured.\n")
     k = result["speculate_k"]
     line = "| {:>11} | {:>12} | {:>14} | {:>14} | {:>15} | {:>18} | {:>17} |".format
     costs = "decode", f"draft of {k}", f"verify {k + 1} rows"
@@ -105,37 +93,32 @@ def print_table(result: dict[str, Any]) -> None:
         decode, draft, verify = (f"{row[f'{name}_s'] * 1e3:.2f} ms" for name in ("decode", "draft", "verify"))
         ratios = (f"{row[name]:.2f}" for name in ("verify_per_decode", "predicted_speed_up", "speed_up"))
         print(line(f"{row['accepted']} of {k}", decode, draft, verify, *ratios))
-    print()
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = command_line.build_parser(__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="a preset of fast/families.py, such as tinyllama-1.1b")
     add("--draft", default="stories-15m", help="the preset that drafts")
     add("--prompt_lookup", action="store_true", help="draft by prompt lookup instead")
     add("--mode", choices=list(SCHEMES), default="none", help="how the target is quantised")
-    add("--accept", type=int, nargs="+", default=[2], help="force so many drafts to be accepted per step")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
+    add("--accept", type=int, nargs="+", default=[2], help="how many drafts a step is forced to accept; one or several")
     sizes = {"speculate_k": 5, "prompt_length": 64, "new_tokens": 33, "batch_size": 1, "repeats": 5}
     for name, default in sizes.items():
         add(f"--{name}", type=int, default=default)
-    add("--json_path", type=Path, help="write the figures to this file too")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     k = args.speculate_k
-    if min(args.prompt_length, args.new_tokens - 1, args.batch_size, args.repeats) < 1:
-        raise ValueError("--prompt_length, --batch_size and --repeats must be at least 1, --new_tokens at least 2")
+    check_at_least(args, 1, "speculate_k", "prompt_length", "batch_size", "repeats")
+    check_at_least(args, 2, "new_tokens")
+    check_files(args)
     if unfit := [n for n in args.accept if not 0 <= n <= k]:
         raise ValueError(f"--accept {unfit[0]} must be 0 to --speculate_k, which is {k}")
     shapes = [preset(name).vocab_size for name in (args.model, args.draft)]
     if shapes[0] != shapes[1] and not args.prompt_lookup:
         raise ValueError(f"--draft {args.draft} has a vocabulary of {shapes[1]} tokens, --model {shapes[0]}")
-    device, dtype = resolve_device(args)
+    device, _ = resolve_device(args)
     drop_compile(args, "compile")
     set_compile_flags(device)
     print("building and compiling ...", file=sys.stderr)
@@ -153,14 +136,8 @@ def run(args: argparse.Namespace) -> None:
     for steps in by_n.values():
         warm_up_speculation(steps, prompts, args.new_tokens)
     print("measuring ...", file=sys.stderr)
-    asked = {key: value for key, value in vars(args).items() if key != "json_path"}
-    made = {"torch": torch.__version__, "hardware": hardware(device), "acceptance": "forced"}
-    steps = measure(plain, by_n, prompts, args)
-    result = {**asked, "dtype": str(dtype).removeprefix("torch."), **made, "steps": steps}
-    print_table(result)
-    if args.json_path:
-        write_json(args.json_path, result)
-    print(json.dumps(result))
+    figures = {"acceptance": "forced", "steps": measure(plain, by_n, prompts, args)}
+    report(args, figures, print_table)
 
 
 def main(argv: list[str] | None = None) -> int:

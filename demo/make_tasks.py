@@ -1,6 +1,6 @@
-"""Two small tasks for the demo model, made from its held-out text: the true continuation among four, the last word.
+"""Make two small tasks for the demo model from its held-out text: the true continuation among four, the last word.
 
-    python scripts/make_demo_tasks.py [--out demo/tasks]
+    python -m demo.make_tasks [--out demo/tasks]
 
 Writes items (`*.jsonl`) and the harness's descriptions (`*.yaml`), always the same ones. Run them from the root:
 `python eval.py --include_path demo/tasks --tasks demo_continuation demo_last_word`.
@@ -11,8 +11,6 @@ import json
 import random
 import sys
 from pathlib import Path
-
-import _root  # noqa: F401 - finds the modules of the repository's root
 
 from fast.cli import DEMO
 
@@ -47,7 +45,7 @@ metadata: {version: 1}
 
 
 def make_continuations(paragraphs: list[str], draw: random.Random) -> list[dict]:
-    """Paragraphs cut in the middle, each with its own next words among three others' next words."""
+    """Paragraphs cut in the middle: the next words must be told from the next words of three other paragraphs."""
     long = [words for words in map(str.split, paragraphs) if 2 * N_WORDS <= len(words) <= 4 * N_WORDS]
     chosen, items = draw.sample(long, N_ITEMS), []
     endings = [" ".join(words[len(words) // 2 :][:N_WORDS]) for words in chosen]
@@ -60,7 +58,7 @@ def make_continuations(paragraphs: list[str], draw: random.Random) -> list[dict]
 
 
 def make_last_words(paragraphs: list[str], draw: random.Random) -> list[dict]:
-    """First sentences of paragraphs without their last word, where that is a word of four letters or more."""
+    """First sentences of paragraphs without their last word, if that has four letters or more."""
     items = []
     for paragraph in paragraphs:
         context, _, word = paragraph.split(". ")[0].rstrip(".").rpartition(" ")

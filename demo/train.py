@@ -1,6 +1,6 @@
 """Train the demo models from text that every Python installation carries (`demo/corpus.py`).
 
-    python -m scripts.train_demo --steps 3200
+    python -m demo.train --steps 3200
 
 Out come a SentencePiece tokenizer, a target model and a smaller draft model for speculative decoding, as ordinary
 Hugging Face directories, the held-out text, and a README with the figures of this very run. Meant for a CPU: beside
@@ -15,7 +15,6 @@ import json
 import math
 import platform
 import random
-import re
 import sys
 import sysconfig
 import time
@@ -33,7 +32,8 @@ from tqdm import tqdm
 
 from demo.corpus import read_documents, split_corpus
 from fast.cli import replacing
-from fast.families import args_from_hf
+from fast.families import args_from_hf, hf_weights
+from fast.metrics import hardware
 from model import Transformer
 
 BOS, CONTEXT, HEAD_DIM = 1, 512, 32
@@ -48,7 +48,7 @@ README = """# The demo models
 Two small Llama models of our own, so that everything in this repository runs without a download: `target/`, and
 `draft/` for speculative decoding. Both are ordinary Hugging Face directories in bfloat16, with one tokenizer.
 They write English in the manner of Python's documentation; what they state is not to be relied on.
-`scripts/train_demo.py` made them and wrote this file:
+`train.py` made them and wrote this file:
 
     {command}
 
@@ -100,7 +100,7 @@ def train_tokenizer(documents: list[list[str]], vocab_size: int) -> bytes:
 
 
 def hf_config(shape: dict[str, int], vocab_size: int) -> dict[str, Any]:
-    """The Hugging Face config of a model of ours."""
+    """The Hugging Face config of a demo model."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -122,11 +122,11 @@ def hf_config(shape: dict[str, int], vocab_size: int) -> dict[str, Any]:
 
 
 def build(config: dict[str, Any], dropout: float) -> Transformer:
-    """A model with fresh weights. Hooks drop out the embeddings and what each block adds to the residual stream."""
+    """A model with fresh weights. Hooks apply dropout to the embeddings and to what a block adds to the residual."""
     model = Transformer(args_from_hf(config))
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
-            adds = name.endswith(("wo.weight", "w2.weight"))  # GPT-2's rule: what is added L times starts smaller
+            adds = name.endswith(("wo.weight", "w2.weight"))  # GPT-2's initialisation
             torch.nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(model.layers) if adds else 1))
 
     def drop(module, inputs, output):
@@ -205,7 +205,7 @@ def train(
     """
     optimizer = make_optimizer(model, lr)
     forward, teach = model, teacher
-    if steps > 20:  # fewer are over before the compiler is
+    if steps > 20:  # fewer take less time than compiling
         forward, teach = torch.compile(model), teacher and torch.compile(teacher)
     curve, best, weights = [], math.inf, {}
     bar = tqdm(range(1, steps + 1), mininterval=10)
@@ -220,7 +220,7 @@ def train(
                 with torch.no_grad():
                     goal = teach(inputs).flatten(0, 1).float().softmax(-1)
         losses = F.cross_entropy(logits.float(), labels if teacher is None else goal, reduction="none")
-        loss = losses[labels != BOS].mean()  # where a text was cut there is nothing to learn
+        loss = losses[labels != BOS].mean()  # the token before a cut cannot predict it
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -241,27 +241,6 @@ def write(path: Path, text: str | bytes) -> None:
         temporary.write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
-def hf_weights(model: Transformer) -> dict[str, Tensor]:
-    """The weights under Hugging Face's names; fused ones are cut by rows, the tied output is left out."""
-    weights = {"model.embed_tokens": model.tok_embeddings, "model.norm": model.norm}
-    weights = {name: module.weight.detach() for name, module in weights.items()}
-    for i, layer in enumerate(model.layers):
-        parts = {
-            "input_layernorm": layer.attention_norm.weight,
-            "self_attn.o_proj": layer.attention.wo.weight,
-            "post_attention_layernorm": layer.ffn_norm.weight,
-            "mlp.down_proj": layer.feed_forward.w2.weight,
-        }
-        parts |= zip(
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            layer.attention.wqkv.weight.split(layer.attention.wqkv.sharding.parts),
-            strict=True,
-        )
-        parts |= zip(("mlp.gate_proj", "mlp.up_proj"), layer.feed_forward.w13.weight.chunk(2), strict=True)
-        weights |= {f"model.layers.{i}.{name}": weight.detach() for name, weight in parts.items()}
-    return {f"{name}.weight": weight.to(torch.bfloat16).contiguous() for name, weight in weights.items()}
-
-
 def save_hf(folder: Path, model: Transformer, config: dict[str, Any], tokenizer: bytes) -> None:
     """Write an ordinary Hugging Face directory."""
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -279,14 +258,8 @@ def save_hf(folder: Path, model: Transformer, config: dict[str, Any], tokenizer:
     for name, content in files.items():
         write(folder / name, json.dumps(content, indent=2) + "\n")
     write(folder / "tokenizer.model", tokenizer)
-    write(folder / "model.safetensors", save(hf_weights(model), metadata={"format": "pt"}))
-
-
-def machine() -> str:
-    """The processor's name and the threads in use."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return f"{(names or [platform.processor() or platform.machine()])[0]}, {torch.get_num_threads()} threads"
+    weights = {name: weight.to(torch.bfloat16).contiguous() for name, weight in hf_weights(model).items()}
+    write(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
 
 
 def write_report(out: Path, report: dict[str, Any]) -> None:
@@ -324,11 +297,11 @@ def main() -> None:
     sp = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
     ids = [sp.bos_id(), *sp.encode(text)]
     report: dict[str, Any] = {
-        "command": " ".join(["python -m scripts.train_demo", *sys.argv[1:]]),
+        "command": " ".join(["python -m demo.train", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "machine": machine(),
+        "machine": hardware("cpu"),
         "documents": len(training),
         "training_bytes": sum(len(p) + 2 for document in training for p in document),
         "training_tokens": sum(len(sp.encode("\n\n".join(document))) + 2 for document in training),
