@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fast.cli import CACHE_DTYPES, DEMO, drop_compile, exit_code, load, resolve_device, resolve_kv_dtype
+from fast.cli import CACHE_DTYPES, DEMO, check_at_least, drop_compile, exit_code, load, resolve_device, resolve_kv_dtype
 from fast.compiling import set_compile_flags
 from fast.perplexity import perplexity
 from fast.scoring import parse_batch_size
@@ -115,13 +115,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("nothing to evaluate: give --tasks TASK, --perplexity FILE, or both")
     if args.perplexity is not None and not args.perplexity.is_file():
         raise ValueError(f"--perplexity {args.perplexity}: no such file")
-    for name in ("window", "stride", "max_seq_length"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
+    check_at_least(args, 1, "window", "stride", "max_seq_length")
     parse_batch_size(args.batch_size)
-    if args.num_fewshot is not None and args.num_fewshot < 0:
-        raise ValueError(f"--num_fewshot {args.num_fewshot} must be at least 0")
+    check_at_least(args, 0, "num_fewshot")
     if args.limit is not None and not (0 < args.limit < 1 or (args.limit >= 1 and args.limit.is_integer())):
         raise ValueError(f"--limit {args.limit:g} must be a whole number of items, or a share between 0 and 1")
     if args.include_path is not None and not args.include_path.is_dir():

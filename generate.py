@@ -18,6 +18,7 @@ from fast.chat import chat, warm_up_turns
 from fast.cli import (
     CACHE_DTYPES,
     DEMO,
+    check_at_least,
     check_writable,
     drop_compile,
     exit_code,
@@ -120,10 +121,7 @@ def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: i
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise ValueError for numbers and combinations that make no sense, before anything is loaded."""
-    for name in ("batch_size", "num_samples", "max_new_tokens", "max_seq_length"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
+    check_at_least(args, 1, "batch_size", "num_samples", "max_new_tokens", "max_seq_length")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed} must be 0 to 2**63 - 1")
     if args.interactive:

@@ -65,6 +65,15 @@ def drop_compile(args: argparse.Namespace, *flags: str) -> None:
             setattr(args, flag, False)
 
 
+def check_at_least(args: argparse.Namespace, least: int, *flags: str) -> None:
+    """Raise ValueError for a flag whose value, or one of whose values, is less than `least`. None is not checked."""
+    for flag in flags:
+        value = getattr(args, flag)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number < least:
+                raise ValueError(f"--{flag} {number} must be at least {least}")
+
+
 def check_writable(path: Path) -> None:
     """Raise ValueError where the file `path` could not be made, before time is spent on what it is to hold."""
     folder = path.absolute().parent

@@ -32,15 +32,6 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def check_at_least(args: argparse.Namespace, least: int, *flags: str) -> None:
-    """Raise ValueError for a flag whose value, or one of whose values, is less than `least`."""
-    for flag in flags:
-        value = getattr(args, flag)
-        for number in value if isinstance(value, list) else [value]:
-            if number < least:
-                raise ValueError(f"--{flag} {number} must be at least {least}")
-
-
 def check_files(args: argparse.Namespace) -> None:
     """Raise ValueError for a file that could not be written, before anything is measured."""
     for path in vars(args).values():

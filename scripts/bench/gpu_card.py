@@ -19,13 +19,9 @@ import torch
 
 from fast.families import preset
 from scripts.bench.measuring import replay_seconds
+from scripts.bench.random_models import scheme_of
 
-MODES: dict[str, dict[str, Any] | None] = {
-    "bf16": None,
-    "int8": {"mode": "int8"},
-    "int4": {"mode": "int4", "groupsize": 32},
-    "int4 g128": {"mode": "int4", "groupsize": 128},
-}
+MODES = {mode: scheme_of(mode) for mode in ("bf16", "int8", "int4")} | {"int4 g128": scheme_of("int4", 128)}
 WHOLE_MODELS = ("int4", "bf16", "int8")  # the modes in which whole models are measured
 MODELS = {"7B": preset("llama-2-7b"), "8B": preset("llama-3.1-8b")}
 CONTEXTS = (128, 8192)

@@ -108,7 +108,7 @@ def attention_error(
 ) -> float:
     """The error of the GPU's attention at `positions [B, S]`, and of what it stores, against `model.Attention.attend`.
 
-    That one computes in float32; the error is in units of the rounding of `dtype`. The cache holds NaN from the new
+    The reference attends in float32; the error is in units of the rounding of `dtype`. The cache holds NaN from the new
     positions on. Values are so small that a weight times a quantised value's scale may underflow in float16.
     """
     B, S = positions.shape

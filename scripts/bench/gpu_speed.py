@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import quantize
 from fast.checkpoint import load_model
-from fast.cli import DEMO
+from fast.cli import DEMO, profiled
 from fast.compiling import compile_step
 from fast.decoding import Steps, build_steps, kv_slots, stream, time_kernels, warm_up
 from fast.metrics import bytes_per_step
@@ -67,17 +67,15 @@ COUNTED_DEMO = 36  # a greedy decode step of the demo
 
 def trace_tokens(steps: Steps, prompts: list[list[int]], cached: int, path: Path) -> dict[str, float]:
     """Write a Chrome trace of 5 decoded tokens; return kernels and graphs launched, and kernel time, per token."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences its messages on stderr
     n, tokens = 5, stream(steps, prompts, 12, cached)
     for _ in range(3):
         next(tokens)
     synchronize = torch.cuda.synchronize if steps.model.slots.is_cuda else lambda: None
     synchronize()
-    with torch.profiler.profile() as profile:
+    with profiled(path):
         for _ in range(n):
             next(tokens)
         synchronize()
-    profile.export_chrome_trace(str(path))
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     microseconds = [event["dur"] for event in events if event.get("cat") == "kernel"]
     graphs = sum(event.get("name") == "cudaGraphLaunch" for event in events)

@@ -26,10 +26,11 @@ from demo.corpus import training_text
 from fast.checkpoint import open_checkpoint
 from fast.cli import DEMO, exit_code, resolve_device
 
-EVERY_MODE = ["--mode int8"]
-for groupsize in (32, 128):
-    EVERY_MODE += [f"--mode int4 --groupsize {groupsize}{more}" for more in ("", " --scale_search")]
-    EVERY_MODE += [f"--mode int4-gptq --groupsize {groupsize}{more}" for more in ("", " --act_order")]
+EVERY_MODE = ["--mode int8"] + [
+    f"--mode {mode} --groupsize {groupsize}{more}"
+    for groupsize in (32, 128)
+    for mode, more in (("int4", ""), ("int4", " --scale_search"), ("int4-gptq", ""), ("int4-gptq", " --act_order"))
+]
 
 
 def quantised(source: Path, calibration: Path | None, device: str) -> Iterator[tuple[str, Path]]:
@@ -65,11 +66,11 @@ def row_of(name: str, path: Path, args: argparse.Namespace) -> dict[str, str]:
         row["bits per byte"] = f"{score.bits_per_byte:.4f}"
     for task, metrics in found.get("tasks", {}).get("results", {}).items():
         for metric, value in metrics.items():
-            name, _, filtered = metric.partition(",")
-            if isinstance(value, float) and not name.endswith("_stderr"):
-                column = f"{task} {name}" + (f" ({filtered})" if filtered != "none" else "")
+            measure, _, filtered = metric.partition(",")
+            if isinstance(value, float) and not measure.endswith("_stderr"):
+                column = f"{task} {measure}" + (f" ({filtered})" if filtered != "none" else "")
                 row[column] = f"{value:.4f}"
-                stderr = metrics.get(f"{name}_stderr,{filtered}")
+                stderr = metrics.get(f"{measure}_stderr,{filtered}")
                 if isinstance(stderr, float):
                     row[f"± {column}"] = f"{stderr:.4f}"
     return row
@@ -87,9 +88,11 @@ def print_table(rows: list[dict[str, str]]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    of_eval = eval_cli.build_parser()
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], parents=[of_eval], conflict_handler="resolve", allow_abbrev=False
+        description=__doc__.splitlines()[0],
+        parents=[eval_cli.build_parser()],
+        conflict_handler="resolve",  # --checkpoint_path below takes the place of eval.py's
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--checkpoint_path", type=Path, nargs="+", default=[DEMO], help="one or several (default: demo)")

@@ -31,6 +31,11 @@ SHAPES: dict[str, Callable[[Transformer], nn.Module]] = {
 }
 
 
+def scheme_of(mode: str, groupsize: int = 32) -> dict[str, Any] | None:
+    """How `mode` quantises the Linears, as a checkpoint records it; None for a float mode."""
+    return {"int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": groupsize}}.get(mode)
+
+
 def noise_block(device: str | torch.device, dtype: torch.dtype) -> Tensor:
     """Noise of an odd length, so that no two rows of a weight filled with it are equal."""
     return (STD * torch.randn((1 << 22) + 15, device=device)).to(dtype)

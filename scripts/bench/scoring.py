@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fast.cli import DEMO, exit_code, resolve_device
+from fast.cli import DEMO, check_at_least, exit_code, resolve_device
 from fast.compiling import set_compile_flags
 from fast.families import hf_weights, preset
 from fast.layers import speed_up
 from model import Transformer
-from scripts.bench.command_line import build_parser, check_at_least, check_files, report
+from scripts.bench.command_line import build_parser, check_files, report
 from scripts.bench.random_models import textbook_model
 
 Item = list[tuple[None, list[int], list[int]]]  # four requests as the harness makes them, without texts

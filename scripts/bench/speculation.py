@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.cli import drop_compile, exit_code, resolve_device
+from fast.cli import check_at_least, drop_compile, exit_code, resolve_device
 from fast.compiling import set_compile_flags
 from fast.decoding import Steps, build_steps, stream, warm_up
 from fast.families import preset
@@ -33,11 +33,9 @@ from fast.speculative import (
 )
 from model import Transformer
 from scripts.bench import command_line
-from scripts.bench.command_line import check_at_least, check_files, report
+from scripts.bench.command_line import check_files, report
 from scripts.bench.measuring import timed
-from scripts.bench.random_models import build_model
-
-SCHEMES = {"none": None, "int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
+from scripts.bench.random_models import build_model, scheme_of
 
 
 def forcing(n: int):
@@ -100,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--draft", default="stories-15m", help="the preset that drafts")
     add("--prompt_lookup", action="store_true", help="draft by prompt lookup instead")
-    add("--mode", choices=list(SCHEMES), default="none", help="how the target is quantised")
+    add("--mode", choices=["none", "int8", "int4"], default="none", help="how the target is quantised")
     add("--accept", type=int, nargs="+", default=[2], help="how many drafts a step is forced to accept; one or several")
     sizes = {"speculate_k": 5, "prompt_length": 64, "new_tokens": 33, "batch_size": 1, "repeats": 5}
     for name, default in sizes.items():
@@ -123,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
     set_compile_flags(device)
     print("building and compiling ...", file=sys.stderr)
     capacity, sampling = args.prompt_length + args.new_tokens - 1, Sampling()
-    target = model_of(args.model, SCHEMES[args.mode], args, capacity)
+    target = model_of(args.model, scheme_of(args.mode), args, capacity)
     drafter = (
         PromptLookup(target, sampling, k)
         if args.prompt_lookup

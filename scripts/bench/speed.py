@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fast.cli import CACHE_DTYPES, drop_compile, exit_code, resolve_device, resolve_kv_dtype
+from fast.cli import CACHE_DTYPES, check_at_least, drop_compile, exit_code, resolve_device, resolve_kv_dtype
 from fast.compiling import set_compile_flags
 from fast.decoding import Steps, build_steps, stream, warm_up
 from fast.families import preset
@@ -36,13 +36,9 @@ from fast.metrics import peak_memory
 from fast.quantized import GROUP_SIZES
 from fast.sampling import Sampling
 from scripts.bench import command_line
-from scripts.bench.command_line import check_at_least, check_files, report
+from scripts.bench.command_line import check_files, report
 from scripts.bench.measuring import Decode, Prefill, Product, Rotation, Yardstick
-from scripts.bench.random_models import SHAPES, build_model, meta_model, with_caches
-
-
-def scheme_of(args: argparse.Namespace, mode: str) -> dict[str, Any] | None:
-    return {"int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": args.groupsize}}.get(mode)
+from scripts.bench.random_models import SHAPES, build_model, meta_model, scheme_of, with_caches
 
 
 def capacities_of(args: argparse.Namespace) -> list[int]:
@@ -57,7 +53,7 @@ def prepare(args: argparse.Namespace, mode: str) -> list[Steps]:
     """The compiled steps for each capacity of the KV cache, sharing the weights."""
     capacities, shape = capacities_of(args), preset(args.model)
     shape = dataclasses.replace(shape, context_length=max(shape.context_length, *capacities))
-    model = build_model(shape, *resolve_device(args), scheme_of(args, mode))
+    model = build_model(shape, *resolve_device(args), scheme_of(mode, args.groupsize))
     twins = with_caches(model, max(args.batch_size), capacities, resolve_kv_dtype(args))
     return [build_steps(twin, Sampling(), args.compile, args.compile_prefill) for twin in twins]
 
@@ -141,7 +137,7 @@ def measure_shapes(args: argparse.Namespace) -> dict[str, Any]:
     for name, pick in SHAPES.items():
         points = []
         for mode in args.mode:
-            scheme = scheme_of(args, mode)
+            scheme = scheme_of(mode, args.groupsize)
             rotation = Rotation(pick(meta_model(shape, dtype, scheme)), device, dtype, scheme)
             run = rotation
             if args.compile:
