@@ -284,7 +284,7 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
     if S > 1:
         mask = mask.repeat(1, 1, H // KV, 1)
     y = F.scaled_dot_product_attention(q.reshape(B, KV, H // KV * S, D), k, v, attn_mask=mask)
-    return y.view(B, H, S, D)
+    return y.reshape(B, H, S, D)
 
 
 class FeedForward(nn.Module):

@@ -56,7 +56,6 @@ def set_compile_flags(device: str) -> None:
         else:  # with which Inductor finds out whether a header is still the same: it would fail
             torch._inductor.config.cpp_cache_precompile_headers = False
     else:
-        torch._inductor.config.coordinate_descent_tuning = True  # also what lowers a one-row product to a GEMV
         torch._inductor.config.shape_padding = False  # or it times products with padded operands while it compiles
         torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None  # `kv_slots` has few sizes
 

@@ -9,7 +9,7 @@ it reads a token that is already on its way. `generate.py`, the benchmark and th
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,9 +169,16 @@ def warm_up(steps: Steps, prompts: list[list[int]], max_new_tokens: int) -> floa
         prompts = [prompt[:2] for prompt in prompts]  # nothing to gain from a whole one
     deque(stream(steps, prompts, min(2, max_new_tokens)), maxlen=0)
     if model.slots.is_cuda:
-        zeros = torch.zeros(len(prompts), 1, dtype=torch.long, device=model.slots.device)
-        for slots in sorted({kv_slots(n, model.max_seq_length) for n in range(longest, longest + max_new_tokens)}):
-            for _ in range(3):  # warm-up, recording, replay
-                steps.decode(zeros, zeros, model.slots[:slots])
+        record(steps, len(prompts), range(longest, longest + max_new_tokens))
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def record(steps: Steps, n_rows: int, valid: Iterable[int]) -> None:
+    """Run the decode step until a GPU has recorded it at each size of the cache that so many `valid` slots ask for."""
+    model = steps.model
+    # Not one tensor for both: torch.compile compiles a step anew for arguments that are the same.
+    tokens, input_pos = (torch.zeros(n_rows, 1, dtype=torch.long, device=model.slots.device) for _ in range(2))
+    for slots in sorted({kv_slots(n, model.max_seq_length) for n in valid}):
+        for _ in range(3):  # warm-up, recording, replay
+            steps.decode(tokens, input_pos, model.slots[:slots])

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GREEDY, make_tiny, prompt_of, tokens_of
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fast.checkpoint import load_model
 from fast.compiling import missing_compiler
-from fast.decoding import Steps, build_steps, kv_slots, stream, warm_up
+from fast.decoding import Steps, build_steps, kv_slots, record, stream, warm_up
 from fast.sampling import Sampling
 
 
@@ -292,6 +293,18 @@ def test_the_first_compile_finds_its_header_under_way(tmp_path, monkeypatch, ope
     root = Path(__file__).parent.parent
     child = subprocess.run([sys.executable, "-c", FIRST_COMPILE], cwd=root, capture_output=True, text=True)
     assert child.stdout.split() == (["1", "1", "1", "0"] if openssl else ["0"] * 4), child.stderr
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_what_is_recorded_is_what_was_compiled(ours, monkeypatch):
+    """At every size of the cache."""
+    compile, counter = torch.compile, CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", lambda step, mode, fullgraph: compile(step, backend=counter))
+    steps = build_steps(ours(capacity=600), GREEDY, compile=True)
+    tokens_of(steps, [prompt_of(3)], 3)
+    assert counter.frame_count == 1
+    record(steps, 1, range(3, 500))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.cuda

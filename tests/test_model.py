@@ -164,6 +164,19 @@ def test_attention_reads_the_cache_in_place(load, idx, monkeypatch):
         assert (k.data_ptr(), v.data_ptr()) == (cache.k.data_ptr(), cache.v.data_ptr())
 
 
+def test_attention_takes_what_a_gpu_returns(load, idx, monkeypatch):
+    """There SDPA's result lies in memory as `[B, S, H, D]`."""
+
+    def attend(*args, **kwargs):
+        return attention(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    model, attention = load("llama"), F.scaled_dot_product_attention
+    model(idx[:, :5], torch.arange(5))
+    expected = model(idx[:, 5:], torch.arange(5, LENGTH))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    assert model(idx[:, 5:], torch.arange(5, LENGTH)).equal(expected)
+
+
 def test_kv_pos_may_hold_more_slots_than_are_valid(load, idx):
     model = load("llama")
     model(idx[:, :9], torch.arange(9))

@@ -381,7 +381,8 @@ def _plain(x, weight, bias, norm, eps, residual, gated):
 @functools.cache
 def _compiled(key: str) -> Callable[..., Tensor]:
     """`_plain`, compiled for one product alone: its code is copied, as torch.compile counts what it compiles of one."""
-    return torch.compile(types.FunctionType(_plain.__code__.replace(), globals()), fullgraph=True, dynamic=False)
+    one = types.FunctionType(_plain.__code__.replace(), globals())
+    return torch.compile(one, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True})
 
 
 def float_linear(x: Tensor, weight: Tensor, *around: Any) -> Tensor:
