@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.packing import in_huge_pages
+from kernels.gpu.choice import seconds_by_events
 from model import ModelArgs, Transformer
 
 
@@ -42,29 +43,21 @@ def count_parameters(args: ModelArgs) -> int:
         return sum(p.numel() for p in Transformer(args).parameters())
 
 
-def memory_to_read() -> Tensor:
-    """Where a CPU's plain read reads: 256 MiB of float32 in pages of 2 MiB, from which it is fastest."""
+def memory_to_read(device: str) -> Tensor:
+    """What a plain read sums up: up to 1 GiB of a GPU; of a CPU 256 MiB in pages of 2 MiB, from which it is fastest."""
+    if device.startswith("cuda"):
+        return torch.ones(min(1 << 30, torch.cuda.mem_get_info(device)[0] // 4) // 4, device=device)
     return in_huge_pages(1 << 28).view(torch.float32).fill_(1)
 
 
 def measure_bandwidth(device: str) -> float:
-    """Bytes per second this device moves right now: a plain read on a CPU; a copy on a GPU, reads plus writes."""
-    if device.startswith("cuda"):
-        nbytes = min(1 << 30, torch.cuda.mem_get_info(device)[0] // 4)
-        source = torch.ones(nbytes // 4, device=device)
-        target = torch.empty_like(source)
-    else:
-        nbytes, source, target = 1 << 28, memory_to_read(), None
-    best = 0.0
+    """Bytes per second of a plain read on this device right now, the best of 5."""
+    source, seconds = memory_to_read(device), []
     for _ in range(5):
         start = time.perf_counter()
-        if target is None:
-            source.sum()
-        else:
-            target.copy_(source)
-            torch.cuda.synchronize()
-        best = max(best, (nbytes if target is None else 2 * nbytes) / (time.perf_counter() - start))
-    return best
+        source.sum()
+        seconds.append(seconds_by_events(3, source.sum) if source.is_cuda else time.perf_counter() - start)
+    return source.nbytes / min(seconds)
 
 
 def hardware(device: str) -> str:

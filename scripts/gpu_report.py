@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from fast.cli import exit_code, write_json
 from fast.compiling import set_compile_flags
-from scripts.bench.gpu_card import COPY, LAUNCH, PRODUCT, Card, Part, card_rows, nvidia_smi
+from scripts.bench.gpu_card import LAUNCH, PRODUCT, READ, Card, Part, card_rows, nvidia_smi
 from scripts.bench.gpu_correctness import CORRECTNESS
 from scripts.bench.gpu_products import PRODUCTS
 from scripts.bench.gpu_speed import DECODES, DEMO_PARTS, WAITS, startup_rows
@@ -59,7 +59,7 @@ def run_step(name: str, out: Path) -> None:
     rows = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     found = {row["what"]: row.get("measured") for row in json.loads((out / "report.json").read_text())["rows"]}
-    per_unit = {"copy": (COPY, 1e9), "rate": (PRODUCT, 1e12), "launch": (LAUNCH, 1e-6)}
+    per_unit = {"read": (READ, 1e9), "rate": (PRODUCT, 1e12), "launch": (LAUNCH, 1e-6)}
     known = {key: found[what] * unit for key, (what, unit) in per_unit.items() if what in found}
     has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
     card = Card("cuda", torch.bfloat16 if has_bf16 else torch.float16, out, **known)
@@ -83,16 +83,29 @@ def run_step(name: str, out: Path) -> None:
 
 
 def rows_of(command: list[str], log: Path, seconds: float) -> Iterator[dict[str, Any]]:
-    """Yield the rows that `command` writes; a last row if it failed or took more than `seconds`."""
+    """Yield the rows that `command` writes; a last row if it failed or took more than `seconds`.
+
+    Where it stood then its log tells.
+    """
+    env = {**os.environ, "PYTHONFAULTHANDLER": "1"}
     with log.open("w") as file:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True)
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True, env=env
+        )
     late = threading.Event()
 
     def stop() -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # with its compiler processes
 
-    timer = threading.Timer(seconds, lambda: (late.set(), stop()))
+    def abort() -> None:
+        late.set()
+        child.send_signal(signal.SIGABRT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(2)
+        stop()
+
+    timer = threading.Timer(seconds, abort)
     timer.start()
     try:
         for line in child.stdout:

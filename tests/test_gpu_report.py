@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from scripts.bench import gpu_card, gpu_correctness, gpu_products, gpu_speed, measuring
-from scripts.bench.gpu_card import COPY, Card, Part, Row
+from scripts.bench.gpu_card import READ, Card, Part, Row
 
 TINY = dataclasses.replace(gpu_correctness.TINY, context_length=2048)
 
@@ -36,7 +36,7 @@ def card(tmp_path, monkeypatch) -> Card:
     for module in (gpu_products, gpu_speed):
         monkeypatch.setattr(module, "CONTEXTS", (20, 140))
     monkeypatch.setattr(measuring, "past_the_caches", lambda device: 1 << 20)
-    return Card("cpu", torch.bfloat16, tmp_path, compile=False, copy=1e10, rate=1e11, launch=1e-6)
+    return Card("cpu", torch.bfloat16, tmp_path, compile=False, read=1e10, rate=1e11, launch=1e-6)
 
 
 def by_name(card: Card, *parts: Part) -> dict[str, Row]:
@@ -169,7 +169,7 @@ def test_32_layers_follow_from_two_depths(card, monkeypatch):
     rows = by_name(card, lambda card: gpu_speed.layer_rows(card, "8B", 1, 2e-3, deep, shallow))
     assert rows["8B: 3 layers, the graph alone"].predicted == pytest.approx(1 / (3e6 / 1e10 + (3 * 13 + 12) * 1e-6))
     assert rows["8B: 3 layers, the graph alone"].measured == pytest.approx(1 / 1.6e-3)
-    assert rows["8B: a layer's bytes, as a copy moves them"].measured == pytest.approx(100)
+    assert rows["8B: a layer's bytes, plainly read"].measured == pytest.approx(100)
     assert rows["8B: the rest of a layer"].measured == pytest.approx(100)
     assert rows["8B: the rest of a layer"].predicted == pytest.approx(13)
     assert rows["8B: 32 layers, from these"].measured == pytest.approx(1 / (2e-3 + 29 * 2e-4))
@@ -247,9 +247,10 @@ def test_a_step_that_hangs_is_stopped_with_its_children(tmp_path):
         "print('{\"what\": 1}', flush=True)\ntime.sleep(60)"
     )
     start = time.monotonic()
-    rows, _ = rows_of(tmp_path, program, seconds=2)
+    rows, log = rows_of(tmp_path, program, seconds=2)
     assert time.monotonic() - start < 30
     assert rows == [{"what": 1}, {"what": "step: OUT OF TIME", "failed": "stopped after 2 s, the rest is missing"}]
+    assert 'File "<string>", line ' in log  # where it stood
 
 
 @pytest.fixture
@@ -271,7 +272,7 @@ def row(what: str, predicted: float | None, measured: float, is_right: bool | No
 
 def test_the_table_and_the_json(on_a_made_up_gpu, tmp_path, capsys):
     out = tmp_path / "new" / "report"
-    steps = {"card": [row(COPY, 4.0, 3.0)], "demo": [row("graphs", 1, 1, True), row("clock", None, 1234.5678)]}
+    steps = {"card": [row(READ, 4.0, 3.0)], "demo": [row("graphs", 1, 1, True), row("clock", None, 1234.5678)]}
     assert on_a_made_up_gpu(out, steps) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Card 1, torch 2.x"
@@ -279,7 +280,7 @@ def test_the_table_and_the_json(on_a_made_up_gpu, tmp_path, capsys):
     assert len({len(line) for line in lines if line.startswith("|")}) == 1
     assert table[0] == ["what", "unit", "predicted", "measured", "ratio"]
     assert table[2:] == [
-        [COPY, "us", "4", "3", "0.75"],
+        [READ, "us", "4", "3", "0.75"],
         ["graphs", "us", "1", "1", "right"],
         ["clock", "us", "", "1235", ""],
     ]
@@ -314,14 +315,14 @@ def test_a_step_writes_its_rows_and_nothing_else(tmp_path, monkeypatch, capfd):
 
     def working(card):
         print("chatter")
-        yield Row("bandwidth", "GB/s", None, card.copy)
+        yield Row("bandwidth", "GB/s", None, card.read)
 
     monkeypatch.setitem(gpu_report.STEPS, "demo", ([partial(failing, mode="int4"), working], 1))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_report, "set_compile_flags", lambda device: None)
     monkeypatch.setattr(gpu_report.os, "dup2", lambda a, b: None)  # of this process
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    (tmp_path / "report.json").write_text(json.dumps({"rows": [{"what": COPY, "measured": 4000.0}, {"what": "x"}]}))
+    (tmp_path / "report.json").write_text(json.dumps({"rows": [{"what": READ, "measured": 4000.0}, {"what": "x"}]}))
     with torch._dynamo.config.patch(recompile_limit=8, automatic_dynamic_shapes=True):  # and back to these
         assert gpu_report.main(["--step", "demo", "--out", str(tmp_path)]) == 0
     out, err = capfd.readouterr()
@@ -350,13 +351,12 @@ def test_the_card(card, monkeypatch):
     h100 = {"memory_bus_width": 5120, "memory_clock_rate": 2_619_000, "major": 9, "minor": 0}
     props = SimpleNamespace(**h100, multi_processor_count=132, clock_rate=1_980_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: props)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 22, 1 << 30))
     monkeypatch.setattr(torch, "randn", lambda *size, **named: torch.empty(*size, **named))
     monkeypatch.setattr(gpu_card, "replay_seconds", lambda device, function, *args: 1e-3)
     monkeypatch.setattr(gpu_card, "nvidia_smi", lambda *names: ["345", "1980", "2619", "2619"])
     rows = by_name(card, gpu_card.card_rows)
-    assert rows[COPY].predicted == pytest.approx(3352.32)
-    assert rows[COPY].measured == pytest.approx(2 * (1 << 20) / 1e-3 / 1e9)
+    assert rows[READ].predicted == pytest.approx(3352.32)
+    assert rows[READ].measured == pytest.approx((1 << 28) / 1e-3 / 1e9)
     assert rows[gpu_card.PRODUCT].predicted == pytest.approx(1070.5, rel=1e-3)
     assert rows[gpu_card.PRODUCT].measured == pytest.approx(2 * 8192**3 / 1e-3 / 1e12)
     assert rows[gpu_card.LAUNCH].measured == pytest.approx(1)

@@ -29,13 +29,15 @@ def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
         return f"a GPU's kernels need the package {error.name}: pip install {error.name}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"a GPU's kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    capability, as_loaded = torch.cuda.get_device_capability(device), products.OVERLAP
+    if capability < (8, 0):
         return f"a GPU's kernels need compute capability 8.0, {device} has less"
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["clang", "gcc"]  # Triton's choice, for its launchers
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not any(map(shutil.which, compilers)) or not headers.exists():
         return f"a GPU's kernels need a C compiler ({' or '.join(compilers)}) and Python's headers"
     try:
+        products.OVERLAP = capability >= (9, 0)  # as a quantised weight will have them
         qkv, turn = (torch.zeros(1, 1, n, device=device, dtype=kind) for n, kind in ((192, dtype), (32, torch.float32)))
         cache = torch.zeros(2, 1, 1, 1, 64, device=device, dtype=dtype)
         flash_decoding.decode_attention(qkv, turn, turn, turn[..., 0].long(), 0, None, None, 0.0, *cache)
@@ -45,21 +47,28 @@ def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
     except Exception as error:  # of any kind: what Triton, the driver or the chip does not take
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return f"a GPU's kernels fail on {torch.cuda.get_device_name(device)}: {reason}"
+    finally:
+        products.OVERLAP = as_loaded
     return None
 
 
 def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None) -> Product | None:
-    """The product with a weight in bfloat16 or float16, int8 or int4; None where 32 does not divide the inputs."""
+    """The product with a weight in bfloat16 or float16, int8 or int4; None where 32 does not divide the inputs.
+
+    From Hopper on, a quantised weight has all kernels of the process overlap: with int4 an H100 took 5 % less time for
+    a token, with int8 the same; with bfloat16 0.7 % more.
+    """
     from kernels.gpu import products
 
     if weight.shape[1] % (16 if zeros is not None else 32):
         return None
     if scales is None:
         return Product({"weight": weight}, products.float_linear)
-    tensors = {"weight": weight.contiguous(), "scales": scales.contiguous()}
-    if zeros is None:
-        return Product(tensors, products.int8_linear)
-    return Product({**tensors, "zeros": zeros.contiguous()}, torch.ops.fast_gpu.linear)
+    if zeros is not None:
+        scales = torch.stack((scales, zeros), -1)  # a thread reads them at once
+    if weight.is_cuda:
+        products.OVERLAP = torch.cuda.get_device_capability(weight.device) >= (9, 0)
+    return Product({"weight": weight.contiguous(), "scales": scales.contiguous()}, torch.ops.fast_gpu.linear)
 
 
 def attention(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> Attention | None:

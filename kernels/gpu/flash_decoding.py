@@ -8,9 +8,8 @@ kilobytes; the last of them turns the new keys, stores them and the new values, 
 back. How many slots are valid is read on the device: one recording in a CUDA graph serves every length and reads no
 more than is valid.
 
-Worth knowing: unmeasured on a GPU and proven in Triton's interpreter. In its place PyTorch takes 5 to 7 launches a
-layer for a float cache instead of 2. An int8 or fp8 one it would write out in the queries' type and read again, three
-times the bytes or more.
+Worth knowing: in its place PyTorch takes 5 to 7 launches a layer for a float cache instead of 2. An int8 or fp8 one it
+would write out in the queries' type and read again, three times the bytes or more.
 """
 
 import functools

@@ -3,12 +3,11 @@
     card = Card("cuda", torch.bfloat16, out=Path("gpu_report"))
     for row in card_rows(card): print(row.what, row.measured, row.unit)
 
-Worth knowing: a decode step is predicted to take the time of its bytes at the bandwidth of a copy, plus the time of a
-tiny kernel inside a CUDA graph for each of its launches.
+Worth knowing: a decode step is predicted to take the time of its bytes at the bandwidth of a plain read, plus the time
+of a tiny kernel inside a CUDA graph for each of its launches.
 """
 
 import dataclasses
-import math
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from fast.families import preset
+from fast.metrics import memory_to_read
 from scripts.bench.measuring import replay_seconds
 from scripts.bench.random_models import scheme_of
 
@@ -26,8 +26,8 @@ WHOLE_MODELS = ("int4", "bf16", "int8")  # the modes in which whole models are m
 MODELS = {"7B": preset("llama-2-7b"), "8B": preset("llama-3.1-8b")}
 CONTEXTS = (128, 8192)
 
-COPY, PRODUCT, LAUNCH = (
-    "copy, bytes read and written",
+READ, PRODUCT, LAUNCH = (
+    "plain read",
     "bf16 product, 8192 x 8192 x 8192",
     "tiny kernel in a CUDA graph",
 )
@@ -58,13 +58,13 @@ class Card:
     dtype: torch.dtype
     out: Path
     compile: bool = True
-    copy: float | None = None
+    read: float | None = None
     rate: float | None = None
     launch: float | None = None
 
     def step_seconds(self, n_bytes: float, n_launches: float) -> float | None:
         """The predicted time of a decode step; None before the first step."""
-        return n_bytes / self.copy + n_launches * self.launch if self.copy and self.launch else None
+        return n_bytes / self.read + n_launches * self.launch if self.read and self.launch else None
 
 
 Part = Callable[[Card], Iterator[Row]]  # a part of a step; if it fails, the next part still runs
@@ -86,10 +86,8 @@ def card_rows(card: Card) -> Iterator[Row]:
     props = torch.cuda.get_device_properties(card.device)
     width, memory_clock = (getattr(props, name, 0) for name in ("memory_bus_width", "memory_clock_rate"))
     nominal = 2 * memory_clock * 1e3 * width / 8  # bytes per second: double data rate
-    n_bytes = min(1 << 30, torch.cuda.mem_get_info(card.device)[0] // 4)
-    source = torch.ones(n_bytes // 4, device=card.device)
-    seconds = replay_seconds(card.device, torch.empty_like(source).copy_, source)
-    yield Row(COPY, "GB/s", nominal / 1e9 or None, 2 * source.nbytes / seconds / 1e9)
+    source = memory_to_read(card.device)
+    yield Row(READ, "GB/s", nominal / 1e9 or None, source.nbytes / replay_seconds(card.device, source.sum) / 1e9)
     a, b = (torch.randn(8192, 8192, device=card.device, dtype=card.dtype) for _ in range(2))
     per_clock = {(8, 0): 2048, (9, 0): 4096}.get((props.major, props.minor), 0)  # bf16 operations of an SM
     peak = per_clock * props.multi_processor_count * clock_rate(props)
@@ -120,14 +118,6 @@ def nvidia_smi(*names: str) -> list[str]:
         return []
     line = subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
     return line.split(", ") if line.count(", ") == len(names) - 1 else []
-
-
-def issue_rate(device: str) -> float:
-    """Warp instructions per second that all multiprocessors together can issue."""
-    if not device.startswith("cuda"):
-        return math.inf
-    props = torch.cuda.get_device_properties(device)
-    return 4 * props.multi_processor_count * clock_rate(props) or math.inf
 
 
 def clock_rate(props: Any) -> float:

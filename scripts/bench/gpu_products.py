@@ -2,8 +2,7 @@
 
     for row in product_rows(card, "8B", ["int4"], rows=1): print(row.what, row.predicted, row.measured, row.unit)
 
-Worth knowing: how many launches attention has, and how many instructions a kernel issues for each weight, was counted
-in the generated code, on a machine without a GPU (`COUNTED_...`). Weights are random.
+Worth knowing: how many launches attention has was counted in the generated code (`COUNTED_...`). Weights are random.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,18 +18,12 @@ from fast.quantized import Int4Linear, QuantizedLinear
 from kernels import gpu
 from kernels.gpu.choice import asked_by, trying
 from model import Attention, rope_table
-from scripts.bench.gpu_card import CONTEXTS, MODELS, MODES, Card, Part, Row, issue_rate, make_headroom
+from scripts.bench.gpu_card import CONTEXTS, MODELS, MODES, Card, Part, Row, make_headroom
 from scripts.bench.gpu_correctness import Surrounded, product_error
 from scripts.bench.measuring import Rotation, replay_seconds
 from scripts.bench.random_models import SHAPES, meta_model
 
 COUNTED_ATTENTION = 2  # launches of kernels/gpu/flash_decoding.py
-# Instructions for each weight that kernels/gpu issues at one row, counted on 2026-11-26 in sm_90 machine code.
-COUNTED_INSTRUCTIONS = {
-    "int4": {"wqkv": 3.0, "wo": 3.4, "w13": 2.6, "w2": 2.5, "output": 2.7},
-    "int8": {"wqkv": 3.8, "wo": 4.2, "w13": 3.6, "w2": 3.4, "output": 3.5},
-    "bf16": {"wqkv": 1.5, "wo": 1.7, "w13": 2.0, "w2": 1.1, "output": 1.8},
-}
 
 
 def kernels_of(card: Card) -> ModuleType | None:
@@ -131,10 +124,7 @@ def product_row(card: Card, model: str, name: str, mode: str, rows: int, others:
     found = candidates(card, name, linears, rows, others)
     ways = {label: partial(time_it, label, *way) for label, way in found.items()}
     fastest, seconds, failed = time_each(ways, f"{model} {name}, {mode}: nothing multiplies")
-    predicted = card.copy and n_bytes / card.copy
-    if predicted and rows == 1 and fastest == "kernels/gpu":
-        issued = COUNTED_INSTRUCTIONS[mode.split()[0]][name] * linear.in_features * linear.out_features / 32
-        predicted = max(predicted, issued / issue_rate(card.device))
+    predicted = card.read and n_bytes / card.read
     what = f"{model} {name}, {mode}, {rows} row{'s' if rows > 1 else ''}: {fastest}"
     is_right = None if all(error < 4 for error in errors.values()) and not failed else False
     more = {"us": {k: s * 1e6 for k, s in seconds.items()}, "errors": errors, "failed": failed, "bytes": n_bytes}

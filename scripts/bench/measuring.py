@@ -60,8 +60,7 @@ class Yardstick:
 
     def __init__(self, args: ModelArgs, device: str, dtype: torch.dtype):
         self.is_cuda, self.device, self.dtype = device.startswith("cuda"), device, dtype
-        self.source = torch.ones(1 << 28, device=device) if self.is_cuda else memory_to_read()
-        self.target = torch.empty_like(self.source) if self.is_cuda else None
+        self.source = memory_to_read(device)
         sizes = (args.dim, 2 * args.hidden_dim), (2048, 2048)
         self.weights = [torch.randn(n_out, n_in, device=device, dtype=dtype) for n_in, n_out in sizes]
         self.bandwidth()  # the first read is slow
@@ -74,10 +73,8 @@ class Yardstick:
         return choice.seconds_by_events(n, function, *args)
 
     def bandwidth(self) -> float:
-        """Bytes per second: of one plain read on a CPU, of the fastest of 5 copies on a GPU (reads plus writes)."""
-        if self.target is None:
-            return self.source.nbytes / self.seconds(self.source.sum)
-        return 2 * self.source.nbytes / min(self.seconds(self.target.copy_, self.source) for _ in range(5))
+        """Bytes per second of a plain read, on a GPU of the fastest of 5."""
+        return self.source.nbytes / min(self.seconds(self.source.sum) for _ in range(5 if self.is_cuda else 1))
 
     def matmul_rates(self, n_tokens: int) -> dict[str, float]:
         """Operations per second of `F.linear`, the best of three, by shape (tokens x in x out)."""

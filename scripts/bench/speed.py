@@ -5,10 +5,10 @@
     python -m scripts.bench.speed --model tinyllama-1.1b --context_length 100 --max_seq_length 256 8192
     python -m scripts.bench.speed --model tinyllama-1.1b --mode bf16 int8 int4 --shapes --batch_size 1 6 16
 
-Worth knowing: a machine's bandwidth may halve within seconds, so tokens/s alone say little. A plain read (on a GPU a
-copy) is timed before and after every stretch of decoding, a plain product before and after every prefill. A share
-compares a figure with these two neighbours; the table gives medians; all points take turns within a run. A flag with
-several values is an axis: each value is measured with the first value of the other flags, and in every mode.
+Worth knowing: a machine's bandwidth may halve within seconds, so tokens/s alone say little. A plain read is timed
+before and after every stretch of decoding, a plain product before and after every prefill. A share compares a figure
+with these two neighbours; the table gives medians; all points take turns within a run. A flag with several values is an
+axis: each value is measured with the first value of the other flags, and in every mode.
 """
 
 import argparse
@@ -157,7 +157,7 @@ def print_table(r: dict[str, Any]) -> None:
         print("|", " | ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)), "|")
 
     def read(p: dict[str, Any]) -> str:
-        return f"{p['bandwidth_gb_per_s']:.1f} GB/s (plain {'copy' if 'cuda' in r['device'] else 'read'})"
+        return f"{p['bandwidth_gb_per_s']:.1f} GB/s (plain read)"
 
     share = "{:.0%} ({:.0%} to {:.0%})".format
     row("", "measured", "the device itself", "share of it", "us per layer: + rest")
