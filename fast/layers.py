@@ -205,8 +205,15 @@ def fast_linear(linear: nn.Module, backend: ModuleType | None) -> nn.Module:
 
 
 def replace_linears(module: nn.Module, backend: ModuleType | None) -> None:
-    """Replace every Linear in `module`, one by one, so that each weight is freed once it is packed."""
-    for name in [name for name, child in module.named_modules() if type(child) in TENSORS]:
+    """Replace every Linear in `module`, one by one, so that each weight is freed once it is packed.
+
+    On a GPU it also decides, until it is called again, whether Inductor tunes what it compiles: without a `backend`.
+    """
+    names = [name for name, child in module.named_modules() if type(child) in TENSORS]
+    if any(module.get_submodule(name).weight.is_cuda for name in names):
+        # So a product of one row is a multiply-and-sum. Only then: tuning a sampler once kept ptxas busy for minutes.
+        torch._inductor.config.coordinate_descent_tuning = backend is None
+    for name in names:
         parent, _, key = name.rpartition(".")
         setattr(module.get_submodule(parent), key, fast_linear(module.get_submodule(name), backend))
 
@@ -215,14 +222,12 @@ def speed_up(model: Transformer, dtype: torch.dtype) -> None:
     """Put fast layers in the place of the textbook's, for activations in `dtype` on the device of the weights.
 
     On a GPU this turns cuDNN's attention off for the process: on Hopper SDPA prefers it, and it plans anew for each
-    length of a prompt: 70 ms on an H100, 1 s the first time. Without kernels of ours it has Inductor tune its own.
+    length of a prompt: 70 ms on an H100, 1 s the first time.
     """
     device = model.tok_embeddings.weight.device
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
     backend = backend_for(device, dtype)
-    if device.type == "cuda" and backend is None:  # a product of one row then is a multiply-and-sum, which is faster
-        torch._inductor.config.coordinate_descent_tuning = True  # a sampler, tuned so, once kept ptxas busy for minutes
     for i, block in enumerate(model.layers):
         if type(block) is TransformerBlock:
             model.layers[i] = FastBlock(block)

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from fast.cli import exit_code, write_json
 from fast.compiling import set_compile_flags
+from kernels import gpu
 from scripts.bench.gpu_card import LAUNCH, PRODUCT, READ, Card, Part, card_rows, nvidia_smi
 from scripts.bench.gpu_correctness import CORRECTNESS
 from scripts.bench.gpu_products import PRODUCTS
@@ -80,6 +81,7 @@ def run_step(name: str, out: Path) -> None:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             print(json.dumps({"what": what, "failed": reason}), file=rows, flush=True)
         torch.compiler.reset()  # frees the weights
+        gpu.OVERLAP = False  # as in a process that has loaded no quantised weight
 
 
 def rows_of(command: list[str], log: Path, seconds: float) -> Iterator[dict[str, Any]]:

@@ -19,17 +19,20 @@ from torch import Tensor
 
 from kernels import Attention, Product
 
+OVERLAP = False  # whether a kernel may start before the one before it ends (programmatic dependent launch)
+
 
 @functools.cache
 def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
     """Why there are no kernels for activations in `dtype` on this GPU, in one line, or None: two small ones ran."""
+    global OVERLAP
     try:
         from kernels.gpu import flash_decoding, products
     except ModuleNotFoundError as error:
         return f"a GPU's kernels need the package {error.name}: pip install {error.name}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"a GPU's kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    capability, as_loaded = torch.cuda.get_device_capability(device), products.OVERLAP
+    capability, as_loaded = torch.cuda.get_device_capability(device), OVERLAP
     if capability < (8, 0):
         return f"a GPU's kernels need compute capability 8.0, {device} has less"
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["clang", "gcc"]  # Triton's choice, for its launchers
@@ -37,7 +40,7 @@ def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
     if not any(map(shutil.which, compilers)) or not headers.exists():
         return f"a GPU's kernels need a C compiler ({' or '.join(compilers)}) and Python's headers"
     try:
-        products.OVERLAP = capability >= (9, 0)  # as a quantised weight will have them
+        OVERLAP = capability >= (9, 0)  # as a quantised weight will have them
         qkv, turn = (torch.zeros(1, 1, n, device=device, dtype=kind) for n, kind in ((192, dtype), (32, torch.float32)))
         cache = torch.zeros(2, 1, 1, 1, 64, device=device, dtype=dtype)
         flash_decoding.decode_attention(qkv, turn, turn, turn[..., 0].long(), 0, None, None, 0.0, *cache)
@@ -48,7 +51,7 @@ def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return f"a GPU's kernels fail on {torch.cuda.get_device_name(device)}: {reason}"
     finally:
-        products.OVERLAP = as_loaded
+        OVERLAP = as_loaded
     return None
 
 
@@ -58,6 +61,7 @@ def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None =
     From Hopper on, a quantised weight has all kernels of the process overlap: with int4 an H100 took 5 % less time for
     a token, with int8 the same; with bfloat16 0.7 % more.
     """
+    global OVERLAP
     from kernels.gpu import products
 
     if weight.shape[1] % (16 if zeros is not None else 32):
@@ -67,7 +71,7 @@ def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None =
     if zeros is not None:
         scales = torch.stack((scales, zeros), -1)  # a thread reads them at once
     if weight.is_cuda:
-        products.OVERLAP = torch.cuda.get_device_capability(weight.device) >= (9, 0)
+        OVERLAP = torch.cuda.get_device_capability(weight.device) >= (9, 0)
     return Product({"weight": weight.contiguous(), "scales": scales.contiguous()}, torch.ops.fast_gpu.linear)
 
 

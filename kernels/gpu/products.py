@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import gpu
 from kernels.gpu.choice import INDUCTOR, fastest
 
 MAX_ROWS = 16  # of x; above it is a prefill
@@ -37,7 +38,6 @@ MANY_OUTPUTS = ((4, 64, 1), (4, 32, 1), (2, 32, 2), (2, 32, 1), (4, 64, 2), (4, 
 FEW_OUTPUTS = ((8, 16, 2), (16, 16, 1), (8, 16, 1), (4, 16, 2), (4, 16, 1), (8, 32, 1))
 SMS = 132  # multiprocessors of an H100, where there is none to ask
 ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}  # its bits
-OVERLAP = False  # from Hopper on a kernel may start before the one before it ends; `kernels.gpu.product` says when
 
 # Of dimensions alike, Triton gives threads to the last ones first, registers to what is left; 3.6 began with the first.
 LAST_TO_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6))
@@ -92,7 +92,7 @@ def _halves(words, dtype: tl.constexpr):
 
 @triton.jit
 def _for_columns(loaded, S: tl.constexpr, COLUMNS: tl.constexpr):
-    """What belongs to a chunk of each of B outputs, in float32, beside the chunk's sums, `[S, B, COLUMNS]`."""
+    """The float32 whose bits belong to a chunk of each of B outputs, beside the chunk's sums, `[S, B, COLUMNS]`."""
     t = _threads_first(loaded.to(tl.float32, bitcast=True))
     B: tl.constexpr = 8 * t.shape[1]
     t = tl.reshape(tl.permute(tl.reshape(t, (S, 8, 4, B // 8)), (0, 3, 1, 2)), (S, B, 1, 4, 1))
@@ -112,7 +112,7 @@ def let_overlap(OVERLAP: tl.constexpr):
 
 def overlapping() -> dict[str, bool]:
     """The arguments of a launch for a kernel that calls `let_overlap`."""
-    return {"OVERLAP": OVERLAP, "launch_pdl": OVERLAP}
+    return {"OVERLAP": gpu.OVERLAP, "launch_pdl": gpu.OVERLAP}
 
 
 @triton.jit

@@ -31,6 +31,12 @@ def kernels_of(card: Card) -> ModuleType | None:
     return gpu if card.device.startswith("cuda") and kernels_missing(card.device, card.dtype) is None else None
 
 
+def by_inductor(card: Card, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` compiled as it is where there are no kernels of ours: tuned."""
+    tuned = {"coordinate_descent_tuning": True}
+    return torch.compile(function, fullgraph=True, dynamic=False, options=tuned) if card.compile else function
+
+
 class Int4Pack(nn.Module):
     """The product by PyTorch's own int4 operator, which has the same formula: w = (q - 8) scale + zero."""
 
@@ -71,8 +77,7 @@ def candidates(card: Card, name: str, linears: list[nn.Module], rows: int, other
 
     Each is the product's name, without one for the bare product, the modules, and how they are called.
     """
-    compiled = torch.compile(call, fullgraph=True, dynamic=False) if card.compile else call
-    plain, bare = {"Inductor": (name, linears, compiled)}, {"F.linear, bare": ("", linears, call)}
+    plain, bare = {"Inductor": (name, linears, by_inductor(card, call))}, {"F.linear, bare": ("", linears, call)}
     if (backend := kernels_of(card)) is None:
         return bare if others else plain
     fast = [fast_linear(linear, backend) for linear in linears]
@@ -149,7 +154,7 @@ def attention_rows(card: Card, batch: int) -> Iterator[Row]:
     def attend(attention: Attention, *given: Any) -> Tensor:
         return attention.kv_cache.attend(attention, *given)
 
-    compiled = torch.compile(attend, fullgraph=True, dynamic=False) if card.compile else attend
+    compiled = by_inductor(card, attend)
     for context in CONTEXTS:
         position = torch.full((batch, 1), context - 1, device=card.device)
         mask = torch.ones(batch, 1, 1, context, dtype=torch.bool, device=card.device)

@@ -34,6 +34,7 @@ from fast.metrics import bytes_per_step
 from fast.sampling import Sampling
 from fast.speculative import SPARE, PromptLookup, build_speculative_steps, speculate, warm_up_speculation
 from fast.tokenizer import load_tokenizer
+from kernels import gpu
 from model import Transformer
 from scripts.bench.gpu_card import (
     CONTEXTS,
@@ -106,7 +107,7 @@ def demo_rows(card: Card, mode: str) -> Iterator[Row]:
         path = Path(folder) / "model.pth" if MODES[mode] else DEMO
         if MODES[mode] and quantize.main(["--mode", mode, "--output_path", str(path), "--device", card.device]):
             raise RuntimeError(f"quantize.py --mode {mode} failed")
-        model, float32 = (load_model(path, card.device, dtype) for dtype in (card.dtype, torch.float32))
+        float32, model = (load_model(path, card.device, dtype) for dtype in (torch.float32, card.dtype))
     model.setup_caches(1, 256)
     counters = torch._dynamo.utils.counters["inductor"]
     recorded, skipped = recorded_graphs(), counters["cudagraph_skips"]
@@ -214,18 +215,16 @@ def overlap_rows(card: Card, mode: str) -> Iterator[Row]:
     """The model's kernels in a graph, with and without programmatic dependent launch."""
     if card.device.startswith("cuda") and torch.cuda.get_device_capability(card.device) < (9, 0):
         return
-    from kernels.gpu import products
-
     (model,) = with_caches(build(card, mode, N_LAYERS), 1, [CONTEXTS[0] + 1])
-    as_loaded = products.OVERLAP
+    as_loaded = gpu.OVERLAP
     args = *torch.full((2, 1, 1), CONTEXTS[0], device=card.device), model.slots
     rates, logits = [], []
     try:
-        for products.OVERLAP in (False, True):
+        for gpu.OVERLAP in (False, True):
             rates.append(1 / replay_seconds(card.device, model, *args))
             logits.append(model(*args))
     finally:
-        products.OVERLAP = as_loaded
+        gpu.OVERLAP = as_loaded
     is_right = None if torch.equal(*logits) else False
     yield Row(f"8B, {mode}, 1 at {CONTEXTS[0]}: overlapping kernels, no sampling", "tokens/s", *rates, is_right)
 
