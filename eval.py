@@ -28,7 +28,7 @@ HARNESS = "lm_eval>=0.4.9,<0.5"
 
 @dataclass(frozen=True)
 class TextScore:
-    """Perplexity of a text per token and per byte, bits per byte, and what was counted."""
+    """Perplexity of a text per token and per byte, bits per byte, and the counts and settings behind them."""
 
     token_perplexity: float
     byte_perplexity: float
@@ -136,7 +136,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def import_harness() -> ModuleType:
-    """The adapter. Raises ImportError that says how to install what it needs."""
+    """`fast/harness.py`, the adapter to lm_eval. Raises ImportError that says how to install lm_eval."""
     try:
         from fast import harness
     except ImportError as error:
@@ -147,7 +147,7 @@ def import_harness() -> ModuleType:
 
 
 def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """Evaluate as the flags say and print it; the harness's results and the `TextScore`, where asked for."""
+    """Evaluate as the flags say and print; return the harness's results and the `TextScore`, if asked for."""
     check_args(args)
     args.device = ranks.device(args.device)
     if ranks.rank > 0:

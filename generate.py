@@ -1,4 +1,4 @@
-"""Generate text: the command line, batches and conversations, and what they print.
+"""Generate text on the command line: one prompt, batches of prompts, or a conversation.
 
     python generate.py --compile --checkpoint_path checkpoints/$MODEL_REPO/model.pth --prompt "Hello, my name is"
 
@@ -92,7 +92,7 @@ def _number_or_auto(text: str) -> int | str:
 
 
 def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int, limit: int) -> list[list[int]]:
-    """The prompts' token ids. Raises ValueError for an empty or too long prompt and what a template refuses."""
+    """The prompts' token ids. Raises ValueError for a prompt that is empty, too long or refused by the template."""
     if args.prompt_file is None and args.prompt.isdecimal():
         if not 1 <= int(args.prompt) <= limit:
             raise ValueError(f"--prompt {args.prompt}: a made-up prompt must have 1 to {limit} tokens")
@@ -120,7 +120,7 @@ def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: i
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise ValueError for numbers and combinations that make no sense, before anything is loaded."""
+    """Raise ValueError for flags that are out of range or exclude each other, before anything is loaded."""
     check_at_least(args, 1, "batch_size", "num_samples", "max_new_tokens", "max_seq_length")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed} must be 0 to 2**63 - 1")
@@ -142,7 +142,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def check_speculation(args: argparse.Namespace) -> None:
-    """Fill in what the speculation flags leave open; afterwards `args.speculate_k` is None where there is none."""
+    """Check the speculation flags and fill in defaults; `args.speculate_k` stays None without speculation."""
     if args.draft_checkpoint_path and args.prompt_lookup:
         raise ValueError("--draft_checkpoint_path and --prompt_lookup: choose one of them to draft")
     if args.speculate_k is not None and not (args.draft_checkpoint_path or args.prompt_lookup):
@@ -168,7 +168,7 @@ def set_up(
     room: int,
     ranks: Ranks,
 ) -> tuple[Steps | SpeculativeSteps, float]:
-    """Caches of `room` positions, and the steps, compiled for these batches as asked; the seconds that took."""
+    """Allocate caches of `room` positions; return the steps, compiled as `args` says, and the seconds that took."""
     if draft is not None and room > draft.args.context_length:
         raise ValueError(f"the draft model takes {draft.args.context_length} positions, fewer than {room}")
     spare, kv_dtype = SPARE if args.speculate_k else 0, resolve_kv_dtype(args)
@@ -189,8 +189,8 @@ def set_up(
         return all_steps[0] if all_steps else plain, seconds
     steps, words = choose(all_steps, batches[0], args.max_new_tokens)
     print(words)
-    chosen = ranks.share(lambda: str(steps.k if isinstance(steps, SpeculativeSteps) else 0))  # as rank 0 measured
-    torch.manual_seed(args.seed)  # the measurement has drawn
+    chosen = ranks.share(lambda: str(steps.k if isinstance(steps, SpeculativeSteps) else 0))  # rank 0's choice
+    torch.manual_seed(args.seed)  # `choose` has used random numbers
     return next((steps for steps in all_steps if steps.k == int(chosen)), plain), seconds
 
 
@@ -202,7 +202,7 @@ def run_sample(
     show_prompt: bool,
     acceptance: Acceptance | None,
 ) -> dict[str, Any]:
-    """Generate one batch and print it, a single row as it comes and several as they end; the sample's figures."""
+    """Generate one batch and print it: a single row as it is generated, several as each ends. Return the figures."""
     rows = [Row(tokenizer, prompt, args.max_new_tokens, args.stop) for prompt in prompts]
     beginnings = [tokenizer.decode(prompt) if show_prompt else "" for prompt in prompts]
 
@@ -220,7 +220,7 @@ def run_sample(
     seconds = time.perf_counter() - start
     entries = [row.figures(start) for row in rows]
     ttft = entries[0]["ttft_s"]
-    n_steps = max(len(row.tokens) for row in rows) - 1  # of plain decoding
+    n_steps = max(len(row.tokens) for row in rows) - 1  # that plain decoding would take
     n_tokens = sum(len(row.tokens) - 1 for row in rows)
     nbytes = bytes_per_step(steps.model, len(rows), max(map(len, prompts)) + n_steps / 2)
     if acceptance and n_steps:
@@ -250,9 +250,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     check_args(args)
     args.device = ranks.device(args.device)
     device, dtype = resolve_device(args)
-    resolve_kv_dtype(args)  # before anything is loaded
+    resolve_kv_dtype(args)  # to fail before anything is loaded
     if args.compile or args.compile_prefill:
-        set_compile_flags(device)  # imports the compiler, for a second
+        set_compile_flags(device)  # imports the compiler, which takes a second
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     start = time.perf_counter()
     model, tokenizer = load(args.checkpoint_path, device, dtype, ranks)
@@ -270,7 +270,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     context = min(part.args.context_length for part in (model, draft) if part is not None)
     if args.interactive:
         room = args.max_seq_length or min(context, 4096)
-        first = [0] * max(1, min(64, room // 4))  # a turn to compile with
+        first = [0] * max(1, min(64, room // 4))  # a made-up turn to compile with
         steps, _ = set_up(args, sampling, model, draft, [[first]], room, ranks)
         if args.compile or args.compile_prefill:
             warm_up_turns(steps, first)
@@ -306,7 +306,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
 def report_ranks(
     steps: Steps | SpeculativeSteps, prompts: list[list[int]], max_new_tokens: int, ranks: Ranks
 ) -> dict[str, Any]:
-    """Print and return what a rank holds, and what the collectives of a few more tokens cost."""
+    """Print and return the bytes that a rank holds, and the time of the collectives over a few more tokens."""
 
     def decode() -> int:
         return sum(len(step.ids[0]) if isinstance(step, Step) else 1 for step in brought)

@@ -4,10 +4,10 @@
     model.setup_caches(max_batch_size=1, max_seq_length=2048)
     logits = model(idx, input_pos)
 
-One class covers Llama 1 to 3.3, CodeLlama, Mistral, Qwen 2, 2.5 and 3: the configuration alone decides. Query, key
-and value projections are stacked into one matrix (`wqkv`), gate and up projections into another (`w13`), because at
-batch size one a layer costs its launches as well as its bytes. Every shape is static, so that the decode step can be
-recorded as one CUDA graph; what grows with the text is only `kv_pos`, the list of cache slots attention may read.
+One class covers Llama 1 to 3.3, CodeLlama, Mistral, Qwen 2, 2.5 and 3: they differ only in their configuration. The
+query, key and value projections are stacked into one matrix (`wqkv`), gate and up projections into another (`w13`):
+at batch size one a layer's time goes to kernel launches as well as to reading weights. Every shape is static, so that
+the decode step can be recorded as a CUDA graph; only `kv_pos`, the cache slots attention may read, grows with the text.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class ModelArgs:
     out_bias: bool = False  # on the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm on every query and key head (Qwen 3)
-    sliding_window: int | None = None  # a query sees this many keys, itself included
+    sliding_window: int | None = None  # a query sees this many keys, its own included
 
     def __post_init__(self):
         if self.n_heads % self.n_kv_heads:
@@ -73,14 +73,14 @@ class ModelArgs:
 
 
 def rope_table(args: ModelArgs, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles (Su et al. 2021), float32 `[*positions.shape, head_dim // 2]`."""
+    """Cosines and sines of the RoPE angles (Su et al. 2021), each float32 `[*positions.shape, head_dim // 2]`."""
     exponents = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device=positions.device) / args.head_dim
     freqs = 1.0 / args.rope_theta**exponents
     scaling = args.rope_scaling
     if scaling is not None and scaling.type == "linear":
         freqs = freqs / scaling.factor
     elif scaling is not None:
-        # Long wavelengths are stretched, short ones kept, those between interpolated (Llama 3.1's reference code).
+        # Long wavelengths are stretched, short ones kept, those in between interpolated (Llama 3.1's reference code).
         turns = scaling.original_context_length * freqs / (2 * math.pi)
         kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         kept = kept.clamp(0, 1)
@@ -113,9 +113,9 @@ class RMSNorm(nn.Module):
 class Sharding:
     """How tensor parallelism divides a module; `tp.connect` finds the divided dimension by comparing shapes.
 
-    parts: sizes of the projections stacked in the output, each divided on its own. None: there is one.
-    collective: how the ranks' outputs become one: "sum", or "gather" along the last dimension. None: they stay apart,
-        and the next module takes this rank's share.
+    parts: output sizes of the stacked projections, each of which is divided separately. None: a single projection.
+    collective: how the ranks' outputs are combined: "sum", or "gather" along the last dimension. None: they are not,
+        and each rank's next module takes its share.
     """
 
     parts: tuple[int, ...] | None = None
@@ -123,14 +123,14 @@ class Sharding:
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding`, or vocabulary-parallel: ids of other ranks give zeros, and the all-reduce adds the ranks up."""
+    """`nn.Embedding`; if vocabulary-parallel, ids of other ranks give zeros, and the all-reduce fills them in."""
 
     sharding = Sharding(collective="sum")
     collective: Callable[[Tensor], Tensor] | None = None
-    first_id: int | None = None  # of this rank's share of the vocabulary; None: it has all of it
+    first_id: int | None = None  # the first id of this rank's share; None: the whole vocabulary is here
 
     def reset_parameters(self) -> None:
-        if not self.weight.is_meta:  # random numbers on `meta` would import the compiler, for a second
+        if not self.weight.is_meta:  # random numbers on `meta` would import the compiler, which takes a second
             super().reset_parameters()
 
     def forward(self, idx: Tensor) -> Tensor:
@@ -144,15 +144,15 @@ class Embedding(nn.Embedding):
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + bias` of `x [..., K]`, `weight [N, K]`.
+    """`x W^T + bias` for `x [..., K]` and `weight [N, K]`.
 
-    In two dimensions: in three, torch before 2.14 compiles a product with a bias for one length of text alone.
+    x is flattened because torch before 2.14 specialises a three-dimensional product with a bias on the text's length.
     """
     return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that tensor parallelism can divide; `collective` then completes its output."""
+    """`nn.Linear` that tensor parallelism can divide; `collective` then combines the ranks' outputs."""
 
     collective: Callable[[Tensor], Tensor] | None = None
 
@@ -165,13 +165,13 @@ class Linear(nn.Linear):
         return y if self.collective is None else self.collective(y)
 
 
-KV_DTYPES = (torch.int8, torch.float8_e4m3fn)  # what a cache may be quantised to
+KV_DTYPES = (torch.int8, torch.float8_e4m3fn)  # the types that a cache can be quantised to
 
 
 def quantize_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x [..., D]` in `dtype`, with a float32 scale per vector, `[...]`, that maps its largest element to the limit.
+    """`x [..., D]` in `dtype`, and a float32 scale per vector, `[...]`, that maps its largest element to the limit.
 
-    An element's error is at most 1 / 254 of the largest element in int8, and 1 / 16 of itself in fp8.
+    An element's error is at most 1 / 254 of the largest element in int8, and 1 / 16 of itself in fp8, if not subnormal.
     """
     limit = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
     scales = x.float().abs().amax(-1).clamp(min=1e-30) / limit
@@ -182,7 +182,7 @@ def quantize_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 class KVCache(nn.Module):
     """Keys and values of one layer, `[B, n_kv_heads, capacity, head_dim]`, allocated once and written in place.
 
-    In int8 or fp8 each vector has a float32 scale, `[B, n_kv_heads, capacity]`: 1/32 more bytes at 128 elements.
+    In int8 or fp8 each vector also has a float32 scale, `[B, n_kv_heads, capacity]`: 1/32 more bytes at head_dim 128.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype):
@@ -206,11 +206,11 @@ class KVCache(nn.Module):
         self.v[rows, heads, slots] = v
 
     def stored(self, n_rows: int, n_slots: int) -> list[Tensor]:
-        """Views of the first rows' first slots: keys, values and, of a quantised cache, their scales."""
+        """Views of the first slots of the first rows: keys, values and, if the cache is quantised, their scales."""
         return [buffer[:n_rows, :, :n_slots] for buffer in self.buffers()]
 
     def read(self, n_rows: int, n_slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The keys and values of the first rows' first slots, `[n_rows, n_kv_heads, n_slots, head_dim]`."""
+        """Keys and values, `[n_rows, n_kv_heads, n_slots, head_dim]`; a quantised cache is dequantised to `dtype`."""
         k, v, *scales = self.stored(n_rows, n_slots)
         if scales:
             k, v = ((x.float() * scale[..., None]).to(dtype) for x, scale in zip((k, v), scales, strict=True))
@@ -218,7 +218,7 @@ class KVCache(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023), over the text at hand or over the cache."""
+    """Grouped-query attention (Ainslie et al. 2023), over the text of this call or over the KV cache."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -238,7 +238,7 @@ class Attention(nn.Module):
         return self.wo(self.attend(self.wqkv(x), cos, sin, input_pos, n_slots, mask))
 
     def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, `[B, heads, S, D]`, of `qkv [B, S, ...]`; RoPE turns the first two."""
+        """Split `qkv [B, S, (H + 2 KV) D]` into `[B, heads, S, D]` each, with RoPE applied to queries and keys."""
         heads = qkv.unflatten(-1, (-1, self.head_dim))  # [B, S, H + 2 KV, D]
         q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)
         if self.q_norm is not None:
@@ -250,22 +250,22 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Each query's weighted mean of the values, `[B, S, H D]`.
 
-        input_pos: slots `[B, S]` of the cache for the new keys and values, which then holds all that is attended to,
-            in its first `n_slots`. None: there is no cache, the text is complete.
+        input_pos: cache slots `[B, S]` where the new keys and values are stored; attention then covers the first
+            `n_slots` slots. None: no cache is used, the text is complete.
         mask: see `attention_mask`.
         """
         q, k, v = self.heads(qkv, cos, sin)
         if input_pos is not None:
             self.kv_cache.write(input_pos, k, v)
-            if mask is not None or self.kv_cache.is_quantized:  # else what is cached is what is at hand
+            if mask is not None or self.kv_cache.is_quantized:  # else these k and v are all the cache holds
                 k, v = self.kv_cache.read(len(q), n_slots, q.dtype)
         return grouped_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
 def attention_mask(args: ModelArgs, positions: Tensor, kv_pos: Tensor) -> Tensor | None:
-    """Which slots `kv_pos [L]` the queries at `positions [B, S]` see, bool `[B, 1, S, L]`. None: the causal mask."""
+    """Which slots `kv_pos [L]` the queries at `positions [B, S]` see, bool `[B, 1, S, L]`. None: plain causal."""
     if kv_pos.shape[0] == positions.shape[1] and args.sliding_window is None:
-        return None  # as many slots as queries: they are the same positions
+        return None  # as many slots as queries: both are positions 0 to S - 1
     mask = kv_pos <= positions[:, None, :, None]
     if args.sliding_window is not None:
         mask = mask & (kv_pos > positions[:, None, :, None] - args.sliding_window)
@@ -273,10 +273,10 @@ def attention_mask(args: ModelArgs, positions: Tensor, kv_pos: Tensor) -> Tensor
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of `q [B, H, S, D]` over `k`, `v` `[B, KV, L, D]`, with `mask` as `attention_mask`; `[B, H, S, D]`.
+    """Attention of `q [B, H, S, D]` over `k`, `v` `[B, KV, L, D]`, `mask` as in `attention_mask`; `[B, H, S, D]`.
 
-    The H / KV query heads that share a key head become rows of one product, so keys and values are read once and
-    never copied per head.
+    With a mask, the H / KV query heads that share a key head become rows of one product, so that keys and values are
+    read once and never copied per head.
     """
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -288,7 +288,7 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020); `w13` is the gate above the up projection."""
+    """SwiGLU (Shazeer 2020); `w13` stacks the gate projection and, below it, the up projection."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -317,7 +317,7 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """The decoder. Call it without caches for whole texts (training, scoring), with them to generate."""
 
-    new_cache: Callable[..., KVCache] = KVCache  # `layers.speed_up` puts its own here
+    new_cache: Callable[..., KVCache] = KVCache  # makes the cache of a layer; `layers.speed_up` replaces it
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -329,16 +329,16 @@ class Transformer(nn.Module):
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.max_batch_size = self.max_seq_length = 0
-        self.quantization: dict[str, Any] | None = None  # what `checkpoint.load_model` found the Linears to be
+        self.quantization: dict[str, Any] | None = None  # the scheme in the file, set by `checkpoint.load_model`
 
     def setup_caches(
         self, max_batch_size: int, max_seq_length: int, spare: int = 0, kv_dtype: torch.dtype | None = None
     ) -> None:
         """Allocate the KV cache for `max_batch_size` rows of `max_seq_length` positions. Call it once.
 
-        spare: slots behind them for tokens that are tried and discarded (speculative decoding).
-        kv_dtype: one of KV_DTYPES to quantise the cache. None: the weights' own.
-        Raises ValueError if the model was not made for so many positions.
+        spare: extra slots at the end, for draft tokens that may be rejected (speculative decoding).
+        kv_dtype: one of KV_DTYPES to quantise the cache. None: the dtype of the weights.
+        Raises ValueError for a size below 1, or for more positions than the model's `context_length`.
         """
         if max_batch_size < 1 or not 1 <= max_seq_length <= self.args.context_length:
             raise ValueError(
@@ -347,8 +347,8 @@ class Transformer(nn.Module):
             )
         self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
         weight = self.tok_embeddings.weight
-        # One slot is never used, so `cache[:, :, :n]` is never contiguous: torch.compile would build a second graph.
-        n_kv_heads = self.layers[0].attention.n_kv_heads  # of this rank
+        # The last slot is never used: a contiguous `cache[:, :, :n]` would make torch.compile build a second graph.
+        n_kv_heads = self.layers[0].attention.n_kv_heads  # this rank's share
         shape = (max_batch_size, n_kv_heads, max_seq_length + spare + 1, self.args.head_dim)
         for layer in self.layers:
             layer.attention.kv_cache = self.new_cache(shape, weight.device, kv_dtype or weight.dtype)
@@ -370,9 +370,9 @@ class Transformer(nn.Module):
         idx: token ids, int `[B, S]`.
         input_pos: their positions, int `[S]` (shared) or `[B, S]` (per row), consecutive along S; keys and values are
             stored there. None: no cache, the text is complete and starts at 0.
-        kv_pos: the cache slots that attention may read, `self.slots[:L]` with L above every position. None: found by
-            looking at `input_pos`, which waits for the device and checks it (ValueError). Callers that pass it have
-            checked.
+        kv_pos: the cache slots that attention may read, `self.slots[:L]` with L greater than every position; then
+            nothing is checked. None: `input_pos` is checked (ValueError) and L computed from it, which waits for the
+            device.
         logits_at: int `[B, N]`, indices along S for which the output projection is computed. None: all.
         """
         B, S = idx.shape
@@ -386,7 +386,7 @@ class Transformer(nn.Module):
                 kv_pos = self.slots[:n_slots]
             positions = input_pos.expand(B, S)
             cos, sin = self.cos[positions], self.sin[positions]
-        n_slots = kv_pos.shape[0]  # asked once: inside the loop torch.compile would compile every layer anew
+        n_slots = kv_pos.shape[0]  # read before the loop, or torch.compile would compile every layer separately
         mask = attention_mask(self.args, positions, kv_pos)
         x = self.tok_embeddings(idx)
         cached_at = None if input_pos is None else positions
@@ -397,7 +397,7 @@ class Transformer(nn.Module):
         return self.output(self.norm(x))
 
     def _check_positions(self, idx: Tensor, input_pos: Tensor) -> int:
-        """The number of cache slots in use after `input_pos`; ValueError where it does not fit the cache."""
+        """The number of cache slots in use once `input_pos` is stored; ValueError if it does not fit the cache."""
         if self.max_seq_length == 0:
             raise ValueError("input_pos needs a cache: call setup_caches(max_batch_size, max_seq_length) first")
         B, S = idx.shape

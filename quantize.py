@@ -2,8 +2,8 @@
 
     python quantize.py --checkpoint_path checkpoints/$MODEL_REPO/model.pth --mode int4 --groupsize 32
 
-Writes `model_int8.pth`, `model_int4.g32.pth` or `model_int4-gptq.g32.pth` beside the input, one file for every device.
-Worth knowing: weights go from file to file one Linear at a time; what the result is stands inside it.
+Writes `model_int8.pth`, `model_int4.g32.pth` or `model_int4-gptq.g32.pth` beside the input; each works on every device.
+Worth knowing: weights are quantised and written one Linear at a time; the file records how it was quantised.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from model import ModelArgs, Transformer
 def quantize(
     checkpoint: Checkpoint, scheme: dict[str, Any], target: Path, device: str, chunks: list[list[int]] | None = None
 ) -> None:
-    """Write `checkpoint`, quantised as `scheme` says, to `target`; `chunks`: calibration text where GPTQ asks for it.
+    """Write `checkpoint`, quantised as `scheme` says, to `target`; `chunks`: calibration text as token ids, for GPTQ.
 
-    Raises ValueError for what the scheme cannot quantise and for a weight that is not a finite number, OSError for a
-    full disk; `target` is then as it was.
+    Raises ValueError if the scheme does not fit the model or a weight is not finite, OSError if the disk is full;
+    `target` is then left as it was.
     """
     with torch.device("meta"):
         model = Transformer(checkpoint.args)
@@ -68,7 +68,7 @@ def rounded_linears(
 
 
 class InTurn:
-    """What fills the tensors of the new checkpoint, asked for in the order in which `modules` yields Linears."""
+    """Fills the new checkpoint's tensors; ask for them in the order in which `modules` yields the Linears."""
 
     def __init__(self, checkpoint: Checkpoint, names: list[str], modules: Iterator[tuple], bar: tqdm):
         self.checkpoint, self.names, self.modules, self.bar = checkpoint, set(names), modules, bar
@@ -93,7 +93,7 @@ class InTurn:
 
 
 def task_documents(names: list[str]) -> list[str]:
-    """The documents of lm_eval tasks, questions with their answers: those for training where a task has them.
+    """The documents of lm_eval tasks, questions with answers, from the training split where a task has one.
 
     Raises ImportError without lm_eval, ValueError for a name it does not know.
     """
@@ -124,9 +124,9 @@ def task_documents(names: list[str]) -> list[str]:
 
 
 def calibration_chunks(texts: list[str], tokenizer: Tokenizer, length: int, limit: int, widest: int) -> list[list[int]]:
-    """At most `limit` rows of `length` token ids, taken from all over `texts`.
+    """At most `limit` rows of `length` token ids, spread evenly over `texts`.
 
-    Raises ValueError where they are not enough to see each of a Linear's inputs (`widest`, the most that one has) vary.
+    Raises ValueError for fewer tokens than `widest`, the most inputs of any Linear: its Hessian would be singular.
     """
     ids = [i for text in tqdm(texts, desc="tokenising", disable=len(texts) < 100) for i in tokenizer.encode(text)]
     chunks = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
@@ -167,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def make_scheme(args: argparse.Namespace, model_args: ModelArgs) -> dict[str, Any]:
-    """What the checkpoint will say about itself. Raises ValueError for a name in --skip that is no Linear's."""
+    """The scheme that the checkpoint will record. Raises ValueError if a name in --skip is no Linear of the model."""
     scheme: dict[str, Any] = {"mode": args.mode}
     if LINEARS[args.mode].in_groups:
         scheme["groupsize"] = args.groupsize
@@ -189,7 +189,7 @@ def make_scheme(args: argparse.Namespace, model_args: ModelArgs) -> dict[str, An
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise ValueError for a number that makes no sense."""
+    """Raise ValueError for a number that is out of range."""
     for name in ("calibration_limit", "calibration_seq_length", "blocksize"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -199,7 +199,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def calibrate(args: argparse.Namespace, model_args: ModelArgs) -> list[list[int]]:
-    """The calibration text that the command line names, as token ids."""
+    """The calibration text that the flags name, as token ids."""
     length = args.calibration_seq_length or min(2048, model_args.context_length)
     if length > model_args.context_length:
         raise ValueError(

@@ -6,12 +6,12 @@
     with ranks.joined("cuda"):
         model = load_model(path, ranks.device("cuda"), ranks=ranks)
 
-No module is known by its name here: one that declares a `sharding` is divided by it. A model made for a rank's share
-is set beside the whole one; where a tensor's shapes differ, this rank holds a share of it, and that tensor's scales and
-groups with it. What completes a module's output is put into its `collective`.
+No module names appear here: every module that declares a `sharding` is divided accordingly. `connect` compares a model
+of one rank's sizes with the whole model; where the shapes of a tensor (weight, bias, scales or zeros) differ, the rank
+holds a share of it. It also sets each module's `collective`, which combines the ranks' outputs.
 
-Worth knowing: the logits are gathered whole, and gathering gives every rank the same bits. So ranks with one seed draw
-the same tokens and stop at the same step without telling each other.
+Worth knowing: every rank receives the same logits, bit for bit. So ranks with the same seed sample the same tokens and
+stop at the same step without communicating.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ GROUP = "0"  # the name of the first process group
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's share of a tensor: the `ranges` (first, end) along `dim`; or zeros, for what only rank 0 adds."""
+    """A rank's share of a tensor: the `ranges` (first, end) along `dim`; or zeros, for a bias that only rank 0 adds."""
 
     dim: int = 0
     ranges: tuple[tuple[int, int], ...] = ()
@@ -50,10 +50,10 @@ class Share:
 
 
 def share_of(whole: Sequence[int], local: Sequence[int], rank: int, world_size: int) -> tuple[tuple[int, int], ...]:
-    """Where a rank's share of each part lies, for parts of `whole` sizes of which every rank holds `local`.
+    """The (first, end) range of a rank's share in each part; `whole` and `local` are the parts' full and local sizes.
 
-    A part that cannot be divided among all (8 key heads, 16 ranks) is divided as far as it goes: neighbours hold the
-    same piece, as they do the query heads that go with it.
+    A part with fewer pieces than ranks (8 key heads, 16 ranks) is divided as far as possible: neighbouring ranks hold
+    the same piece, and the query heads that use it.
     """
     ranges, offset = [], 0
     for n, n_local in zip(whole, local, strict=True):
@@ -64,10 +64,10 @@ def share_of(whole: Sequence[int], local: Sequence[int], rank: int, world_size: 
 
 
 def divided(args: ModelArgs, n_ranks: int) -> ModelArgs:
-    """The shape of one rank's share of a model.
+    """The configuration of one rank's share of a model.
 
-    Heads and the feed-forward's width are divided; more ranks than key heads share these; the vocabulary is divided
-    only where it can be. Raises ValueError for what `n_ranks` does not divide.
+    Heads and the feed-forward width are divided, the vocabulary only if it is a multiple of `n_ranks`. With more ranks
+    than key heads, several ranks hold the same key head. Raises ValueError for sizes that `n_ranks` does not divide.
     """
     for name in ("n_heads", "hidden_dim"):
         if getattr(args, name) % n_ranks:
@@ -84,9 +84,9 @@ def divided(args: ModelArgs, n_ranks: int) -> ModelArgs:
 
 
 def connect(whole: nn.Module, local: nn.Module, ranks: "Ranks") -> dict[str, Share]:
-    """Give the modules of `local`, a rank's share of `whole`, their collectives; the shares of its tensors, by name.
+    """Set the collectives in `local`, a rank's share of `whole`; return the shares of its tensors, by name.
 
-    What is not named is held whole by every rank. Neither model needs weights.
+    Tensors that are not named are whole on every rank. Neither model needs weights.
     """
     shares = {}
     for name, module in local.named_modules():
@@ -111,7 +111,7 @@ def connect(whole: nn.Module, local: nn.Module, ranks: "Ranks") -> dict[str, Sha
     return shares
 
 
-# ---- The collectives: torch's functional ones, which a compiler takes into its graph.
+# ---- The collectives: torch's functional ones, which torch.compile takes into its graph.
 
 
 def all_reduce(x: Tensor, world_size: int) -> Tensor:
@@ -127,22 +127,22 @@ def all_gather(x: Tensor, world_size: int) -> Tensor:
 
 
 def broadcast(x: Tensor, world_size: int) -> Tensor:
-    """`x` of rank 0."""
+    """Rank 0's `x`, on every rank."""
     ops = torch.ops._c10d_functional
     return ops.wait_tensor(ops.broadcast(x.contiguous(), 0, GROUP))
 
 
-# (declared, whether the module is divided) -> what follows it. Rank 0's logits count where all compute them.
+# (declared collective, is the module divided?) -> function. If all ranks compute all logits, rank 0's are used.
 COLLECTIVES = {("sum", True): all_reduce, ("gather", True): all_gather, ("gather", False): broadcast}
 
 
 def measure_collectives(run: Callable[[], int], device: str) -> dict[str, float]:
-    """The seconds per step that `run`, which returns its number of steps, spends in collectives, and their share.
+    """Seconds per step that `run` spends in collectives, and their share of its time; `run` returns its step count.
 
-    A rank that waits for a slower one is in a collective, too.
+    Waiting for a slower rank counts as time in a collective.
     """
     cuda = device.startswith("cuda")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells stderr when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its start and stop on stderr
     with torch.autograd.profiler.profile(use_device="cuda" if cuda else None) as profile:
         start = time.perf_counter()
         steps = run()
@@ -161,9 +161,9 @@ def measure_collectives(run: Callable[[], int], device: str) -> dict[str, float]
 
 @dataclass
 class Ranks:
-    """The processes that share a model, as one of them sees it. Alone, everything here does nothing.
+    """The processes that share a model, as one of them sees it; by default a single process that shares nothing.
 
-    Rank 0 alone prints. What fails on one rank ends all: it says why and exits, and torchrun ends the others.
+    Only rank 0 prints. A failure on one rank ends all: that rank says why and exits, and torchrun ends the others.
     """
 
     rank: int = 0
@@ -175,7 +175,7 @@ class Ranks:
 
     @classmethod
     def from_torchrun(cls) -> "Ranks":
-        """As torchrun's environment says. For a command line's `main` alone: on other ranks than 0 it mutes output."""
+        """Read torchrun's environment. Only for a command line's `main`, because it mutes output on all ranks but 0."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         if not all(name in os.environ for name in (*names, "MASTER_ADDR")):
             return cls()
@@ -185,7 +185,7 @@ class Ranks:
         return ranks
 
     def device(self, device: str) -> str:
-        """The GPU of this rank, for "cuda". Raises ValueError where the machine has too few."""
+        """For "cuda" the GPU of this rank, else `device` itself. Raises ValueError if the machine has too few GPUs."""
         if self.world_size == 1 or device != "cuda":
             return device
         if self.local_rank >= torch.cuda.device_count():
@@ -195,10 +195,10 @@ class Ranks:
 
     @contextlib.contextmanager
     def joined(self, device: str) -> Iterator[None]:
-        """The process group, NCCL on GPUs and Gloo on CPUs, for as long as this lasts.
+        """Join the process group (NCCL on GPUs, Gloo on CPUs) for the length of the `with` block.
 
-        Another rank's end is a ConnectionError. An unforeseen exception is printed with its traceback and ends the
-        process: what the other ranks are waiting for will not come.
+        Raises ConnectionError if another rank has ended. An unexpected exception is printed with its traceback and ends
+        the process at once, because the other ranks may be waiting for this one.
         """
         if self.world_size == 1:
             yield
@@ -213,22 +213,22 @@ class Ranks:
             self._enable_one_shot(device)
             yield
             if device.startswith("cuda"):
-                torch.compiler.reset()  # a communicator's end waits for that of the CUDA graphs that recorded it
+                torch.compiler.reset()  # a communicator is only destroyed after the CUDA graphs that recorded it
             dist.destroy_process_group()
-        except (ValueError, OSError, ImportError):  # a command line has words for these
+        except (ValueError, OSError, ImportError):  # `exit_code` reports these in one line
             raise
         except Exception as error:
             reason = str(error).partition("\n")[0]
             if isinstance(error, dist.DistError) or "gloo" in reason:
-                reason = re.sub(r"^\[\S+\] |\. This is .*", "", reason)  # the place in Gloo's source, its advice
+                reason = re.sub(r"^\[\S+\] |\. This is .*", "", reason)  # without Gloo's source line and advice
                 raise ConnectionError(f"another process is gone: {reason}") from error
             self.complain(traceback.format_exc())
             self.leave(1)
 
     def _enable_one_shot(self, device: str) -> None:
-        """Let Inductor take the one-shot all-reduce over symmetric memory for messages up to 128 KB, where asked for.
+        """If asked for, let Inductor use the one-shot all-reduce over symmetric memory, for messages up to 128 KB.
 
-        The switch is gpt-fast's. It needs GPUs of one machine that reach each other's memory.
+        The environment variable is gpt-fast's. The GPUs must be in one machine and able to access each other's memory.
         """
         if os.environ.get("ENABLE_INTRA_NODE_COMM") != "1" or not device.startswith("cuda"):
             return
@@ -237,27 +237,27 @@ class Ranks:
         from torch.distributed import _symmetric_memory
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # deprecated, yet what Inductor looks for
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated, but Inductor checks for it
             _symmetric_memory.enable_symm_mem_for_group(GROUP)
         torch._inductor.config._collective.auto_select = True
 
     def complain(self, message: str) -> None:
-        """Print `message` on stderr, if no rank has complained yet: the first knows why, the others that it is gone.
+        """Print `message` on stderr unless another rank already has: only the first to fail knows the cause.
 
-        An empty message keeps the others silent.
+        An empty message prints nothing and silences the other ranks.
         """
         if self.world_size == 1:
             print(message, end="\n" if message else "", file=sys.stderr)
             return
         try:
             is_first = self.rank == 0 if self._store is None else self._store.add("complaints", 1) == 1
-        except RuntimeError:  # the store went with the process that kept it
+        except RuntimeError:  # the process that hosts the store has ended
             is_first = True
         if message and is_first:  # past the muted sys.stderr
             print(f"{message} (rank {self.rank} of {self.world_size})", file=sys.__stderr__, flush=True)
 
     def leave(self, code: int) -> int:
-        """Exit at once with `code`, not waiting for ranks that wait for this one; alone, return it."""
+        """Exit at once with `code`, without waiting for ranks that wait for this one; a single process returns it."""
         if self.world_size == 1:
             return code
         with contextlib.suppress(BrokenPipeError):
@@ -265,7 +265,7 @@ class Ranks:
         os._exit(code)
 
     def share(self, make: Callable[[], str | None]) -> str | None:
-        """What rank 0 makes, on every rank, however long that takes: a person may be typing."""
+        """Return rank 0's `make()` on every rank. Waits as long as it takes, because a person may be typing."""
         if self.world_size == 1:
             return make()
         self._n_shared += 1

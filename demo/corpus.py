@@ -62,9 +62,9 @@ def is_prose(paragraph: str) -> bool:
 
 
 def clean(text: str) -> list[str]:
-    """The prose paragraphs of a text. A sentence that announces a dropped example ("For instance:") goes too."""
+    """The prose paragraphs of a text. A sentence that introduces a dropped example ("For instance:") is dropped too."""
     kept: list[str] = []
-    announced = False  # the last paragraph kept ends in a colon, and what it announces has not come yet
+    announced = False  # the paragraph before this one was kept and ends in a colon
     for paragraph in split_paragraphs(text):
         paragraph = CREDIT.sub("", LABEL.sub("", paragraph))
         paragraph = re.sub(r"(?<=\w)::$", ":", re.sub(r" ?\[\d+\]", "", paragraph))
@@ -126,7 +126,7 @@ def split_corpus(
 ) -> tuple[list[list[str]], list[list[str]]]:
     """(training, held-out) documents, about one in `every` held out, chosen by name.
 
-    Repeated paragraphs go, and held-out ones that share over a sixth of their six-word runs with the training text.
+    Drops repeated paragraphs, and held-out ones that share over a sixth of their six-word runs with the training text.
     """
     seen: set[str] = set()
     training: list[list[str]] = []

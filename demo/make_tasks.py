@@ -2,7 +2,7 @@
 
     python -m demo.make_tasks [--out demo/tasks]
 
-Writes items (`*.jsonl`) and the harness's descriptions (`*.yaml`), always the same ones. Run them from the root:
+Writes items (`*.jsonl`) and the harness's task descriptions (`*.yaml`), the same on every run. Run them from the root:
 `python eval.py --include_path demo/tasks --tasks demo_continuation demo_last_word`.
 """
 
@@ -16,7 +16,7 @@ from fast.cli import DEMO
 
 HELDOUT = DEMO.parent / "heldout.txt"
 N_ITEMS = 150
-N_WORDS = 12  # of a continuation
+N_WORDS = 12  # in a continuation
 
 CONTINUATION = """task: demo_continuation
 dataset_path: json
@@ -45,7 +45,7 @@ metadata: {version: 1}
 
 
 def make_continuations(paragraphs: list[str], draw: random.Random) -> list[dict]:
-    """Paragraphs cut in the middle: the next words must be told from the next words of three other paragraphs."""
+    """Paragraphs cut in the middle; the choices are the words that follow, and those of three other paragraphs."""
     long = [words for words in map(str.split, paragraphs) if 2 * N_WORDS <= len(words) <= 4 * N_WORDS]
     chosen, items = draw.sample(long, N_ITEMS), []
     endings = [" ".join(words[len(words) // 2 :][:N_WORDS]) for words in chosen]

@@ -2,9 +2,9 @@
 
     python -m demo.train --steps 3200
 
-Out come a SentencePiece tokenizer, a target model and a smaller draft model for speculative decoding, as ordinary
-Hugging Face directories, the held-out text, and a README with the figures of this very run. Meant for a CPU: beside
-other work, OMP_WAIT_POLICY=PASSIVE keeps two threads from waiting for each other at full load.
+Writes a SentencePiece tokenizer, a target model and a smaller draft model for speculative decoding, as ordinary
+Hugging Face directories, the held-out text, and a README with this run's figures. It trains on the CPU: on a busy
+machine, set OMP_WAIT_POLICY=PASSIVE so that threads sleep, not spin, while they wait for each other.
 """
 
 import argparse
@@ -122,11 +122,11 @@ def hf_config(shape: dict[str, int], vocab_size: int) -> dict[str, Any]:
 
 
 def build(config: dict[str, Any], dropout: float) -> Transformer:
-    """A model with fresh weights. Hooks apply dropout to the embeddings and to what a block adds to the residual."""
+    """A model with random weights. Hooks apply dropout to the embeddings and to all that is added to the residual."""
     model = Transformer(args_from_hf(config))
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
-            adds = name.endswith(("wo.weight", "w2.weight"))  # GPT-2's initialisation
+            adds = name.endswith(("wo.weight", "w2.weight"))  # to the residual: scaled as in GPT-2
             torch.nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(model.layers) if adds else 1))
 
     def drop(module, inputs, output):
@@ -200,12 +200,12 @@ def train(
 ) -> list[tuple[int, float, float]]:
     """Train with warm-up and cosine decay, and leave the weights of the lowest held-out loss in `model`.
 
-    With a teacher, its distribution takes the place of the text's next token: closeness to it is what speculative
-    decoding accepts by. Returns (step, training loss, held-out loss) for every 200th step.
+    With a teacher, the label is its distribution in place of the text's next token: the closer to it, the more drafts
+    are accepted. Returns (step, training loss, held-out loss) for every 200th step and the last.
     """
     optimizer = make_optimizer(model, lr)
     forward, teach = model, teacher
-    if steps > 20:  # fewer take less time than compiling
+    if steps > 20:  # below that, compiling takes longer than training
         forward, teach = torch.compile(model), teacher and torch.compile(teacher)
     curve, best, weights = [], math.inf, {}
     bar = tqdm(range(1, steps + 1), mininterval=10)
@@ -220,7 +220,7 @@ def train(
                 with torch.no_grad():
                     goal = teach(inputs).flatten(0, 1).float().softmax(-1)
         losses = F.cross_entropy(logits.float(), labels if teacher is None else goal, reduction="none")
-        loss = losses[labels != BOS].mean()  # the token before a cut cannot predict it
+        loss = losses[labels != BOS].mean()  # no loss for BOS: where it stands is random
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -235,7 +235,7 @@ def train(
 
 
 def write(path: Path, text: str | bytes) -> None:
-    """Write a file, whole or not at all, and the folders above it."""
+    """Write a file atomically, and create its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(text if isinstance(text, bytes) else text.encode())

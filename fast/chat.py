@@ -2,7 +2,7 @@
 
     chat(steps, tokenizer, max_new_tokens=200, stop=[])
 
-The KV cache stays between turns: only what it does not hold yet is prefilled.
+The KV cache is kept between turns, so only the new tokens are prefilled.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from tp import ALONE, Ranks
 
 
 def warm_up_turns(steps: Steps | SpeculativeSteps, first: list[int]) -> None:
-    """Compile a turn after the `first`, and one that is short enough for a kernel."""
+    """Compile the prefill of later turns: one as long as `first`, and one short enough for the attention kernel."""
     plain = steps.plain if isinstance(steps, SpeculativeSteps) else steps
     for turn in (first, first[:2]):
         deque(stream(plain, [turn], 1, cached=2 * len(first)), maxlen=0)
@@ -32,8 +32,8 @@ def chat(
 ) -> None:
     """Converse until Ctrl-D. Raises ValueError for a `system` message where the model has no chat template.
 
-    Ctrl-C ends an answer. Several ranks would each stop at another token of it and wait for the others for ever, and
-    torchrun hears it as well: there it ends the conversation.
+    Ctrl-C ends an answer. With several ranks it ends the conversation: the ranks would stop at different tokens and
+    wait for each other for ever, and torchrun receives Ctrl-C as well.
     """
     caught = (KeyboardInterrupt,) if ranks.world_size == 1 else ()
     if not tokenizer.has_chat_template:
@@ -41,7 +41,7 @@ def chat(
             raise ValueError("--system needs a chat template, and this model has none")
         print("this model has no chat template: it goes on from what you write")
     beginning = [{"role": "system", "content": system}] if system is not None else []
-    history, text, cached = beginning, "", []  # text: the conversation where there is no template; cached: its ids
+    history, text, cached = beginning, "", []  # text: used if there is no template; cached: the ids in the KV cache
     while (line := ranks.share(lambda: ask(caught))) is not None:
         if not line.strip():
             continue
@@ -59,13 +59,13 @@ def chat(
         with contextlib.suppress(*caught):
             run_rows(steps, [row], room, print_now, common_prefix(cached, prompt[:-1]))
         print()
-        cached = prompt + row.tokens[:-1] if row.tokens else []  # interrupted before that, the prefill is not whole
+        cached = prompt + row.tokens[:-1] if row.tokens else []  # no token: the prefill was interrupted
         text += line + row.text
         history = [*history, {"role": "user", "content": line}, {"role": "assistant", "content": row.text}]
 
 
 def ask(caught: tuple[type[BaseException], ...]) -> str | None:
-    """A line from the keyboard; None at its end."""
+    """A line from the keyboard; None at the end of the input."""
     while True:
         try:
             return input("> ")

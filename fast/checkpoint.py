@@ -1,10 +1,10 @@
-"""From files to a model and back: memory-mapped strict load, streamed atomic save.
+"""Load and save models: loading is memory-mapped and strict, saving is streamed and atomic.
 
     model = load_model("checkpoints/meta-llama/Llama-3.2-1B", device="cuda")  # or .../model.pth
 
-Worth knowing: nothing is read before it is needed. Opening a checkpoint maps its files; on the CPU a weight that is
-stored in the wanted dtype and on its own *is* those pages, and saving fills a mapped file tensor by tensor. So neither
-takes the memory of a model, only that of its largest tensor.
+Worth knowing: nothing is read before it is needed. Opening a checkpoint maps its files, and saving fills a mapped file
+tensor by tensor, so neither takes more memory than the largest tensor. On the CPU a weight that is stored as one tensor
+in the requested dtype is not copied: it *is* the mapped pages.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ FORMAT = 1
 
 IGNORED_TENSORS = ("*.rotary_emb.inv_freq", "rope.freqs")  # computed, not learned; older files hold them
 
-# In order of preference: the single file, the index of shards, and what to take without either.
+# In order of preference: the single file, the index of shards, and a pattern if there is neither.
 HF_FILES = (
     ("model.safetensors", "model.safetensors.index.json", "*.safetensors"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
@@ -54,7 +54,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the model as it lies in files: `parts` are its rows from top to bottom."""
+    """A tensor of the model as stored in files: the rows of its `parts`, one below the other."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
@@ -64,7 +64,7 @@ class Stored:
         return self.parts[0].dtype
 
     def load(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """The tensor on `device`; on the CPU and already in `dtype`, a single part is not copied."""
+        """The tensor on `device`; on the CPU and already in `dtype`, a single contiguous part is not copied."""
         if len(self.parts) == 1:
             return self.parts[0].read().to(device, dtype).contiguous()
         out = torch.empty(self.shape, device=device, dtype=dtype)
@@ -77,7 +77,7 @@ class Stored:
             rows.copy_(part.read())
 
     def share(self, share: tp.Share) -> "Stored":
-        """The rank's share of this tensor, still in the files: of a part that is mapped, only its pages are read."""
+        """The rank's share of this tensor, not yet read; loading it reads only its own pages of a mapped part."""
         if share.is_zero:
             return Stored(self.shape, (Part(self.shape, self.dtype, partial(torch.zeros, self.shape)),))
         if share.dim == 1:
@@ -120,14 +120,14 @@ def load_model(
 ) -> Transformer:
     """The model stored at `path`, on `device` in `dtype`, in eval mode and without gradients.
 
-    Quantised Linears keep their own dtypes; `model.quantization` is the scheme, or None. Its layers are those of
-    `layers.speed_up`: on a CPU a bfloat16 Linear has `packed` in place of its `weight`.
+    Quantised Linears keep their own dtypes; `model.quantization` is the scheme, or None. `layers.speed_up` has replaced
+    its layers: where a CPU has kernels, a bfloat16 Linear has `packed` in place of its `weight`.
 
     path: a `.pth` that `save_checkpoint` wrote, or a directory as `open_checkpoint` takes.
-    ranks: the processes that share the model; this one reads only its share. replicate: it reads all of it, as do the
-        others, and only the logits are rank 0's on every rank, for ranks to agree on what they draw.
-    Raises ValueError for what is not a complete checkpoint of a supported model or cannot be divided by so many ranks,
-    FileNotFoundError for no file at all.
+    ranks: the processes that share the model; this one reads only its share. replicate: every rank reads the whole
+        model, and rank 0's logits are broadcast, so that all ranks sample the same token.
+    Raises ValueError if `path` is not a complete checkpoint of a supported model, or the model cannot be divided among
+    the ranks; FileNotFoundError if there is no such file.
     """
     checkpoint = open_checkpoint(path)
     model = _skeleton(checkpoint.args, checkpoint.quantization)
@@ -136,14 +136,14 @@ def load_model(
         whole, model = model, model if replicate else _share_of_skeleton(checkpoint, ranks.world_size)
         shares = tp.connect(whole, model, ranks)
         tensors = {name: stored.share(shares[name]) if name in shares else stored for name, stored in tensors.items()}
-    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}  # what quantised Linears hold keeps its own
+    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}  # quantised Linears' tensors keep theirs
     state = {name: stored.load(device, dtypes.get(name, dtype)) for name, stored in tensors.items()}
     if checkpoint.args.tie_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, assign=True)
     if checkpoint.args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
-    del state  # each weight goes as it is packed
+    del state  # so that each weight is freed once it is packed
     speed_up(model.eval().requires_grad_(False), dtype)
     model.quantization = checkpoint.quantization
     return model
@@ -154,7 +154,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
     path: a `.pth` of ours; or a directory with `config.json` and `*.safetensors` or `pytorch_model*.bin`, single or
     sharded; or Meta's `consolidated.*.pth` with `params.json`, there or in its folder `original`.
-    Raises ValueError in one line: a damaged or missing shard, an unsupported setting, or the tensors that do not fit.
+    Raises ValueError, one line, for a damaged or missing shard, an unsupported setting, or tensors that do not fit.
     """
     path = Path(path)
     if not path.is_dir():
@@ -178,24 +178,24 @@ def save_checkpoint(
     tensors: Mapping[str, tuple[Iterable[int], torch.dtype, Callable[[Tensor], None]]],
     quantization: dict[str, Any] | None = None,
 ) -> None:
-    """Write a `.pth` that `load_model` reads, tensor by tensor, and give it its name only once it is complete.
+    """Write a `.pth` for `load_model`, tensor by tensor; it gets its final name only once it is complete.
 
-    tensors: our name -> (shape, dtype, fill); `fill(out)` writes the values into `out`, which lies in the file.
-    Raises OSError (a full disk among others) and whatever a `fill` raises; an existing file at `path` is then kept.
+    tensors: our name -> (shape, dtype, fill); `fill(out)` writes the values into `out`, which is mapped to the file.
+    Raises OSError, for example if the disk is full, and whatever a `fill` raises; a file already at `path` is kept.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # a second's import that loading does not need
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import, and loading does not need it
 
     path = Path(path)
-    with FakeTensorMode():  # a shape and a dtype, no memory
+    with FakeTensorMode():  # allocates no memory
         reserved = {name: torch.empty(tuple(shape), dtype=dtype) for name, (shape, dtype, _) in tensors.items()}
     content = {"format": FORMAT, "config": dataclasses.asdict(args), "quantization": quantization, "model": reserved}
     with tempfile.TemporaryDirectory(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent) as folder:
-        temporary = Path(folder) / "archive.pth"  # a name that torch.save repeats in the file
+        temporary = Path(folder) / "archive.pth"  # torch.save writes this name into the file
         try:
             with torch.serialization.skip_data(materialize_fake_tensors=True):
-                torch.save(content, temporary)  # not to an open file, whose Python methods must not be interrupted
+                torch.save(content, temporary)  # by name: Ctrl-C must not interrupt an open file's Python methods
         except RuntimeError:
-            _reserve(temporary, sum(tensor.nbytes for tensor in reserved.values()))  # says why, if it is the disk
+            _reserve(temporary, sum(tensor.nbytes for tensor in reserved.values()))  # OSError if the disk is full
             raise
         _reserve(temporary, temporary.stat().st_size)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
@@ -208,14 +208,14 @@ def save_checkpoint(
 
 
 def _reserve(path: Path, n_bytes: int) -> None:
-    """Give the file `n_bytes` on its disk: a full one is an OSError here, but a crash once the file is mapped."""
+    """Allocate `n_bytes` on disk for the file: a full disk raises OSError here, but crashes the process once mapped."""
     if hasattr(os, "posix_fallocate"):
         with open(path, "ab") as file:
             os.posix_fallocate(file.fileno(), 0, n_bytes)
 
 
 def _skeleton(args: ModelArgs, quantization: dict[str, Any] | None) -> Transformer:
-    """The model without its weights, with the Linears that `quantization` names."""
+    """The model without its weights; its Linears are those of the scheme `quantization`."""
     with torch.device("meta"):
         model = Transformer(args)
     if quantization is not None:
@@ -248,7 +248,7 @@ def _share_of_skeleton(checkpoint: Checkpoint, world_size: int) -> Transformer:
 def _match(
     path: Path, args: ModelArgs, quantization: dict | None, parts: dict[str, Part], modules: dict[str, tuple[str, ...]]
 ) -> Checkpoint:
-    """Gather the parts of every tensor of the model; ValueError lists by the file's names what does not fit."""
+    """Find the parts of every tensor of the model; ValueError lists, by the file's names, those that do not fit."""
     model = _skeleton(args, quantization)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     ignored = IGNORED_TENSORS
@@ -320,7 +320,7 @@ def _read_hf(files: list[Path]) -> dict[str, Part]:
 
 
 def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, dict[str, Part]]:
-    """Arguments and tensors of Meta's own files, the model-parallel shards joined, queries and keys reordered."""
+    """Arguments and tensors of Meta's own files: model-parallel shards are joined, query and key rows reordered."""
     origin = folder if (folder / "params.json").exists() else folder / "original"
     files = sorted(origin.glob("consolidated*.pth"))
     if not files:
@@ -334,7 +334,7 @@ def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, 
     for name, first in shards[0].items():
         dim = families.META_SHARD_DIMS.get(".".join(name.split(".")[-2:]))
         if name == "tok_embeddings.weight" and first.shape[1] == params["dim"]:
-            dim = 0  # since Llama 3 the vocabulary is divided, before it was the width
+            dim = 0  # Llama 3 divides the vocabulary, earlier models the width
         shape = list(first.shape)
         if dim is not None:
             shape[dim] = sum(shard[name].shape[dim] for shard in shards)
@@ -346,7 +346,7 @@ def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, 
 
 
 def _join(shards: list[Tensor], dim: int | None, head_dim: int | None) -> Tensor:
-    """One tensor out of its shards; with `head_dim`, rows from RoPE's interleaved pairs (Meta) to halves (ours)."""
+    """Join a tensor's shards; with `head_dim`, reorder its rows from interleaved RoPE pairs (Meta) to halves (ours)."""
     whole = torch.cat(shards, dim) if len(shards) > 1 else shards[0]
     if head_dim is not None:
         whole = whole.view(-1, head_dim // 2, 2, whole.shape[1]).transpose(1, 2).reshape(whole.shape)

@@ -1,9 +1,9 @@
-"""What the command lines share: the demo model, devices, loading, the files they write, and how they end.
+"""Shared by the command lines: the demo model, devices, checks of flags, loading, writing files and exit codes.
 
     device, dtype = resolve_device(args)
     model, tokenizer = load(args.checkpoint_path, device, dtype)
 
-Bad input is one line on stderr and exit code 2; a file is written whole or not at all.
+Bad input gives one line on stderr and exit code 2; a file is written whole or not at all.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def resolve_device(args: argparse.Namespace) -> tuple[str, torch.dtype]:
 
 
 def resolve_kv_dtype(args: argparse.Namespace) -> torch.dtype | None:
-    """What `--kv_dtype` says, for `setup_caches`. Raises ValueError for a type that this GPU lacks."""
+    """`--kv_dtype` as `setup_caches` takes it. Raises ValueError for a type that this GPU does not support."""
     if args.kv_dtype == "fp8" and args.device.startswith("cuda"):
         major, minor = torch.cuda.get_device_capability(args.device)
         if (major, minor) < (8, 9):
@@ -52,7 +52,7 @@ def resolve_kv_dtype(args: argparse.Namespace) -> torch.dtype | None:
 
 
 def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> tuple[Transformer, Tokenizer]:
-    """The model at `path`, a `.pth` of ours or a Hugging Face directory, and the tokenizer that lies with it."""
+    """The model at `path`, a `.pth` of ours or a Hugging Face directory, and the tokenizer stored with it."""
     model = load_model(path, device=device, dtype=dtype, ranks=ranks)
     return model, load_tokenizer(path)
 
@@ -66,7 +66,7 @@ def drop_compile(args: argparse.Namespace, *flags: str) -> None:
 
 
 def check_at_least(args: argparse.Namespace, least: int, *flags: str) -> None:
-    """Raise ValueError for a flag whose value, or one of whose values, is less than `least`. None is not checked."""
+    """Raise ValueError if a flag's value, or one value of its list, is less than `least`; None is not checked."""
     for flag in flags:
         value = getattr(args, flag)
         for number in value if isinstance(value, list) else [value]:
@@ -75,7 +75,7 @@ def check_at_least(args: argparse.Namespace, least: int, *flags: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise ValueError where the file `path` could not be made, before time is spent on what it is to hold."""
+    """Raise ValueError if the file `path` cannot be created, before time is spent on its content."""
     folder = path.absolute().parent
     if not folder.is_dir():
         raise ValueError(f"cannot write {path}: {folder} is not a directory")
@@ -87,7 +87,7 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` once it is whole, or goes."""
+    """Yield a temporary path to write to; on success it replaces `path`, otherwise it is deleted."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -104,11 +104,11 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def profiled(path: Path | None):
-    """Write a Chrome trace of what runs inside to `path`; do nothing without one."""
+    """Write a Chrome trace of the `with` block to `path`; do nothing if that is None."""
     if path is None:
         yield
         return
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells stderr when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its start and stop on stderr
     with torch.profiler.profile() as profile:
         yield
     profile.export_chrome_trace(str(path))
@@ -116,16 +116,16 @@ def profiled(path: Path | None):
 
 
 def exit_code(work: Callable[[], Any], ranks: Ranks = ALONE, stopped: str = "stopped") -> int:
-    """Do `work`; what this process is to exit with. An error is one line on stderr and ends the other ranks too.
+    """Run `work` and return the exit code. An error prints one line on stderr and ends the other ranks too.
 
-    stopped: what Ctrl-C prints.
+    stopped: printed on Ctrl-C.
     """
     try:
         work()
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+    except BrokenPipeError:  # the reader of our output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         ranks.complain("")
-        return ranks.leave(141) if ranks.world_size > 1 else 0  # 0 would not end the other ranks
+        return ranks.leave(141) if ranks.world_size > 1 else 0  # exiting with 0 would not end the other ranks
     except (ValueError, OSError, ImportError) as error:
         ranks.complain(f"error: {error}")
         return ranks.leave(2)

@@ -1,9 +1,9 @@
-"""torch.compile as decoding uses it: for which sizes a step is compiled, Inductor's settings, what a machine lacks.
+"""torch.compile for decoding: dynamic sizes, Inductor's settings, and what a machine lacks to compile.
 
     set_compile_flags("cpu")
     decode = compile_step(decode, dynamic_dims=(None, None, 0), mode="reduce-overhead")
 
-Settings are set by a command line's `main`, never by an import.
+Only a command line changes settings, never an import.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ Dims = int | tuple[int, ...] | None
 
 
 def compile_step(step: Callable, dynamic_dims: tuple[Dims, ...], mode: str | None = None) -> Callable:
-    """Compile `step` once for all sizes above one that the given dimensions of each argument may have.
+    """Compile `step` once for all sizes above one of the dynamic dimensions, given per argument (None: static).
 
-    mode: torch.compile's; "reduce-overhead" records CUDA graphs.
+    mode: as for torch.compile; "reduce-overhead" records CUDA graphs.
     """
     compiled = torch.compile(step, mode=mode, fullgraph=True)
 
@@ -39,31 +39,31 @@ def compile_step(step: Callable, dynamic_dims: tuple[Dims, ...], mode: str | Non
         out = compiled(*tensors)
         if mode is None or not tensors[0].is_cuda:
             return out
-        return out.clone() if isinstance(out, Tensor) else tuple(o.clone() for o in out)  # a CUDA graph reuses its own
+        return out.clone() if isinstance(out, Tensor) else tuple(o.clone() for o in out)  # a replay overwrites them
 
     return run
 
 
 def set_compile_flags(device: str) -> None:
-    """Inductor's settings for decoding. For a command line's `main` alone: importing a module changes nothing."""
+    """Set Inductor's options for decoding. Only for command lines: importing a module changes nothing."""
     if device == "cpu":
         torch._inductor.config.cpp.enable_floating_point_contract_flag = "fast"  # fused multiply-add
-        torch._inductor.config.cpp.vec_isa_ok = True  # or a probe is compiled for every instruction set
-        torch._inductor.config.cpp.min_chunk_size = 8192  # of a loop for each thread: waiting for another takes longer
-        os.environ.setdefault("TORCH_WARM_POOL", "0")  # or processes that only Triton needs start beside the compiler
+        torch._inductor.config.cpp.vec_isa_ok = True  # else Inductor compiles a probe per instruction set
+        torch._inductor.config.cpp.min_chunk_size = 8192  # iterations per thread: fewer are not worth another thread
+        os.environ.setdefault("TORCH_WARM_POOL", "0")  # else Inductor starts processes that only Triton needs
         if shutil.which("openssl"):
             precompile_header()
-        else:  # with which Inductor finds out whether a header is still the same: it would fail
+        else:  # Inductor calls openssl to see whether a header has changed, and fails without it
             torch._inductor.config.cpp_cache_precompile_headers = False
     else:
-        torch._inductor.config.shape_padding = False  # or it times products with padded operands while it compiles
-        torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None  # `kv_slots` has few sizes
+        torch._inductor.config.shape_padding = False  # else Inductor times products with padded operands
+        torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None  # sizes are few: see `kv_slots`
 
 
 def precompile_header() -> None:
-    """Compile the header of Inductor's C++ kernels beside what comes next, unless there is one.
+    """Precompile the header of Inductor's C++ kernels in a background thread, unless that has been done before.
 
-    Inductor begins when the kernels are written, and waits: 6 to 8 seconds of a first compile of 17 to 20.
+    Inductor itself would begin only after generating the kernels, and wait: 6 to 8 of a first compile's 17 to 20 s.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -72,17 +72,17 @@ def precompile_header() -> None:
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     def compile() -> None:
-        if sys.platform == "linux":  # where a thread has a niceness of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # the CPU's kernels, if they build, first
-        with contextlib.suppress(Exception):  # the compile that needs it will meet the same, and say so
+        if sys.platform == "linux":  # where each thread has its own niceness
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # lower than a build of our CPU kernels
+        with contextlib.suppress(Exception):  # the compile that needs the header will report it
             CppPythonBindingsCodeCache.load_pybinding_async([], 'extern "C" void kernel() {}')
 
-    flags = contextvars.copy_context()  # Inductor's are each thread's own
+    flags = contextvars.copy_context()  # Inductor's settings are per thread
     threading.Thread(target=flags.run, args=(compile,), daemon=True).start()
 
 
 def missing_compiler() -> str | None:
-    """What `--compile` lacks on this machine, or None. Inductor needs a C++ compiler and Python's headers."""
+    """What this machine lacks for `--compile`, or None. Inductor needs a C++ compiler and Python's headers."""
     if reason := compiler_missing():
         return reason
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():

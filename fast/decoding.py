@@ -1,10 +1,10 @@
-"""The decode loop: the two compiled steps, the prompts laid out for them, and the stream of tokens that comes back.
+"""The decode loop: the prefill and decode steps, their arguments, and the stream of tokens they generate.
 
     steps = build_steps(model, Sampling(temperature=0), compile=True)
     for tokens in stream(steps, [tokenizer.encode("Hello")], max_new_tokens=50): ...
 
-A decoded token is one static graph, sampling and the position's increment inside it. The host never waits in the loop:
-it reads a token that is already on its way. `generate.py`, the benchmark and the tests all run this very loop.
+A decode step is one static graph that includes sampling and the increment of the position. On a GPU the host launches
+the next step before it reads a token, so that the GPU need not wait. `generate.py`, benchmarks and tests run this loop.
 """
 
 import time
@@ -27,7 +27,7 @@ from model import Transformer
 class Steps:
     """The two functions that generation calls; both return the next token ids, int `[B, 1]`.
 
-    prefill(idx [B, S], input_pos [S], kv_pos [L], last [B, 1]) -> tokens after each row's index `last`
+    prefill(idx [B, S], input_pos [S], kv_pos [L], last [B, 1]) -> the token that follows index `last` of each row
     decode(tokens [B, 1], input_pos [B, 1], kv_pos [L]) -> (tokens, input_pos + 1)
     """
 
@@ -38,7 +38,7 @@ class Steps:
 
 
 def build_steps(model: Transformer, sampling: Sampling, compile: bool = False, compile_prefill: bool = False) -> Steps:
-    """Compile the steps as asked: decode with CUDA graphs on a GPU and C++ on a CPU, prefill for any length."""
+    """Build the steps, compiled if asked: decode with CUDA graphs on a GPU or C++ on a CPU, prefill for any length."""
 
     def prefill(idx: Tensor, input_pos: Tensor, kv_pos: Tensor, last: Tensor) -> Tensor:
         return sampling(model(idx, input_pos, kv_pos, logits_at=last))
@@ -54,10 +54,10 @@ def build_steps(model: Transformer, sampling: Sampling, compile: bool = False, c
 
 
 def kv_slots(n: int, capacity: int) -> int:
-    """The number of cache slots to attend when `n` are valid: `n` rounded up to a quarter of its octave, at least 128.
+    """The number of cache slots to read when `n` are valid: `n` rounded up by `round_up`, at most `capacity`.
 
-    Rounding up reads at most a quarter more than is valid. Sizes are few because a CUDA graph is recorded for each,
-    unless a GPU's kernel attends: that takes the whole cache and finds out on the device how many are valid.
+    At most 127 slots or a quarter of `n` are read in excess. There must be few sizes, as a CUDA graph is recorded for
+    each, unless a GPU kernel attends: it takes the whole cache and finds the number of valid slots on the device.
     """
     return min(round_up(n, at_least=128, per_octave=4), capacity)
 
@@ -65,14 +65,14 @@ def kv_slots(n: int, capacity: int) -> int:
 def round_up(n: int, at_least: int, per_octave: int) -> int:
     """`n` rounded up to one of `per_octave` equal steps between two powers of two, and to a multiple of `at_least`.
 
-    So lengths are few, and what they are above `n` is at most a share of it.
+    So there are few lengths, and each exceeds `n` by less than `at_least` or by at most 1 / `per_octave` of `n`.
     """
     step = max(at_least, (1 << (n - 1).bit_length()) // (2 * per_octave))
     return -(-n // step) * step
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many ids the two begin with alike: the cache of one serves the other so far."""
+    """The length of the common prefix: that many positions of one's KV cache serve the other."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -83,14 +83,14 @@ def stream(steps: Steps, prompts: list[list[int]], max_new_tokens: int, cached: 
     `prompts` continues them. Raises ValueError when the text would outgrow the cache.
     """
     check_fit(steps.model, prompts, max_new_tokens, cached)
-    # A GPU runs ahead while the host reads the token before; a CPU has nobody to run ahead.
+    # A GPU runs the next step while the host reads a token; on a CPU nothing runs ahead.
     copies = _launch(steps, prompts, max_new_tokens, cached)
     for tokens in _read_behind(copies, depth=int(steps.model.slots.is_cuda)):
         yield tokens[:, 0].tolist()
 
 
 def check_fit(model: Transformer, prompts: list[list[int]], max_new_tokens: int, cached: int) -> None:
-    """Raise ValueError unless the cache holds every prompt and, but for the last, the tokens that follow it."""
+    """Raise ValueError unless the cache has room for every prompt and its new tokens, except the last one."""
     lengths = [len(prompt) for prompt in prompts]
     if not prompts or min(lengths) == 0:
         raise ValueError("a prompt has no tokens: give at least one")
@@ -105,15 +105,15 @@ def check_fit(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
 def lay_out(model: Transformer, prompts: list[list[int]], cached: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The arguments of `Steps.prefill` for these prompts, padded on the right."""
     device, lengths = model.slots.device, [len(prompt) for prompt in prompts]
-    S = min(max(*lengths, 2), model.max_seq_length - cached)  # a row of one would be a shape of its own
+    S = min(max(*lengths, 2), model.max_seq_length - cached)  # torch.compile specialises on size 1
     idx = torch.tensor([prompt + [0] * (S - len(prompt)) for prompt in prompts], device=device)
-    input_pos = model.slots[cached : cached + S].clone()  # the offset of a view would be compiled in
+    input_pos = model.slots[cached : cached + S].clone()  # clone, or torch.compile specialises on the view's offset
     kv_pos = model.slots[: kv_slots(cached + S, model.max_seq_length) if cached else S]
     return idx, input_pos, kv_pos, torch.tensor(lengths, device=device)[:, None] - 1
 
 
 def _launch(steps: Steps, prompts: list[list[int]], max_new_tokens: int, cached: int):
-    """Enqueue prefill and decode steps; yield each step's tokens as a copy on its way to the host."""
+    """Enqueue prefill and decode steps; yield each step's tokens as a copy to the host that may still be running."""
     model, valid = steps.model, cached + max(map(len, prompts))
     layout = lay_out(model, prompts, cached)
     tokens, input_pos = steps.prefill(*layout), cached + layout[-1] + 1
@@ -133,7 +133,7 @@ def copy_to_host(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 
 def _read_behind(copies: Iterator[tuple[Tensor, Any]], depth: int) -> Iterator[Tensor]:
-    """Yield each copy once `depth` later ones are under way."""
+    """Yield each copy, finished, once `depth` later ones have been started."""
     under_way: deque = deque()
     for copy in copies:
         under_way.append(copy)
@@ -144,14 +144,14 @@ def _read_behind(copies: Iterator[tuple[Tensor, Any]], depth: int) -> Iterator[T
 
 
 def wait(host: Tensor, event: torch.cuda.Event | None) -> Tensor:
-    """The copy, arrived."""
+    """Wait for the copy and return it."""
     if event is not None:
         event.synchronize()
     return host
 
 
 def time_kernels(model: Transformer, n_rows: int, n_positions: int) -> None:
-    """On a GPU, find out which kernels are the fastest for so many positions of each row, unless that is known."""
+    """On a GPU, measure which kernels are fastest for `n_positions` of each row, unless that is known already."""
     if model.slots.is_cuda:
         idx = model.slots.new_zeros(n_rows, n_positions)
         with torch.cuda.device_of(model.slots):
@@ -159,14 +159,14 @@ def time_kernels(model: Transformer, n_rows: int, n_positions: int) -> None:
 
 
 def warm_up(steps: Steps, prompts: list[list[int]], max_new_tokens: int) -> float:
-    """Compile, and on a GPU time its kernels and record the graph for every cache size these prompts will reach; the
-    seconds it took.
+    """Compile the steps; on a GPU also time kernels and record a graph for every cache size these prompts will reach.
+    Returns the seconds that took.
     """
     start = time.perf_counter()
     model, longest = steps.model, max(map(len, prompts))
     time_kernels(model, len(prompts), 1)
     if not steps.prefill_is_compiled and not model.slots.is_cuda:
-        prompts = [prompt[:2] for prompt in prompts]  # nothing to gain from a whole one
+        prompts = [prompt[:2] for prompt in prompts]  # prefill is not compiled: two tokens will do
     deque(stream(steps, prompts, min(2, max_new_tokens)), maxlen=0)
     if model.slots.is_cuda:
         record(steps, len(prompts), range(longest, longest + max_new_tokens))
@@ -175,9 +175,9 @@ def warm_up(steps: Steps, prompts: list[list[int]], max_new_tokens: int) -> floa
 
 
 def record(steps: Steps, n_rows: int, valid: Iterable[int]) -> None:
-    """Run the decode step until a GPU has recorded it at each size of the cache that so many `valid` slots ask for."""
+    """Run the decode step until its CUDA graph is recorded for every cache size that the `valid` counts need."""
     model = steps.model
-    # Not one tensor for both: torch.compile compiles a step anew for arguments that are the same.
+    # Two tensors: torch.compile would recompile the step if both arguments were the same tensor.
     tokens, input_pos = (torch.zeros(n_rows, 1, dtype=torch.long, device=model.slots.device) for _ in range(2))
     for slots in sorted({kv_slots(n, model.max_seq_length) for n in valid}):
         for _ in range(3):  # warm-up, recording, replay

@@ -3,7 +3,7 @@
     args = args_from_hf(json.load(open("config.json")))
     args = preset("llama-2-7b")
 
-Adding a family that this Transformer can compute is one entry in `FAMILIES`; `docs/extending.md` does one.
+Adding a family that this Transformer can compute is one entry in `FAMILIES`; `docs/extending.md` shows how.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model import ModelArgs, RopeScaling, Transformer
 
-# Our module -> the modules of the file whose weights (and biases) lie in it, one above the other. `{}` is the layer.
+# Our module -> the file's modules whose weights (and biases) are stacked in it. `{}` is the layer's number.
 HF_MODULES: dict[str, tuple[str, ...]] = {
     "tok_embeddings": ("model.embed_tokens",),
     "layers.{}.attention_norm": ("model.layers.{}.input_layernorm",),
@@ -44,11 +44,11 @@ def hf_weights(model: Transformer) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture of transformers.
+    """An architecture of Hugging Face transformers.
 
-    assumed: what its configuration class takes for keys that config.json does not have.
-    fixed: `ModelArgs` that its code decides, whatever config.json says.
-    window_switch: the key without which its code ignores `sliding_window`; None: it always does.
+    assumed: the defaults of its configuration class, for keys that config.json does not have.
+    fixed: fields of `ModelArgs` that its code fixes, whatever config.json says.
+    window_switch: the key that must be set for its code to use `sliding_window`; None: it never does.
     modules: the names of its tensors, as `HF_MODULES`.
     """
 
@@ -155,12 +155,12 @@ def _sliding_window(config: dict[str, Any], switch: str | None) -> int | None:
 
 # ---- Meta's own files: params.json and consolidated.*.pth.
 
-# As `HF_MODULES`; the modules that are not listed have our names.
+# As `HF_MODULES`; modules that are not listed have the same name as ours.
 META_MODULES: dict[str, tuple[str, ...]] = {
     "layers.{}.attention.wqkv": tuple(f"layers.{{}}.attention.w{x}" for x in "qkv"),
     "layers.{}.feed_forward.w13": ("layers.{}.feed_forward.w1", "layers.{}.feed_forward.w3"),
 }
-# Name -> the dimension along which Meta's model-parallel shards divide it; what is not here is in every shard whole.
+# Name -> the dimension along which Meta's model-parallel shards divide it; the rest is whole in every shard.
 META_SHARD_DIMS: dict[str, int] = {
     "wq.weight": 0, "wk.weight": 0, "wv.weight": 0, "wo.weight": 1,
     "w1.weight": 0, "w2.weight": 1, "w3.weight": 0, "output.weight": 0, "tok_embeddings.weight": 1,
@@ -183,9 +183,9 @@ def meta_head_dim(params: dict[str, Any]) -> int:
 
 
 def args_from_meta(params: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> ModelArgs:
-    """What `params.json` says, and what it leaves to the tensors (sizes) and to the release (context, scaling).
+    """The arguments from `params.json`; sizes it lacks come from the tensors, context and scaling from the release.
 
-    shapes: of the tensors, by Meta's names, shards joined. Raises ValueError where one that tells a size is missing.
+    shapes: of the joined tensors, by Meta's names. Raises ValueError if one that a size is read from is missing.
     """
     if missing := {"layers.0.feed_forward.w1.weight", "tok_embeddings.weight"} - shapes.keys():
         raise ValueError(f"consolidated.*.pth: missing tensors: {', '.join(sorted(missing))}")
@@ -227,7 +227,7 @@ def _preset(dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, context_
 
 _LLAMA_31, _LLAMA_32 = RopeScaling("llama3", 8.0), RopeScaling("llama3", 32.0)
 
-# The shapes that benchmarks use, as their config.json on the hub gives them.
+# The shapes that benchmarks use, as their config.json on the Hugging Face hub gives them.
 PRESETS: dict[str, ModelArgs] = {
     "stories-15m": _preset(288, 6, 6, 6, 768, 32000, 256, 1e4, tie_embeddings=True),
     "tinyllama-1.1b": _preset(2048, 22, 32, 4, 5632, 32000, 2048, 1e4),

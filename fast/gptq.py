@@ -1,12 +1,12 @@
-"""GPTQ (Frantar et al. 2022): 4-bit weights whose rounding errors make up for each other on calibration text.
+"""GPTQ (Frantar et al. 2022): 4-bit weights whose rounding errors compensate each other on calibration text.
 
     for name, error, module in gptq_linears(checkpoint, scheme, chunks, device): ...
 
-A Linear's inputs X over the calibration text give the Hessian H = 2 X^T X of its squared output error. Its inputs'
-columns are rounded one after the other, and the error of each is spread over the columns to come as H says.
+A Linear's inputs X over the calibration text give the Hessian H = 2 X^T X of its squared output error. The weight's
+columns are rounded one after the other, and the inverse of H says how each error is spread over the columns to come.
 
-Worth knowing: the walk takes one transformer block at a time. In memory are that block, its Hessians and the hidden
-states of the calibration text; a block sees the hidden states that the quantised blocks before it produce.
+Worth knowing: one transformer block is quantised at a time. In memory are that block, the Hessian of one Linear and the
+hidden states of the calibration text; each Linear sees the inputs that the quantised Linears before it produce.
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,10 +48,10 @@ def gptq(
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Quantise `weight [N, K]` for inputs with `hessian [K, K]`, both float32.
 
-    percdamp: added to the Hessian's diagonal, as a share of its mean. blocksize: columns whose errors are spread at
-    once over the rest, rounded up to whole groups. act_order: columns in the order of falling diagonal, so that the
-    inputs that matter most are rounded while most columns can still make up for it; group scales are then those of the
-    weights before any rounding, for a group's columns are no longer neighbours in time.
+    percdamp: added to the Hessian's diagonal, as a share of its mean. blocksize: columns whose errors are spread over
+    the later columns in one product, rounded up to whole groups. act_order: round columns in order of falling diagonal,
+    so that the inputs that matter most come first, while most columns can still compensate. Group scales are then taken
+    from the unrounded weights, because a group's columns are no longer rounded one after the other.
     Returns q uint8 `[N, K]`, scales and zeros bfloat16 `[N, K / G]`, and the relative error of the outputs.
     Raises ValueError if the damped Hessian is not positive definite.
     """
@@ -103,7 +103,7 @@ def _inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
 
 
 def read_weight(checkpoint: Checkpoint, name: str, device: str, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight of the Linear `name` on `device`; for a tied output projection that is the embedding table.
+    """The weight of the Linear `name` on `device`; for a tied output projection, the embedding table.
 
     dtype: None leaves it as stored. Raises ValueError if not every number in it is finite.
     """
@@ -113,7 +113,7 @@ def read_weight(checkpoint: Checkpoint, name: str, device: str, dtype: torch.dty
 
 
 def check_finite(name: str, tensor: Tensor) -> Tensor:
-    """`tensor`, or a ValueError with its name."""
+    """Return `tensor`; raises ValueError with its name if not all numbers are finite."""
     if not tensor.sum(dtype=torch.float32).isfinite():
         raise ValueError(f"{name} holds NaN or infinite values: it cannot be quantised")
     return tensor
@@ -122,7 +122,7 @@ def check_finite(name: str, tensor: Tensor) -> Tensor:
 def gptq_linears(
     checkpoint: Checkpoint, scheme: dict[str, Any], chunks: Sequence[list[int]], device: str
 ) -> Iterator[tuple[str, float, nn.Module]]:
-    """Yield (name, relative error of its outputs, the quantised Linear), in the order of the model.
+    """Yield (name, relative error of its outputs, the quantised Linear), in the model's order.
 
     scheme: "groupsize", "percdamp", "blocksize", "act_order", "skip". chunks: calibration text, equally long rows of
     token ids. Raises ValueError as `gptq` does, with the Linear's name.

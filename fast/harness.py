@@ -1,10 +1,10 @@
-"""The adapter to EleutherAI's lm-evaluation-harness (lm_eval 0.4.9 or later): its three kinds of request, our model.
+"""Adapter that runs the tasks of EleutherAI's lm-evaluation-harness (lm_eval 0.4.9 or later) on our models.
 
     python eval.py --tasks hellaswag                                        # our command line
-    python -m fast.harness --model fast --model_args checkpoint_path=DIR    # the harness's own, with this model in it
+    python -m fast.harness --model fast --model_args checkpoint_path=DIR    # the harness's, with our model registered
 
 Needs the package lm_eval, which nothing else in the project does; so import this module only where it is used. Texts
-become tokens, and tokens are cut, as in the harness's own HFLM, so that results can be compared number by number.
+are tokenised and truncated exactly as in the harness's own HFLM, so that results can be compared number by number.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from fast.scoring import Scorer, parse_batch_size
 from fast.tokenizer import Tokenizer
 from model import Transformer
 
-MAX_NEW_TOKENS = 256  # where a task does not say, as in HFLM
+MAX_NEW_TOKENS = 256  # for tasks that set no maximum, as in HFLM
 MAX_NEW_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -40,7 +40,7 @@ MAX_NEW_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_com
 class FastLM(TemplateLM):
     """A `Transformer` and its tokenizer as the harness sees a model.
 
-    batch_size: rows, or "auto". max_length: tokens the model is given at most (default: its context length).
+    batch_size: rows, or "auto". max_length: the most tokens the model is given (default: its context length).
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class FastLM(TemplateLM):
     ):
         super().__init__()
         self.scorer = Scorer(model, parse_batch_size(batch_size), max_length, compile, kv_dtype)
-        self.model, self.text, self._name = model, tokenizer, name  # `tokenizer` would have to be of transformers
+        self.model, self.text, self._name = model, tokenizer, name  # the harness expects transformers' as `tokenizer`
         self._device = self.scorer.device
         self._steps: dict[Sampling, Steps] = {}
         if self.prefix_token_id is None:
@@ -67,7 +67,7 @@ class FastLM(TemplateLM):
         given = {**{k: v for k, v in (additional_config or {}).items() if v is not None}, **arg_dict}
         path = Path(given.pop("checkpoint_path", given.pop("pretrained", DEMO)))
         device = given.pop("device", "cuda")
-        if device.startswith("cuda") and not torch.cuda.is_available():  # the harness's default
+        if device.startswith("cuda") and not torch.cuda.is_available():  # the default, as in HFLM: no error
             device = "cpu"
         where = argparse.Namespace(device=device, dtype=given.pop("dtype", None))
         options = {name: given.pop(name) for name in ("batch_size", "max_length", "compile") if name in given}
@@ -104,7 +104,7 @@ class FastLM(TemplateLM):
         return MAX_NEW_TOKENS
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of `string`; unless told, with the beginning-of-text token that the model wants and the text lacks."""
+        """Ids of `string`. By default with the model's beginning-of-text token, unless `string` begins with it."""
         if add_special_tokens is None:
             add_special_tokens = not (self.text.bos_token and string.startswith(self.text.bos_token))
         return self.text.encode(string, bos=add_special_tokens)
@@ -114,9 +114,9 @@ class FastLM(TemplateLM):
         return self.text.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt; without `add_generation_prompt` it ends where the last message's text ends, to be gone on with.
+        """The prompt. Without `add_generation_prompt` it ends with the last message's text, for the model to continue.
 
-        A template that rejects the system message is tried without it, as in HFLM.
+        If the template rejects the messages, they are tried without the system message, as in HFLM.
         """
         try:
             prompt = self.text.apply_chat_template(chat_history, add_generation_prompt)
@@ -145,7 +145,7 @@ class FastLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, each in windows of the maximum length that do not overlap."""
+        """The log-likelihood of whole texts, each scored in disjoint windows of at most the maximum length."""
         windows, owners = [], []
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -166,7 +166,7 @@ class FastLM(TemplateLM):
         same_settings: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             same_settings.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
-        jobs = []  # (indices of requests, what they share: sampling, stop strings, new tokens)
+        jobs = []  # (indices of requests, their common settings: sampling, stop strings, new tokens)
         prompts: dict[int, list[int]] = {}
         for indices in same_settings.values():
             settings = parse_generation(requests[indices[0]].args[1])
@@ -193,11 +193,11 @@ class FastLM(TemplateLM):
         return results
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, stop: list[str], max_new: int) -> list[str]:
-        """One batch; it ends when every row has. The text begins as the harness expects it: as if nothing preceded."""
+        """Generate one batch until every row has ended; decode without the prompts, as the harness expects."""
         if sampling not in self._steps:
             self._steps[sampling] = build_steps(self.model, sampling, self.scorer.compile)
         rows = [Row(self.text, [], max_new, stop) for _ in prompts]
-        if self.scorer.compile:  # a smaller batch would be compiled anew
+        if self.scorer.compile:  # fill the last batch: another size would be compiled again
             prompts = prompts + [prompts[-1][:1]] * (self.model.max_batch_size - len(prompts))
         for tokens in stream(self._steps[sampling], prompts, max_new):
             for row, token in zip(rows, tokens, strict=False):
@@ -209,9 +209,9 @@ class FastLM(TemplateLM):
 
 
 def parse_generation(settings: dict[str, Any]) -> tuple[Sampling, list[str], int]:
-    """Sampling, stop strings and maximum of new tokens out of a task's `generation_kwargs`.
+    """Sampling, stop strings and maximum of new tokens from a task's `generation_kwargs`.
 
-    Greedy unless `do_sample` or a temperature says otherwise. Raises ValueError for settings that are not known here.
+    Greedy unless the temperature is above 0 and `do_sample` is not False. Raises ValueError for unknown settings.
     """
     settings = dict(settings)
     stop = settings.pop("until", None) or []
@@ -233,17 +233,17 @@ def _listed(stop: str | list[str]) -> list[str]:
 # ---- Running tasks.
 
 
-@cache  # looking through the harness's thousands of files takes seconds
+@cache  # indexing the harness's thousands of task files takes seconds
 def task_manager(include_path: Path | None, include_defaults: bool = True) -> TaskManager:
     return TaskManager(include_path=include_path and str(include_path.absolute()), include_defaults=include_defaults)
 
 
 def find_tasks(names: list[str], include_path: Path | None) -> tuple[list[str], TaskManager]:
-    """The tasks, groups and tags that `names` (patterns, or several with commas) match; ValueError for none."""
+    """The tasks, groups and tags that match `names` (patterns, or comma-separated). ValueError if one has no match."""
     wanted = [name for entry in names for name in entry.split(",") if name]
     manager = task_manager(include_path, include_defaults=include_path is None)
     missing = [name for name in wanted if not manager.match_tasks([name])]
-    if missing and include_path is not None:  # not all are there: look among the harness's too
+    if missing and include_path is not None:  # not all are in include_path: search the harness's own too
         manager = task_manager(include_path)
         missing = [name for name in wanted if not manager.match_tasks([name])]
     if missing:
@@ -253,7 +253,7 @@ def find_tasks(names: list[str], include_path: Path | None) -> tuple[list[str], 
 
 
 def evaluate(lm: FastLM, tasks: tuple[list[str], TaskManager], args: argparse.Namespace) -> dict[str, Any]:
-    """Run the tasks as `eval.py`'s flags say, print the harness's table, write its files; the harness's results."""
+    """Run the tasks with `eval.py`'s flags, print the table and write the files; returns the harness's results."""
     names, manager = tasks
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     tracker = EvaluationTracker(output_path=str(args.output_path)) if args.output_path else None
@@ -272,7 +272,7 @@ def evaluate(lm: FastLM, tasks: tuple[list[str], TaskManager], args: argparse.Na
         fewshot_as_multiturn=args.fewshot_as_multiturn,
         **({} if args.seed is None else dict.fromkeys(seeds, args.seed)),
     )
-    if results is None:  # another rank reports
+    if results is None:  # the harness gives results to rank 0 only
         return {}
     samples = results.pop("samples", None)
     if tracker is not None:

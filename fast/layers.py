@@ -1,10 +1,10 @@
-"""What makes the textbook model fast: the layers that take the place of those in `model.py`, with the same numbers.
+"""Fast layers that replace the textbook layers of `model.py` and compute the same results.
 
-    speed_up(model, torch.bfloat16)  # the weights are there, the caches not yet
+    speed_up(model, torch.bfloat16)  # after the weights are loaded, before `setup_caches`
 
-This file alone knows both the model and the kernels. At batch size one a layer costs its launches as well as its bytes,
-so a `FastBlock` is five operators: what happens between two products happens inside them. Where a backend
-(`kernels/__init__.py`) has no kernel, the textbook's module stays: a family or a quantisation works before it is fast.
+Only this file knows both the model and the kernels. At batch size one a layer's time goes to launches as well as to
+reading weights, so a `FastBlock` is five operators: norms, SiLU and residuals are fused into the products. Where a
+backend (`kernels/__init__.py`) has no kernel, the textbook layer stays: new families and quantisations work at once.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": gpu}
 
 
 def kernels_missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Why plain PyTorch multiplies, and on a GPU attends, in one line; None where there are kernels."""
+    """Why plain PyTorch computes products (and attention, on a GPU), in one line; None if there are kernels."""
     backend = BACKENDS.get(torch.device(device).type)
     if backend is None:
         return f"there is no kernel for quantised weights on {device}"
@@ -45,7 +45,7 @@ def backend_for(device: torch.device | str, dtype: torch.dtype) -> ModuleType | 
 
 
 class FastLinear(nn.Module):
-    """A Linear whose product is a backend's operator; its tensors are those of the operator."""
+    """A Linear whose product is a backend's operator; its buffers are the tensors that the operator takes."""
 
     def __init__(self, linear: nn.Module, product: Product):
         super().__init__()
@@ -58,7 +58,7 @@ class FastLinear(nn.Module):
     def forward(
         self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None, gated: bool = False
     ) -> Tensor:
-        """As `fused`, in one operator; the collective comes last."""
+        """As `fused`, in one operator; a collective comes last, and `fused` then passes no residual."""
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         added = None if residual is None else residual.flatten(0, -2)
         tensors = [getattr(self, name) for name in self.names]
@@ -68,7 +68,7 @@ class FastLinear(nn.Module):
 
 
 class CompiledLinear(Linear):
-    """A Linear for a compiler on a CPU without a kernel: in float32 one row takes 2/3 of the time of `F.linear`."""
+    """A Linear for torch.compile on a CPU without a kernel: one float32 row takes 2/3 of the time of `F.linear`."""
 
     def __init__(self, linear: Linear):
         with torch.device("meta"):
@@ -79,9 +79,9 @@ class CompiledLinear(Linear):
         if x.numel() > self.in_features or not torch.compiler.is_compiling():
             y = multiply(x, self.weight, self.bias)
         else:  # a multiply-and-sum that Inductor fuses
-            # Inductor stores what as_strided sees: x is made once, not again for every output.
+            # as_strided makes Inductor store its input, so x is computed once, not again for every output.
             row = x.reshape(-1).as_strided((self.in_features,), (1,))
-            # It sums up to 4096 terms in registers, longer rows through memory at two thirds of the speed.
+            # Inductor sums up to 4096 terms in registers; longer sums go through memory, at two thirds of the speed.
             length = next(n for n in range(min(4096, self.in_features), 0, -1) if self.in_features % n == 0)
             products = self.weight.float().unflatten(1, (-1, length)) * row.float().view(-1, length)
             y = products.sum(-1).sum(-1).view(*x.shape[:-1], -1)
@@ -92,9 +92,9 @@ class CompiledLinear(Linear):
 def fused(
     linear: nn.Module, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None, gated: bool = False
 ) -> Tensor:
-    """`residual + linear(norm(x))`; or `gated`, `silu(gate) * up` of the two halves that the Linear puts out.
+    """`residual + linear(norm(x))`; if `gated`, the halves of the Linear's output first become `silu(gate) * up`.
 
-    One operator, if the Linear has one. It ends where a collective has to follow: then the residual is added after.
+    One operator if the Linear has one and no collective: the residual must be added after the collective.
     """
     if isinstance(linear, FastLinear) and linear.collective is None:
         return linear(x, norm, residual, gated)
@@ -106,7 +106,7 @@ def fused(
 
 
 class NormedOutput(nn.Module):
-    """The model's norm and its output projection in one operator."""
+    """The model's last norm and its output projection in one operator."""
 
     def __init__(self, norm: RMSNorm, linear: FastLinear):
         super().__init__()
@@ -117,7 +117,7 @@ class NormedOutput(nn.Module):
 
 
 class FastKVCache(KVCache):
-    """A cache over which a backend's kernel attends, if its `attention` has one for this type of cache."""
+    """A KV cache with a backend's attention kernel, if the backend has one for this type of cache."""
 
     def __init__(self, attention: Callable | None, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
         super().__init__(shape, device, dtype)
@@ -152,9 +152,9 @@ class FastKVCache(KVCache):
 
 
 def compiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """`grouped_attention`; of one position it is spelled out for a compiler where that makes it faster.
+    """`grouped_attention`; when compiling, attention of one position is written out where that is faster.
 
-    SDPA's kernels hand a head to a core each and multiply matrices of G = H / KV rows; at G = 1 a fused
+    SDPA's kernels give each head to one core and multiply matrices of G = H / KV rows; at G = 1 a fused
     multiply-and-sum reads the cache 5 times as fast (CPU, 512 to 4096 positions).
     """
     (B, H, S, D), KV = q.shape, k.shape[1]
@@ -175,11 +175,11 @@ class FastBlock(nn.Module):
         self.attention_norm, self.attention = block.attention_norm, block.attention
         self.ffn_norm, self.feed_forward = block.ffn_norm, block.feed_forward
 
-    @torch.compiler.nested_compile_region  # the blocks are alike: torch.compile translates the first and reuses it
+    @torch.compiler.nested_compile_region  # the blocks are alike: torch.compile traces the first and reuses it
     def forward(self, x, cos, sin, input_pos, n_slots, mask):
         a, f = self.attention, self.feed_forward
         qkv = fused(a.wqkv, x, self.attention_norm)
-        if input_pos is None or mask is None:  # the text at hand is all there is to attend to
+        if input_pos is None or mask is None:  # there is no earlier text to attend to
             y = a.attend(qkv, cos, sin, input_pos, n_slots, mask)
         else:
             y = a.kv_cache.attend(a, qkv, cos, sin, input_pos, n_slots, mask)
@@ -187,7 +187,7 @@ class FastBlock(nn.Module):
         return fused(f.w2, fused(f.w13, x, self.ffn_norm, gated=True), residual=x)
 
 
-# What a backend gets of a Linear, in the order of `kernels.product`. A Linear that is not here has no kernel.
+# The tensors of a Linear that a backend's `product` takes, in that order. A class not listed here has no kernel.
 TENSORS: dict[type[nn.Module], tuple[str, ...]] = {
     Linear: ("weight",),
     CompiledLinear: ("weight",),
@@ -197,7 +197,7 @@ TENSORS: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 def fast_linear(linear: nn.Module, backend: ModuleType | None) -> nn.Module:
-    """What takes the place of `linear`: a `FastLinear`, or where `backend` has no kernel for it the next best."""
+    """A `FastLinear`; if `backend` has no kernel, a `CompiledLinear` (not quantised, on a CPU) or `linear` itself."""
     product = backend and backend.product(*(getattr(linear, name) for name in TENSORS[type(linear)]))
     if product:
         return FastLinear(linear, product)
@@ -207,11 +207,11 @@ def fast_linear(linear: nn.Module, backend: ModuleType | None) -> nn.Module:
 def replace_linears(module: nn.Module, backend: ModuleType | None) -> None:
     """Replace every Linear in `module`, one by one, so that each weight is freed once it is packed.
 
-    On a GPU it also decides, until it is called again, whether Inductor tunes what it compiles: without a `backend`.
+    On a GPU it also turns Inductor's tuning on (without a `backend`) or off, for everything compiled from then on.
     """
     names = [name for name, child in module.named_modules() if type(child) in TENSORS]
     if any(module.get_submodule(name).weight.is_cuda for name in names):
-        # So a product of one row is a multiply-and-sum. Only then: tuning a sampler once kept ptxas busy for minutes.
+        # It makes one-row products multiply-and-sum. Otherwise off: tuning a sampler once kept ptxas busy for minutes.
         torch._inductor.config.coordinate_descent_tuning = backend is None
     for name in names:
         parent, _, key = name.rpartition(".")
@@ -219,10 +219,10 @@ def replace_linears(module: nn.Module, backend: ModuleType | None) -> None:
 
 
 def speed_up(model: Transformer, dtype: torch.dtype) -> None:
-    """Put fast layers in the place of the textbook's, for activations in `dtype` on the device of the weights.
+    """Replace the layers of `model` by fast ones, for activations in `dtype` on the device of the weights.
 
-    On a GPU this turns cuDNN's attention off for the process: on Hopper SDPA prefers it, and it plans anew for each
-    length of a prompt: 70 ms on an H100, 1 s the first time.
+    On a GPU this turns cuDNN's attention off for the process: on Hopper SDPA prefers it, and cuDNN makes a new plan for
+    every prompt length: 70 ms on an H100, 1 s the first time.
     """
     device = model.tok_embeddings.weight.device
     if device.type == "cuda":
@@ -238,7 +238,7 @@ def speed_up(model: Transformer, dtype: torch.dtype) -> None:
 
 
 def together(model: Transformer, step: Callable) -> Callable:
-    """`step` as the backend holds it together, if its kernels do all the work of `model`; the caches are set up."""
+    """`step` wrapped by the backend's `together` if kernels do all of the model's work. Needs `setup_caches` first."""
     for module in model.modules():
         if isinstance(module, (Linear, QuantizedLinear)) or (isinstance(module, FastKVCache) and module.kernel is None):
             return step

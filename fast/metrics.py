@@ -1,8 +1,8 @@
-"""What a run cost: bytes per token, the device's bandwidth, memory, and the lines that report them.
+"""Measurements of a run: bytes per token, bandwidth, peak memory, and the lines that report them.
 
     print(describe(figures))
 
-Decoding is bound by memory: its measure is the bytes a token must read, over the bytes the device moves per second.
+Decoding is bound by memory bandwidth: it is judged by the bytes it reads per second, as a share of the device's own.
 """
 
 import platform
@@ -25,26 +25,26 @@ from model import ModelArgs, Transformer
 def bytes_per_step(model: Transformer, batch_size: int, positions: float) -> float:
     """Bytes a decode step must read: all weights but the embedding table, and `positions` of KV cache in every row."""
     tensors = model.state_dict()
-    del tensors["tok_embeddings.weight"]  # of which a token reads a row; a tied one is also the output projection
+    del tensors["tok_embeddings.weight"]  # a token reads one row of it; if tied, it is counted as the output projection
     weights = sum(t.nbytes for t in tensors.values())
-    cache = model.layers[0].attention.kv_cache  # keys and values, scales with them
+    cache = model.layers[0].attention.kv_cache  # keys, values and, if quantised, scales
     per_position = model.args.n_layers * sum(t[0, :, 0].nbytes for t in cache.buffers())
     return weights + batch_size * positions * per_position
 
 
 def parameter_bytes(model: Transformer) -> int:
-    """Bytes of the weights that this process holds, scales and zeros with them."""
+    """Bytes of the weights that this process holds, scales and zeros included."""
     return sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())  # a tied weight counts once
 
 
 def count_parameters(args: ModelArgs) -> int:
-    """The parameters of a model of this shape, however they are stored."""
+    """The number of parameters of a model of this shape, however they are stored."""
     with torch.device("meta"):
         return sum(p.numel() for p in Transformer(args).parameters())
 
 
 def memory_to_read(device: str) -> Tensor:
-    """What a plain read sums up: up to 1 GiB of a GPU; of a CPU 256 MiB in pages of 2 MiB, from which it is fastest."""
+    """The tensor that `measure_bandwidth` sums: up to 1 GiB on a GPU; on a CPU 256 MiB in huge pages, the fastest."""
     if device.startswith("cuda"):
         return torch.ones(min(1 << 30, torch.cuda.mem_get_info(device)[0] // 4) // 4, device=device)
     return in_huge_pages(1 << 28).view(torch.float32).fill_(1)
@@ -70,7 +70,7 @@ def hardware(device: str) -> str:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes at the peak so far: the GPU's allocator, or this process's resident memory."""
+    """The peak so far, in bytes: of the GPU's allocator, or of this process's resident memory."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -98,15 +98,15 @@ def describe_acceptance(acceptance: dict[str, Any]) -> str:
 def report(
     samples: list[dict[str, Any]], load_s: float, compile_s: float, device: str, acceptance: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Print the medians over the samples; the figures that `--metrics_path` holds beside the samples.
+    """Print the medians over the samples; return the figures for `--metrics_path`, those of each row included.
 
-    acceptance: of speculative decoding, None without it.
+    acceptance: `Acceptance.figures()` of speculative decoding, None without it.
     """
     medians = {key: _median([s[key] for s in samples]) for key in samples[0] if key != "rows"}
     print(f"median of {len(samples)}: {describe(medians)}")
     if acceptance is not None:
         print(describe_acceptance(acceptance))
-    peak, bandwidth = peak_memory(device), measure_bandwidth(device)  # in this order: the second takes memory too
+    peak, bandwidth = peak_memory(device), measure_bandwidth(device)  # in this order: the second allocates memory
     share = ""
     if medians["bandwidth_gb_s"] is not None:
         share = f", so decoding reached {medians['bandwidth_gb_s'] * 1e9 / bandwidth:.0%} of it"

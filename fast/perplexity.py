@@ -3,9 +3,9 @@
     result = perplexity(model, tokenizer.encode(text), window=512, stride=256)
     print(result.perplexity)
 
-The rule is that of https://huggingface.co/docs/transformers/perplexity: windows of `window` tokens start every `stride`
-tokens, and each scores only what no window before it has scored. A small stride gives every token a long context; a
-stride as long as the window is the fast, pessimistic form that papers on quantisation report.
+As in https://huggingface.co/docs/transformers/perplexity, windows of `window` tokens start every `stride` tokens, and
+each scores only the tokens that no earlier window has scored. A small stride gives every token a long context; a stride
+as long as the window is the fast, pessimistic form that papers on quantisation report.
 """
 
 import math
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from model import Transformer
 
-CHUNK_ELEMENTS = 1 << 25  # logits that are converted to float32 at a time: 128 MiB
+CHUNK_ELEMENTS = 1 << 25  # logits converted to float32 at a time: 128 MiB
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Perplexity:
         return _exp(self.nll / self.n_tokens)
 
     def bits_per_byte(self, tokens_per_byte: float) -> float:
-        """Per byte of the text, which models with unlike tokenizers can be compared by. The few tokens that have no
-        context (the very first; each window's first where the stride is the window) count as the average one.
+        """Bits per byte of the text, comparable between models with different tokenizers. The few tokens without
+        context (the very first; each window's first if the stride equals the window) count as average ones.
         """
         return self.nll / self.n_tokens * tokens_per_byte / math.log(2)
 
@@ -51,8 +51,8 @@ def perplexity(
 ) -> Perplexity:
     """Score the text `ids` with windows of `window` tokens, one every `stride`, `batch_size` windows at a time.
 
-    The model needs no cache, unless `kv_dtype` asks for a quantised one: then every window goes through it, and a
-    query sees of all keys and values what decoding would read. Default batch: as many windows as make 4096 tokens.
+    No cache is used, unless `kv_dtype` asks for a quantised one: then every window goes through it, and queries see
+    the quantised keys and values, as in decoding. Default batch: as many windows as make 4096 tokens.
     Raises ValueError for sizes that do not fit the model or each other, and for a text of fewer than two tokens.
     """
     if not 2 <= window <= model.args.context_length:
@@ -65,7 +65,7 @@ def perplexity(
         raise ValueError(f"a text of {len(ids)} tokens has no perplexity: at least 2 are needed")
     windows = list(_windows(len(ids), window, stride))
     size = batch_size or max(1, 4096 // window)
-    # The first window scores more tokens than the others: it goes alone.
+    # The first window scores more tokens than the others: alone, it does not pad their logits.
     batches = [windows[:1], *(windows[i : i + size] for i in range(1, len(windows), size))]
     if kv_dtype is not None:
         model.setup_caches(size, min(window, len(ids)), kv_dtype=kv_dtype)
@@ -91,11 +91,11 @@ def _windows(n: int, window: int, stride: int):
 
 @torch.no_grad()
 def _score(model: Transformer, ids: list[int], windows: list[tuple[int, int, int]], cached: bool) -> float:
-    """The summed negative log-likelihood of the windows' scored tokens, which the output projection is limited to."""
+    """The summed negative log-likelihood of the windows' scored tokens; the output projection skips all others."""
     device = model.tok_embeddings.weight.device
     longest = max(end - begin for begin, _, end in windows)
     most = max(end - first for _, first, end in windows)
-    idx = torch.zeros(len(windows), longest, dtype=torch.long)  # padded on the right, where no query looks
+    idx = torch.zeros(len(windows), longest, dtype=torch.long)  # padded on the right: the causal mask hides it
     logits_at = torch.zeros(len(windows), most, dtype=torch.long)
     targets = torch.full((len(windows), most), -100)
     for row, (begin, first, end) in enumerate(windows):
@@ -110,7 +110,7 @@ def _score(model: Transformer, ids: list[int], windows: list[tuple[int, int, int
 def negative_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
     """In nats, float32 `[B, N]`, from logits `[B, N, vocab]`; 0 where the target is -100.
 
-    The float32 softmax is taken a chunk at a time, so that it needs little memory beside the logits.
+    The float32 softmax is computed in chunks, so that it needs little memory beside the logits.
     """
     rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
     chunks = zip(logits.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)

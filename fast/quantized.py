@@ -1,9 +1,9 @@
-"""The quantised Linears: how a float weight becomes one, how it lies in a file, how it multiplies.
+"""Quantised Linears: how weights are rounded, how they are stored, how they are multiplied.
 
     module = Int4Linear.from_float(weight, groupsize=32)  # [N, K] in any float dtype
     y = module(x)
 
-What a file holds is the same for every device, N being the outputs and K the inputs of a Linear:
+A checkpoint stores the same for every device (a Linear has N outputs, K inputs and groups of G inputs):
 
     int8   weight  int8     [N, K]      w = weight * scales, symmetric per output row
            scales  float32  [N]
@@ -11,9 +11,9 @@ What a file holds is the same for every device, N being the outputs and K the in
            scales  bfloat16 [N, K / G]  w = (q - 8) * scales + zeros, per group of G inputs
            zeros   bfloat16 [N, K / G]
 
-Worth knowing: `zeros` is the value in the middle of a group's range, small beside the range itself, so that rounding it
-to bfloat16 costs nothing; and a weight is rounded with the scale and zero as stored, not as computed. On its own a
-module here multiplies by the weights it dequantises; `layers.speed_up` puts a kernel in its place where there is one.
+Worth knowing: `zeros` is the value in the middle of a group's range, usually small beside the range, so that rounding
+it to bfloat16 costs little. Weights are rounded with scale and zero as stored, in bfloat16. The modules here multiply
+by dequantised weights in plain PyTorch; `layers.speed_up` replaces them with a kernel where the backend has one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from model import Sharding, multiply
 
 GROUP_SIZES = (32, 64, 128, 256)
-ELEMENTS_AT_ONCE = 1 << 19  # quantised at a time: staying in the CPU's cache is ten times as fast
+ELEMENTS_AT_ONCE = 1 << 19  # elements quantised at a time: staying in the CPU's cache is ten times as fast
 
 
 class QuantizedLinear(nn.Module):
-    """The base of all: `y = x W^T + bias` for x `[..., K]`, W `[N, K]` being what `dequantize` returns."""
+    """Base class: `y = x W^T + bias` for x `[..., K]`, with W `[N, K]` from `dequantize`."""
 
-    in_groups = False  # whether a number of inputs, `groupsize`, share a scale
+    in_groups = False  # whether each group of `groupsize` inputs has its own scale
     sharding = Sharding()
     collective: Callable[[Tensor], Tensor] | None = None
 
@@ -70,7 +70,7 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int4Linear(QuantizedLinear):
-    """A Linear with 4-bit weights, a scale and a zero for each group of `groupsize` inputs."""
+    """A Linear with 4-bit weights, and a scale and a zero for each group of `groupsize` inputs."""
 
     in_groups = True
 
@@ -97,7 +97,7 @@ class Int4Linear(QuantizedLinear):
 
     @classmethod
     def from_parts(cls, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> "Int4Linear":
-        """A module that holds these tensors as they are, in the stored form."""
+        """A module that holds these tensors, already in the stored form, without copying them."""
         n_in = 2 * weight.shape[1]
         module = cls(n_in, weight.shape[0], groupsize=n_in // scales.shape[1])
         module.weight, module.scales, module.zeros = weight, scales, zeros
@@ -117,17 +117,17 @@ LINEARS: dict[str, type[QuantizedLinear]] = {
 
 
 def quantized_linears(model: nn.Module, scheme: dict[str, Any]) -> Iterator[tuple[str, nn.Linear]]:
-    """Name and module of every Linear that `scheme` quantises: all but those in its `skip`, by name or last part."""
+    """Name and module of every Linear that `scheme` quantises: all but those in `skip`, by full name or last part."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not {name, name.rpartition(".")[2]} & set(scheme.get("skip", ())):
             yield name, module
 
 
 def swap_linears(model: nn.Module, scheme: dict[str, Any]) -> None:
-    """Put the quantised Linears that `scheme` describes in the place of the float ones, without weights.
+    """Replace the Linears that `scheme` quantises with quantised ones, whose weights are still uninitialised.
 
     scheme: what a checkpoint records, {"mode": "int4", "groupsize": 32, "skip": ["output"], ...}. Raises ValueError for
-    a mode or a group size that this version does not have, and for a Linear whose inputs the groups do not divide.
+    an unsupported mode or group size, and for a Linear whose number of inputs is not a multiple of the group size.
     """
     mode, groupsize = scheme.get("mode"), scheme.get("groupsize")
     if mode not in LINEARS:
@@ -163,9 +163,9 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 def int4_scales(groups: Tensor, search: bool, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The scale and zero of each group, bfloat16 `[...]`, for weights `groups [..., G]` in float32.
 
-    Without `search` the 16 steps span the group's range. With it the range is also cut short by up to 45 %, and from
-    the best cut on, rounding and a linear regression of the weights on the rounded values take turns; what has the
-    least squared error stays. `importance`, of a shape that broadcasts to `groups`, weights these errors.
+    Without `search` the 16 steps span the group's range. With it, ranges shortened by up to 45 % are tried too; then,
+    from the best one, rounding alternates with a linear regression of the weights on the rounded values. The least
+    squared error wins. `importance`, of a shape that broadcasts to `groups`, weights these errors.
     """
     low, high = groups.amin(-1), groups.amax(-1)
     best = _spanning(low, high)
@@ -211,7 +211,7 @@ def int4_round(groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 
 def int4_values(q: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """The float32 weights that `q [..., K]` stands for, with `scales`, `zeros` `[..., K / G]`."""
+    """The float32 weights that `q [..., K]` encodes, with `scales`, `zeros` `[..., K / G]`."""
     groups = q.unflatten(-1, (scales.shape[-1], -1)).float() - 8
     return (groups * scales.float()[..., None] + zeros.float()[..., None]).flatten(-2)
 
@@ -222,6 +222,6 @@ def _round_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_rows(quantize, weight: Tensor) -> Sequence[Tensor]:
-    """`quantize` a few rows of `weight` at a time in float32, and join what it returns."""
+    """Apply `quantize` to a few rows of `weight` at a time, in float32, and concatenate the results."""
     pieces = [quantize(rows.float()) for rows in weight.split(max(1, ELEMENTS_AT_ONCE // weight.shape[1]))]
     return [torch.cat(column) for column in zip(*pieces, strict=True)]

@@ -1,9 +1,9 @@
-"""The rows of a batch: streams of token ids in, each row's text, reason to end and figures out.
+"""The rows of a batch: turn the stream of token ids into each row's text, finish reason and timings.
 
     rows = [Row(tokenizer, prompt, max_new_tokens=100, stop_strings=["."]) for prompt in prompts]
     run_rows(steps, rows, max_new_tokens=100, show=lambda i, text: print(i, text))
 
-Worth knowing: what may begin a stop string or half a character is held back until it is certain.
+Worth knowing: text that may be the start of a stop string, and an incomplete character, are held back until decided.
 """
 
 import time
@@ -26,13 +26,13 @@ class Row:
         self.finish_reason: str | None = None
         self.times: list[float] = []
         self._decoder = IncrementalDecoder(tokenizer)
-        for token in prompt:  # the first word after the prompt keeps its space
+        for token in prompt:  # so that the first new word keeps its leading space
             self._decoder.put(token)
         self._max_new_tokens, self._stop_ids, self._stop_strings = max_new_tokens, tokenizer.stop_ids, stop_strings
         self._shown = 0
 
     def put(self, token: int) -> str:
-        """Take the next token; return the text that is certain now, without what may begin a stop string."""
+        """Append the next token; return the text that is now final: it cannot become part of a stop string."""
         self.tokens.append(token)
         self.times.append(time.perf_counter())
         if token in self._stop_ids:
@@ -73,7 +73,7 @@ def run_rows(
     cached: int = 0,
     acceptance: Acceptance | None = None,
 ) -> None:
-    """Generate until every row has ended, calling `show(row index, text)` as text becomes certain."""
+    """Generate until every row has ended, calling `show(row index, text)` with final text; `cached`: as in `stream`."""
     prompts = [row.prompt[cached:] for row in rows]
     if isinstance(steps, SpeculativeSteps):
         brought = speculate(steps, prompts, max_new_tokens, cached)
@@ -84,7 +84,7 @@ def run_rows(
             acceptance.add(step, [row.finish_reason is None for row in rows])
         for i, row in enumerate(rows):
             for token in step.ids[i]:
-                if row.finish_reason is None:  # what was accepted behind a row's end is not its text
+                if row.finish_reason is None:  # drafts accepted after a row's end are dropped
                     show(i, row.put(token))
         if all(row.finish_reason for row in rows):
             return

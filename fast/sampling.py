@@ -1,10 +1,10 @@
-"""Choosing the next token: temperature, top-k, top-p, min-p and the draw.
+"""Choosing the next token: temperature, top-k, top-p, min-p and the random draw.
 
     sampling = Sampling(temperature=0.8, top_k=200)
     ids = sampling(logits)  # [..., vocab] -> [...]
 
-Pure functions of float32 logits. None of them waits for the device, so they run inside the recorded decode step: the
-draw is an argmax over p / Exp(1), which needs no `multinomial` and no sync.
+None of these functions waits for the device, so they run inside the CUDA graph of the decode step: the draw
+is an argmax over p / Exp(1), because `torch.multinomial` would synchronise.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TIES = 64  # of the k-th likeliest token that compete beside it
+TIES = 64  # extra candidates kept, so that tokens tied with the k-th are not lost
 
 
 def top_k(logits: Tensor, k: int, descending: bool = False) -> Tensor:
-    """Rule out all but the `k` likeliest tokens (Fan et al. 2018); `descending` logits need not be sorted for it."""
+    """Rule out all but the `k` likeliest tokens (Fan et al. 2018); `descending`: the logits are sorted already."""
     k = min(k, logits.shape[-1])
     kth = (logits if descending else logits.topk(k).values)[..., k - 1, None]
     return logits.masked_fill(logits < kth, -torch.inf)
@@ -43,7 +43,7 @@ def draw(probs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature first, then the filters in this order; None leaves a filter out. Raises ValueError when unusable."""
+    """Temperature first, then the filters in this order; None leaves a filter out. ValueError if out of range."""
 
     temperature: float = 0.8
     top_k: int | None = 200
@@ -76,6 +76,6 @@ class Sampling:
             return logits.float().argmax(dim=-1)
         if self.top_k is None:
             return draw(self.probs(logits))
-        # A draw takes noise for each of a vocabulary's ids, and nearly all of them are ruled out.
+        # Draw among the likeliest alone: noise for the whole vocabulary would be wasted on ids that top-k rules out.
         likeliest, ids = logits.topk(min(self.top_k + TIES, logits.shape[-1]))
         return ids.gather(-1, draw(self.probs(likeliest, descending=True))[..., None])[..., 0]

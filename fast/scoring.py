@@ -1,11 +1,11 @@
-"""Log-likelihoods of many continuations: batched, sorted by length, what texts have in common computed once.
+"""Log-likelihoods of many continuations: batched, sorted by length, with shared prefixes computed once.
 
     scorer = Scorer(model, batch_size=16)
     for log_likelihood, is_greedy in scorer.score([(context_ids, continuation_ids), ...]): ...
 
-The answers to one question begin alike, and so do questions behind the same examples. Texts with a common beginning
-form a group: the beginning goes through the model once, its keys and values are copied to the group's rows of the KV
-cache, and only what differs is computed per row. Texts that share nothing need no cache.
+The answers to one question share a prefix, and so do questions after the same few-shot examples. Texts with a common
+prefix form a group: the prefix goes through the model once, its keys and values (`beginnings`) are copied to the rows
+of the KV cache, and only the rest of each text is computed per row. Texts that share nothing need no cache.
 """
 
 import sys
@@ -20,9 +20,9 @@ from fast.decoding import common_prefix, round_up
 from fast.perplexity import negative_log_likelihoods
 from model import Transformer
 
-MIN_SHARED = 16  # tokens that sharing must save to be worth a pass of its own
-PASS_TOKENS = {"cuda": 16384, "cpu": 256}  # enough to keep the device busy: rows beyond them wait for the next pass
-AUTO_TOKENS = {"cuda": 65536, "cpu": 4096}  # what a batch of `batch_size=None` is filled with, padding included
+MIN_SHARED = 16  # tokens that sharing must save to be worth a forward pass of its own
+PASS_TOKENS = {"cuda": 16384, "cpu": 256}  # in a forward pass, to keep the device busy; a larger batch takes several
+AUTO_TOKENS = {"cuda": 65536, "cpu": 4096}  # in a batch if `batch_size` is None, padding included
 AUTO_ROWS = 64
 
 
@@ -40,7 +40,7 @@ class Text:
 
 @dataclass
 class Group:
-    """Texts whose first `shared` tokens are the same; none of these is where a scored token is predicted."""
+    """Texts whose first `shared` tokens are the same; the logits to score all come after them."""
 
     texts: list[Text]
     shared: int
@@ -52,7 +52,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Rest:
-    """What is left of a text to compute behind its group's `start` shared tokens; `source`: the group's number."""
+    """The part of a text after the `start` tokens that its group shares; `source`: the group's index in the batch."""
 
     text: Text
     start: int
@@ -66,8 +66,8 @@ class Rest:
 def to_texts(requests: list[tuple[list[int], list[int]]], max_length: int) -> list[Text]:
     """The distinct inputs of (context, continuation) pairs, in lexicographic order.
 
-    The input is what predicts the continuation: both without the last token, cut on the left to `max_length`, as the
-    harness's HFLM does. Raises ValueError for a pair without context, or a continuation longer than that.
+    The input is context and continuation without the last token, cut on the left to `max_length`, as the harness's HFLM
+    does. Raises ValueError for a pair without context, or a continuation longer than `max_length`.
     """
     by_ids: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
     for i, (context, continuation) in enumerate(requests):
@@ -84,11 +84,11 @@ def to_texts(requests: list[tuple[list[int], list[int]]], max_length: int) -> li
 def to_groups(texts: list[Text], max_rows: int) -> list[Group]:
     """Group neighbours of the sorted `texts`, at most `max_rows` each, where that saves tokens.
 
-    A text joins the group before it if the tokens saved grow, unless it has far more in common with its successor.
+    A text joins the group before it if that saves enough, unless it shares over twice as much with its successor.
     """
     groups: list[Group] = []
     for i, text in enumerate(texts):
-        own = len(text.ids) - text.n_scored  # what can be shared at all
+        own = len(text.ids) - text.n_scored  # the most that can be shared
         if groups and len(groups[-1].texts) < max_rows:
             group = groups[-1]
             n = len(group.texts)
@@ -106,16 +106,15 @@ def to_groups(texts: list[Text], max_rows: int) -> list[Group]:
 
 
 def bucket(n: int) -> int:
-    """`n` rounded up to one of few lengths, with at most an eighth of padding from 128 on."""
+    """`n` rounded up to one of few lengths; from 128 on, padding is at most an eighth."""
     return round_up(n, at_least=16, per_octave=8)
 
 
 class Scorer:
     """Scores continuations with a model, whose KV cache it sets up as needed.
 
-    batch_size: rows that go through the model together; None: as many as make a good batch. On a GPU whose memory is
-    full it is halved. max_length: tokens the model is given at most (default: its context length). kv_dtype: that of
-    a quantised cache, through which every text then goes.
+    batch_size: most rows in a batch, halved when a GPU runs out of memory; None: what AUTO_ROWS and AUTO_TOKENS allow.
+    max_length: most tokens of an input (default: context length). kv_dtype: that of a quantised cache for all texts.
     """
 
     def __init__(
@@ -134,7 +133,7 @@ class Scorer:
         self.model, self.batch_size, self.max_length, self.compile = model, batch_size, max_length, compile
         self.device, self.kv_dtype = model.tok_embeddings.weight.device, kv_dtype
         self.pass_tokens = PASS_TOKENS.get(self.device.type, 256)
-        self._at_least = 2 if compile else 1  # a dimension of one is a graph of its own
+        self._at_least = 2 if compile else 1  # torch.compile specialises on size 1
 
         def whole(idx: Tensor, logits_at: Tensor) -> Tensor:
             slots = None if kv_dtype is None else model.slots[: idx.shape[1]]
@@ -155,14 +154,14 @@ class Scorer:
         rows = max(rows, self._at_least)
         if self.model.max_batch_size != rows or self.model.max_seq_length < length:
             for layer in self.model.layers:
-                layer.attention.kv_cache = None  # the old one makes room first
+                layer.attention.kv_cache = None  # free the old cache before allocating
             capacity = min(bucket(length), self.model.args.context_length)
             self.model.setup_caches(rows, capacity, kv_dtype=self.kv_dtype)
 
     @torch.no_grad()
     def score(self, requests: list[tuple[list[int], list[int]]], progress: bool = False) -> list[tuple[float, bool]]:
         """For every (context, continuation) its log-likelihood in nats, and whether greedy decoding would give it."""
-        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # of an empty continuation
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # for an empty continuation
         texts = to_texts(requests, self.max_length)
         bar = tqdm(total=len(requests), desc="log-likelihoods", disable=None if progress else True)
         bar.update(len(requests) - sum(len(text.continuations) for text in texts))
@@ -173,7 +172,7 @@ class Scorer:
             try:
                 found = self._score_batch(batch, rows)
             except torch.OutOfMemoryError:
-                if rows == 1 or torch.distributed.is_initialized():  # other ranks would not go back
+                if rows == 1 or torch.distributed.is_initialized():  # the other ranks would not retry
                     raise
                 rows = self.batch_size = rows // 2
                 print(f"out of memory: going on with batches of {rows}", file=sys.stderr)
@@ -195,14 +194,14 @@ class Scorer:
         if groups[0].shared:
             beginnings = self._compute_beginnings(groups)
         found = []
-        while rests:  # rows of like length go together, whatever group they are of: little is padding
+        while rests:  # rows of similar length share a pass, whatever their group, to pad little
             n = max(1, self.pass_tokens // rests[0].length)
             found += self._score_rests(rests[:n], beginnings)
             rests = rests[n:]
         return found
 
     def _compute_beginnings(self, groups: list[Group]) -> list[list[Tensor]]:
-        """What the cache holds, by layer, of what each group shares; `[len(groups), n_kv_heads, longest, ...]`."""
+        """By layer, the cache contents for each group's shared prefix, `[len(groups), n_kv_heads, longest, ...]`."""
         caches = [layer.attention.kv_cache for layer in self.model.layers]
         longest = max(group.shared for group in groups)
         kept = [
@@ -216,7 +215,7 @@ class Scorer:
             for row, group in enumerate(part):
                 idx[row, : group.shared] = torch.tensor(group.texts[0].ids[: group.shared])
             idx, slots = idx.to(self.device), self.model.slots[:S]
-            self._cached(idx, slots.clone(), slots, idx.new_zeros(len(idx), 1))  # of its logits nothing is needed
+            self._cached(idx, slots.clone(), slots, idx.new_zeros(len(idx), 1))  # its logits are not used
             rows, n = slice(begin, begin + len(part)), min(S, longest)
             for cache, tensors in zip(caches, kept, strict=True):
                 for tensor, stored in zip(tensors, cache.stored(len(part), n), strict=True):
@@ -227,9 +226,9 @@ class Scorer:
     def _score_rests(
         self, rests: list[Rest], beginnings: list[list[Tensor]] | None
     ) -> list[tuple[int, tuple[float, bool]]]:
-        """One pass of the model, behind the beginnings if there are any."""
+        """One forward pass over `rests`, behind their shared prefixes if there are any; returns as `_score_batch`."""
         S, starts = self._padded(rests[0].length), [rest.start for rest in rests]
-        if beginnings is not None:  # what is padded stays in the cache: some rows compute a little again
+        if beginnings is not None:  # padding must fit the cache too: some rows start earlier and recompute a little
             starts = [min(start, self.model.max_seq_length - S) for start in starts]
         n = max(self._at_least, max(rest.text.n_scored for rest in rests))
         idx = torch.zeros(max(self._at_least, len(rests)), S, dtype=torch.long)
@@ -260,7 +259,7 @@ class Scorer:
         return list(zip(requests, zip((-nll).tolist(), greedy.tolist(), strict=True), strict=True))
 
     def _copy_beginnings(self, beginnings: list[list[Tensor]], sources: list[int]) -> None:
-        """Fill the cache's rows, each with the beginning that `sources` names."""
+        """Copy to the cache's row i the keys and values of beginning `sources[i]`."""
         rows = torch.tensor(sources, device=self.device)
         for layer, tensors in zip(self.model.layers, beginnings, strict=True):
             places = layer.attention.kv_cache.stored(len(rows), tensors[0].shape[2])
@@ -268,7 +267,7 @@ class Scorer:
                 place.copy_(tensor[rows])
 
     def _padded(self, n: int) -> int:
-        """The length to pad `n` tokens to: a bucket for a compiled graph, which is reused; else nothing is added."""
+        """The length to pad `n` tokens to: if compiled, one of few lengths (`bucket`); else `n`, without padding."""
         return min(bucket(n) if self.compile else n, self.model.args.context_length)
 
 
@@ -282,15 +281,15 @@ def parse_batch_size(value: int | str | None) -> int | None:
 
 
 def by_length(groups: list[Group]) -> list[Group]:
-    """In the order to take them from the end: first those that share something, in both kinds the longest first.
+    """Sorted for taking from the end: groups with a shared prefix first, within each kind the longest first.
 
-    So the time left is overestimated, and memory runs out at once or not at all.
+    So the progress bar overestimates the time left, and memory runs out at once or not at all.
     """
     return sorted(groups, key=lambda group: (group.shared, group.longest_rest))
 
 
 def take_batch(waiting: list[Group], rows: int) -> list[Group]:
-    """Take groups from the end of `waiting`, alike in whether they share something, until `rows` are full."""
+    """Pop groups from the end of `waiting` until `rows` are full; all of them have a shared prefix, or none has."""
     batch, sharing = [], bool(waiting[-1].shared)
     while waiting and bool(waiting[-1].shared) == sharing and len(waiting[-1].texts) <= rows:
         rows -= len(waiting[-1].texts)

@@ -3,14 +3,14 @@
     steps = build_speculative_steps(build_steps(target, sampling), DraftModel(draft, sampling, k=5), sampling)
     for step in speculate(steps, [tokenizer.encode("Hello")], max_new_tokens=50): print(step.ids)
 
-The target's pass over k + 1 tokens reads its weights once, as a decoded token does, so every accepted draft saves a
+Verifying k + 1 tokens reads the target's weights once, as decoding one token does, so every accepted draft saves a
 step. The rule of Leviathan et al. 2023 and Chen et al. 2023 makes it exact: a draft x drawn from q is accepted with
 probability min(1, p(x) / q(x)), p being the target's distribution; at the first rejection a token is drawn from
-norm(max(p - q, 0)), and after k acceptances one from p. Rows of a batch accept on their own.
+norm(max(p - q, 0)), and after k acceptances one from p. Each row of a batch accepts independently.
 
-Worth knowing: nothing here waits for the device. Each step has fixed shapes, writes k + 1 slots of the cache and
-advances a row by 1 to k + 1 positions; what a rejected draft left behind lies beyond the row's position, where no query
-looks before it is overwritten. Only the host's copy of ids and counts, one step behind on a GPU, says how far rows are.
+Worth knowing: the host can launch a step before it has read the result of the last one. A step has fixed shapes, writes
+k + 1 slots of the cache and advances a row by 1 to k + 1 positions; a rejected draft's keys and values lie beyond the
+row's position and are overwritten before a query reads them. On a GPU the host reads ids and counts one step late.
 """
 
 import contextlib
@@ -37,9 +37,9 @@ from fast.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer
 from tp import ALONE, Ranks
 
-MAX_K = 15  # with the token before them 16 rows, as many as the kernels for few rows take
-SPARE = MAX_K + 1  # cache slots behind the last token's, for drafts that are rejected
-AUTO_K = (2, 4, 7)  # what `choose` tries: each is compiled and timed
+MAX_K = 15  # with the token before them 16 rows, the most that the kernels for few rows take
+SPARE = MAX_K + 1  # extra cache slots, for drafts past `max_seq_length`
+AUTO_K = (2, 4, 7)  # the k that `choose` times; each is compiled
 
 
 class DraftModel(nn.Module):
@@ -55,10 +55,10 @@ class DraftModel(nn.Module):
     def forward(self, new: Tensor, new_pos: Tensor, pair: Tensor, input_pos: Tensor, kv_pos: Tensor):
         """The drafts, int `[B, k]`, and the distributions they were drawn from, float32 `[B, k, V]`.
 
-        new `[B, k+1]`: the last step's tokens, the first at position `new_pos [B, 1]`; pair `[B, 2]`: the last two that
-        count, the second at `input_pos [B, 1]`. At temperature 0 the distributions are left out, `[B, k, 0]`.
+        new `[B, k+1]`: the last step's tokens, the first at position `new_pos [B, 1]`; pair `[B, 2]`: the text's last
+        two, the second at `input_pos [B, 1]`. At temperature 0 the distributions are left out, `[B, k, 0]`.
         """
-        tokens, pos = pair, torch.cat((input_pos - 1, input_pos), 1)  # the first was not read if it was draft k
+        tokens, pos = pair, torch.cat((input_pos - 1, input_pos), 1)  # draft k, if accepted, was not read yet
         drafts, probs = [], []
         for _ in range(self.k):
             logits = self.model(tokens, pos, kv_pos, logits_at=torch.full_like(tokens[:, :1], tokens.shape[1] - 1))
@@ -70,17 +70,17 @@ class DraftModel(nn.Module):
         return torch.cat(drafts, 1), torch.cat(probs, 1)
 
     def bytes_per_step(self, batch_size: int, positions: float) -> float:
-        """Bytes that k drafts read, of weights and of `positions` of cache."""
+        """Bytes that drafting k tokens reads: weights and `positions` of KV cache, k times."""
         return self.k * bytes_per_step(self.model, batch_size, positions)
 
 
 class PromptLookup(nn.Module):
-    """Drafts what followed the last occurrence of the text's last tokens, at most three (Saxena 2023): no model."""
+    """Without a model, drafts what followed the text's last 1 to 3 tokens where they last occurred (Saxena 2023)."""
 
     def __init__(self, target: Transformer, sampling: Sampling, k: int, longest: int = 3):
         super().__init__()
         self.vocab_size, self.sampling, self.k, self.longest = target.args.vocab_size, sampling, k, longest
-        # history[b, i] is row b's token at position i. The target's cache is as wide, and kept as long.
+        # history[b, i] is row b's token at position i. It has the size and the lifetime of the target's cache.
         history = target.slots.new_zeros(target.max_batch_size, len(target.slots) + 1)
         self.register_buffer("history", history, persistent=False)
 
@@ -88,19 +88,19 @@ class PromptLookup(nn.Module):
         self.history[: len(idx), input_pos] = idx
 
     def forward(self, new: Tensor, new_pos: Tensor, pair: Tensor, input_pos: Tensor, kv_pos: Tensor):
-        """As `DraftModel.forward`; a draft's distribution is all on itself."""
+        """As `DraftModel.forward`; the distributions are one-hot."""
         B, ahead = new.shape[0], torch.arange(self.k + 1, device=new.device)
         self.history[torch.arange(B, device=new.device)[:, None], new_pos + ahead] = new
         history = self.history[:B]
         at = torch.arange(history.shape[1], device=new.device)
-        same, length = at < input_pos, 0  # [B, C]: the tokens up to `at` and those up to `input_pos` are the same
+        same, length = at < input_pos, 0  # [B, C]: the tokens that end at `at` equal those that end at `input_pos`
         for i in range(self.longest):
             shifted = F.pad(history, (i, 0), value=-1)[:, : len(at)]
             same = same & (shifted == history.gather(1, (input_pos - i).clamp(min=0)))
             length = length + same.long()
-        score = (length * len(at) + at).masked_fill(at >= input_pos, -1)  # the longest, of these the last
+        score = (length * len(at) + at).masked_fill(at >= input_pos, -1)  # the longest match, of these the last
         found = score.argmax(1, keepdim=True)  # [B, 1]
-        # Drafts beyond the text's end repeat what lies between.
+        # Past the end of the text, drafts start over at the token after the match.
         drafts = history.gather(1, found + 1 + ahead[:-1] % (input_pos - found).clamp(min=1))
         if self.sampling.temperature == 0:
             return drafts, torch.empty(B, self.k, 0, device=new.device)
@@ -119,9 +119,9 @@ def load_draft(
     ranks: Ranks = ALONE,
     replicate: bool = False,
 ) -> Transformer | None:
-    """The model at `path` that drafts for `target`. Raises ValueError where its tokens are not the target's.
+    """The model at `path` that drafts for `target`. Raises ValueError if its tokens are not the target's.
 
-    The `ranks` share it, or each has all of it (`replicate`): no sums, but rank 0's logits for every draft.
+    `replicate`: every rank holds all of it, and rank 0's logits are broadcast for each draft. Else `ranks` shard it.
     """
     if path is None:
         return None
@@ -129,7 +129,7 @@ def load_draft(
     ours, theirs = target.args.vocab_size, draft.args.vocab_size
     if ours != theirs:
         raise ValueError(f"{path} has a vocabulary of {theirs} tokens, the target of {ours}: a draft needs the same")
-    with contextlib.suppress(FileNotFoundError):  # weights without a tokenizer are taken at their word
+    with contextlib.suppress(FileNotFoundError):  # without a tokenizer only the vocabulary's size is checked
         own = load_tokenizer(path)
         probe = "The quick brown fox: jumps_over(13) lazy dogs? \u00dcn\u00efcode, 42.\n"
         if own.encode(probe) != tokenizer.encode(probe):
@@ -138,10 +138,10 @@ def load_draft(
 
 
 def decide(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens of a step and how many drafts they begin with: int `[B, k+1]` and `[B, 1]` (n: 0 to k).
+    """A step's tokens, int `[B, k+1]`, and n, the number of drafts accepted, int `[B, 1]`.
 
-    logits: the target's `[B, k+1, V]`; drafts `[B, k]`, drawn from q `[B, k, V]`. Of the tokens the first n + 1 count;
-    they are distributed as if the target had drawn them one by one.
+    logits: the target's `[B, k+1, V]`; drafts `[B, k]`, drawn from q `[B, k, V]`. Only the first n + 1 tokens count: n
+    drafts and one from the target. They are distributed as if the target had drawn them one by one.
     """
     if sampling.temperature == 0:
         best = sampling(logits)
@@ -151,9 +151,9 @@ def decide(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor) -> tup
     accepted = torch.rand_like(p_chosen) * q_chosen < p_chosen
     n = accepted.long().cumprod(1).sum(1, keepdim=True)
     row = n[..., None].expand(-1, -1, p.shape[-1])
-    p_n, q_n = p.gather(1, row), F.pad(q, (0, 0, 0, 1)).gather(1, row)  # [B, 1, V]; q is nothing after k acceptances
+    p_n, q_n = p.gather(1, row), F.pad(q, (0, 0, 0, 1)).gather(1, row)  # [B, 1, V]; q is 0 after k acceptances
     rest = (p_n - q_n).clamp(min=0)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_n)  # p and q equal but for rounding
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_n)  # p and q differ only by rounding
     return F.pad(drafts, (0, 1)).scatter(1, n, draw(rest)), n
 
 
@@ -163,7 +163,7 @@ class SpeculativeSteps:
 
     draft(new, new_pos, pair, input_pos, kv_pos) -> (drafts, q), see `DraftModel.forward`
     verify(pair, input_pos, drafts, q, kv_pos, last_pos [B, 1])
-        -> (new [B, k+1], n [B, 1], the next pair, its input_pos, at most last_pos)
+        -> (new [B, k+1], n [B, 1], the next pair, its input_pos, clamped to last_pos)
     """
 
     plain: Steps
@@ -187,10 +187,10 @@ def build_speculative_steps(
     compile: bool = False,
     decide: Callable = decide,
 ) -> SpeculativeSteps:
-    """Compile the steps as asked: the k steps of the draft are one graph, the target's pass with its decision another.
+    """Compile the steps as asked: the k steps of the draft are one graph, the target's pass and `decide` another.
 
-    The caches of the target and of a draft model must be set up, with SPARE slots to spare.
-    decide: what accepts; a benchmark without trained weights gives another. Raises ValueError for k out of range.
+    The caches of the target and of a draft model must be set up with `spare=SPARE`.
+    decide: the acceptance rule; a benchmark without trained weights passes its own. ValueError for k out of range.
     """
     if not 1 <= drafter.k <= MAX_K:
         raise ValueError(f"speculate_k {drafter.k} must be 1 to {MAX_K}")
@@ -214,7 +214,7 @@ def build_speculative_steps(
 def candidates(
     k: int | str, plain: Steps, draft: Transformer | None, sampling: Sampling, compile: bool
 ) -> list[SpeculativeSteps]:
-    """The steps for `k` drafts, by a model or by prompt lookup; several where `k` is "auto"."""
+    """Steps that draft `k` tokens with `draft`, or by prompt lookup if it is None; for "auto" one per k in AUTO_K."""
     drafters = [
         PromptLookup(plain.model, sampling, n) if draft is None else DraftModel(draft, sampling, n)
         for n in (AUTO_K if k == "auto" else (k,))
@@ -224,9 +224,9 @@ def candidates(
 
 @dataclass
 class Step:
-    """What a step brought: each row's new ids, none once it has all it was asked for; the time on the device.
+    """Result of one step: each row's new ids, none once the row has `max_new_tokens`, and the seconds it took.
 
-    The first step is the prefill, one id a row. A row's last ids may go beyond the number asked for: cut them.
+    The first step is the prefill, one id per row. A row's last ids may exceed `max_new_tokens`: the caller cuts them.
     """
 
     ids: list[list[int]]
@@ -237,16 +237,16 @@ class Step:
 def speculate(
     steps: SpeculativeSteps, prompts: list[list[int]], max_new_tokens: int, cached: int = 0
 ) -> Iterator[Step]:
-    """Yield steps until every row has `max_new_tokens` ids; stop by leaving the loop. Else as `decoding.stream`."""
+    """Yield steps until every row has `max_new_tokens` ids; leave the loop to stop. Otherwise as `decoding.stream`."""
     model, k, on_gpu = steps.model, steps.k, steps.model.slots.is_cuda
     check_fit(model, prompts, max_new_tokens, cached)
     layout = lay_out(model, prompts, cached)
     token, input_pos = steps.plain.prefill(*layout), cached + layout[-1] + 1
     steps.drafter.prefill(*layout)
-    last_pos = input_pos + max_new_tokens - 1  # of a row's last token, where it waits for the other rows
+    last_pos = input_pos + max_new_tokens - 1  # a finished row stays there until all have finished
     new, n, new_pos = F.pad(token, (0, k)), torch.zeros_like(token), input_pos
     pair = torch.cat((layout[0].gather(1, layout[-1]), token), 1)
-    under_way = deque([(copy_to_host(torch.cat((new, n), 1)), [])])  # what the host has not seen yet
+    under_way = deque([(copy_to_host(torch.cat((new, n), 1)), [])])  # steps whose ids the host has not read yet
     lengths, produced = [cached + len(prompt) for prompt in prompts], [0] * len(prompts)
     while True:
         # On a CPU the host reads a step before the next one begins; a GPU runs a step ahead.
@@ -270,7 +270,7 @@ def speculate(
 
 
 def _mark(on_gpu: bool) -> Any:
-    """This moment: on the device's clock where it runs ahead of the host."""
+    """A time stamp: an event on the GPU's own clock, or the host's clock for a CPU."""
     if not on_gpu:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -283,16 +283,14 @@ def _seconds(start: Any, end: Any) -> float:
 
 
 def warm_up_speculation(steps: SpeculativeSteps, prompts: list[list[int]], max_new_tokens: int) -> float:
-    """Compile the speculative step, and on a GPU time its kernels and record it for every cache size; the seconds it
-    took.
-    """
+    """Compile the step, and on a GPU time its kernels and record it for every cache size. Returns the seconds taken."""
     start, model, k = time.perf_counter(), steps.model, steps.k
     time_kernels(model, len(prompts), k + 1)
     if isinstance(steps.drafter, DraftModel):
         for n in (2, 1):  # the pair first, then token by token
             time_kernels(steps.drafter.model, len(prompts), n)
     if not steps.plain.prefill_is_compiled and not model.slots.is_cuda:
-        prompts = [prompt[:2] for prompt in prompts]  # nothing to gain from a whole one
+        prompts = [prompt[:2] for prompt in prompts]  # a longer prompt would compile nothing more
     deque(speculate(steps, prompts, min(2 * k + 3, max_new_tokens)), maxlen=0)  # two steps at least
     if model.slots.is_cuda and max_new_tokens > 1:
         zeros = torch.zeros(len(prompts), 1, dtype=torch.long, device=model.slots.device)
@@ -305,7 +303,7 @@ def warm_up_speculation(steps: SpeculativeSteps, prompts: list[list[int]], max_n
     return time.perf_counter() - start
 
 
-# ---- What it brings.
+# ---- Acceptance, and the choice of k.
 
 
 @dataclass
@@ -326,7 +324,7 @@ class Acceptance:
         return len(self.verify_s)
 
     def compare(self, rate: float | None, plain_rate: float | None) -> None:
-        """Take the tokens/s of one sample, and of plain decoding right after it."""
+        """Record the tokens/s of one sample, and of plain decoding right after it."""
         if rate and plain_rate:
             self.compared.append((rate, plain_rate))
 
@@ -339,7 +337,7 @@ class Acceptance:
         self.verify_s.append(step.verify_s)
 
     def mean(self, k: int | None = None) -> float:
-        """Drafts accepted per step and row; with `k`, had there been only so many."""
+        """Drafts accepted per step and row; with `k`, as if only the first k had been proposed."""
         accepted = sum(min(n, k or n) * count for n, count in enumerate(self.counts))
         return accepted / max(1, sum(self.counts))
 
@@ -357,9 +355,9 @@ class Acceptance:
 def choose(
     all_steps: list[SpeculativeSteps], prompts: list[list[int]], max_new_tokens: int
 ) -> tuple[SpeculativeSteps | Steps, str]:
-    """The steps that are fastest on these prompts by a short measurement, those of plain decoding among them; a report.
+    """Time all steps and plain decoding briefly on these prompts; return the fastest of them, and a report.
 
-    Acceptance is taken from the largest k: what a smaller one would have accepted follows from it.
+    Acceptance is measured at the largest k alone: what a smaller one would have accepted follows from it.
     """
     n = min(64, max_new_tokens)
     seconds, accepted = [], None

@@ -5,8 +5,8 @@
     text = tokenizer.decode(ids)     # "Hello"
 
 Worth knowing: in every format a token stands for bytes, not characters, and a character may span tokens.
-So decoding is: look up each token's bytes, feed them to an incremental UTF-8 decoder. The millionth token
-costs what the first did, and decoding a list is decoding a stream of it.
+So decoding looks up each token's bytes and feeds them to an incremental UTF-8 decoder. A token costs the same
+however long the text is, and a list is decoded as a stream.
 """
 
 import base64
@@ -43,7 +43,7 @@ _ESCAPED_TO_REPLACEMENT = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
 
 
 class Tokenizer:
-    """What the rest of the project sees of a tokenizer; `load_tokenizer` makes one.
+    """A tokenizer as the rest of the project uses it; `load_tokenizer` makes one.
 
     Attributes:
         bos_id, bos_token: the beginning-of-text token and its text, None where the model has none.
@@ -104,7 +104,7 @@ class Tokenizer:
 
 
 class IncrementalDecoder:
-    """Decodes a stream of tokens: what `put` and then `finish` return adds up to `tokenizer.decode(ids)`."""
+    """Decodes a stream of tokens: the texts from `put`, then `finish`, joined are `tokenizer.decode(ids)`."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._bytes_of = tokenizer._backend.bytes_of
@@ -125,7 +125,7 @@ class IncrementalDecoder:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, whole. Raises ValueError naming the file if it is something else."""
+    """The text of a UTF-8 file. Raises ValueError naming the file if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -186,8 +186,8 @@ class _HuggingFace:
 
         kind = encoder.decoder.__getstate__() if encoder.decoder else b""
         self.byte_level, self.byte_fallback = b'"ByteLevel"' in kind, b'"ByteFallback"' in kind
-        # If a run of <0x..> tokens is not UTF-8, the package loses the run, SentencePiece only the bad bytes.
-        # Here too: a character that has been shown is never taken back.
+        # If a run of <0x..> tokens is not UTF-8, the package replaces the whole run, SentencePiece only the bad
+        # bytes. So does this code: a character that has been shown cannot be taken back.
         self.utf8_errors = "surrogateescape" if self.byte_fallback else "replace"
         self.join = encoder.decoder.decode if encoder.decoder else " ".join
         self.adds_space = any(self.join([t]) != self.join(["a", t])[1:] for t in ("a", "\u2581a"))
@@ -212,9 +212,9 @@ class _HuggingFace:
 class _SentencePiece:
     """A SentencePiece model and the tokens added to it, tokenizing as Llama's reference code does.
 
-    transformers 5 rebuilds the model in the `tokenizers` package, where spaces can come out differently: it
-    adds no word-start space before a space, and merges by the pieces' ids instead of by their scores, the
-    lowest of which Llama 2's runs of spaces have.
+    transformers 5 rebuilds the model in the `tokenizers` package, where spaces can be tokenized differently: it
+    adds no word-start space before a space, and merges in the order of the pieces' ids instead of their scores.
+    By score, Llama 2's runs of spaces come last.
     """
 
     utf8_errors = "surrogateescape"  # one U+FFFD for each undecodable byte
@@ -287,8 +287,8 @@ def _parse_tokenizer_json(data: bytes, path: Path):
 def _parse_llama3_ranks(data: bytes, path: Path):
     """Llama 3's tokenizer.model, in tiktoken's format, as a BPE of the `tokenizers` package.
 
-    tiktoken merges the two neighbours that together rank lowest, whatever they are. So each split of a token
-    into two tokens is a merge, in order of the token's rank. `ignore_merges`: a whole word goes first.
+    tiktoken merges the two neighbours whose concatenation has the lowest rank. So each split of a token into two
+    tokens is a merge, in order of the token's rank. `ignore_merges`: a word that is a token is taken whole.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), start=1):
@@ -356,7 +356,7 @@ def _read_template(directory: Path, config: dict[str, Any]) -> str:
 
 @cache
 def _compile_template(source: str):
-    """Compile a template from the internet: the sandbox, settings and extras are those of transformers."""
+    """Compile an untrusted template, in a sandbox with the settings and extras of transformers."""
     jinja2, sandbox, ext = _require("jinja2"), _require("jinja2.sandbox"), _require("jinja2.ext")
 
     class Generation(ext.Extension):  # {% generation %} marks the assistant's words for training

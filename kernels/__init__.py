@@ -1,13 +1,13 @@
-"""Hand-written kernels: every one a registered operator, the kernels of one kind of device behind four functions.
+"""Hand-written kernels, registered as PyTorch operators; each kind of device has a backend with the same functions.
 
 A backend is a module with
 
-    missing(device, dtype) -> str | None                         why it has no kernels there; None: it has
-    product(weight, scales, zeros) -> Product | None             for the tensors of a Linear in `fast/quantized.py`
-    attention(device, kv_dtype, head_dim) -> Attention | None    over a cache of that type
-    together(step) -> step                                       for a step of which these kernels do all the work
+    missing(device, dtype) -> str | None                         in one line, why it has no kernels there; else None
+    product(weight, scales, zeros) -> Product | None             for a Linear's tensors, as in `fast/quantized.py`
+    attention(device, kv_dtype, head_dim) -> Attention | None    over a KV cache of that type
+    together(step) -> step                                       wraps a step whose products and attention are all these
 
-`fast/layers.py` alone asks them. Where the answer is None, plain PyTorch computes it.
+Only `fast/layers.py` chooses between them and plain PyTorch, which computes whatever has no kernel.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Product:
-    """A product with one weight.
+    """Multiplication by one weight.
 
     tensors: the weight in the layout that the kernel reads, by name.
     operator: (x [M, K], *tensors, bias, norm, eps, residual, gated) -> [M, N], any M. norm `[K]` is the weight of an
-        RMSNorm of x. With `gated`, the two halves g and u of the outputs give silu(g) * u, `[M, N / 2]`. residual, of
-        the result's shape, is added.
+        RMSNorm applied to x. With `gated`, the outputs are two halves g and u, and the result is silu(g) * u,
+        `[M, N / 2]`. residual, of the result's shape, is added last.
     """
 
     tensors: dict[str, Tensor]
@@ -32,11 +32,11 @@ class Product:
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention of at most `max_positions` new positions a row.
+    """Attention for at most `max_positions` new positions per row.
 
     operator, if it `takes_qkv`: (qkv [B, S, (H + 2 KV) D], cos, sin, positions, window, q_norm, k_norm, eps, k, v,
-        [k_scales, v_scales]) -> [B, S, H D]; it also turns the heads and writes the cache, whose tensors come last.
-    Else: (q [B, H, S, D], k, v, positions, window, [k_scales, v_scales]) -> like q, over the valid part of the cache.
+        [k_scales, v_scales]) -> [B, S, H D]; it also applies norms and RoPE and writes the cache, which is passed last.
+    Otherwise: (q [B, H, S, D], k, v, positions, window, [k_scales, v_scales]) -> like q; the cache is already written.
     """
 
     operator: Callable[..., Tensor]

@@ -1,9 +1,9 @@
-"""Turn a downloaded model into one file of ours: `DIR/model.pth`, memory-mapped by whatever loads it.
+"""Convert a downloaded model to this project's format: one file, `DIR/model.pth`, which is memory-mapped when loaded.
 
     python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-3.2-1B
 
-Worth knowing: tensors go from file to file one at a time, converted on the way, so that a model larger than the
-memory converts too. The result gets its name only once it is complete.
+Worth knowing: tensors are read, converted and written one at a time, so a model larger than the memory can be
+converted too. The file gets its name only once it is complete.
 """
 
 import argparse
@@ -22,9 +22,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def convert(directory: Path, dtype: torch.dtype) -> Path:
-    """Write `directory/model.pth` with every tensor in `dtype`, and say what was written.
+    """Write `directory/model.pth` with every tensor in `dtype`, print its size and return its path.
 
-    Raises ValueError for what `open_checkpoint` does not read, OSError for a full disk and the like.
+    Raises ValueError if `open_checkpoint` cannot read the checkpoint, OSError if the file cannot be written.
     """
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory")

@@ -1,10 +1,10 @@
-"""Fetch from the Hugging Face hub what a model needs to run: config, tokenizer and one set of weights.
+"""Download the files that a model needs from the Hugging Face hub: config, tokenizer and one set of weights.
 
 Usage: python scripts/download.py meta-llama/Llama-3.1-8B [MORE ...] [--revision REV] [--checkpoint_dir checkpoints]
 
-Worth knowing: `hf_hub_download` throws a half-fetched file away (huggingface_hub 2.4; changed during 1.x), so an
-interrupted 10 GB shard would start anew. Files are therefore written here, to `NAME.HASH.incomplete`, and get their
-name only once their bytes hash to what the hub lists: running the command again resumes, and checks what is there.
+Worth knowing: `hf_hub_download` discards a partial file (huggingface_hub 2.4; changed during 1.x), so an interrupted
+10 GB shard would start again from zero. This script therefore writes to `NAME.HASH.incomplete` and renames the file
+once its hash is the hub's. Running the command again resumes, and checks the files that are already complete.
 """
 
 import argparse
@@ -22,15 +22,15 @@ from huggingface_hub.utils import build_hf_headers
 
 CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 CONFIG_FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-# In order of preference; an index stands for the shards it names.
+# In order of preference; an index means that the weights are sharded.
 HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def choose_files(names: list[str]) -> list[str]:
     """Choose from a repository's listing the files to fetch: config, tokenizer and, last, one set of weights.
 
-    Of sharded Hugging Face weights this is the index alone (`shards_of` gives the rest).
-    Raises ValueError, naming what the repository holds, if there are no weights of a known layout.
+    For sharded Hugging Face weights only the index is chosen (`shards_of` lists the shards).
+    Raises ValueError, naming the repository's files, if there are no weights of a known layout.
     """
     chosen = [name for name in CONFIG_FILES if name in names]
     if weights := [name for name in HF_WEIGHTS if name in names]:
@@ -63,12 +63,12 @@ def shards_of(index_text: str, names: list[str]) -> list[str]:
 
 
 def content_hash(file: RepoSibling) -> str:
-    """What the hub lists as the hash of a file: the sha256 of a large one, git's blob hash of any other."""
+    """The hash that the hub lists for a file: sha256 for a large (LFS) file, git's blob hash for any other."""
     return file.lfs.sha256 if file.lfs else file.blob_id
 
 
 def is_complete(path: Path, file: RepoSibling) -> bool:
-    """Whether `path` holds the very bytes that the hub lists."""
+    """Whether the file at `path` has the size and the hash that the hub lists."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
     digest = hashlib.sha256() if file.lfs else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
@@ -79,7 +79,7 @@ def is_complete(path: Path, file: RepoSibling) -> bool:
 
 
 def fetch(file: RepoSibling, url: str, path: Path, headers: dict[str, str]) -> None:
-    """Bring one file to `path`, going on where an earlier run stopped; raises OSError if its hash is wrong."""
+    """Download one file to `path`, resuming where an earlier run stopped; raises OSError if its hash is wrong."""
     if is_complete(path, file):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def fetch(file: RepoSibling, url: str, path: Path, headers: dict[str, str]) -> N
 def download(repo_id: str, checkpoint_dir: Path | str, revision: str | None = None, token: str | None = None) -> Path:
     """Download `repo_id` into `checkpoint_dir/repo_id`, and return that directory.
 
-    The revision is resolved to a commit first, so all files are of one commit. Without a `token`, HF_TOKEN or the
+    The revision is resolved to a commit first, so all files come from one commit. Without a `token`, HF_TOKEN or the
     stored login is used. Raises huggingface_hub's errors (GatedRepoError, RepositoryNotFoundError, ...), OSError
     (disk full, damaged file) and ValueError (a repository without usable weights; see `choose_files`, `shards_of`).
     The hub's protocol: https://huggingface.co/docs/hub/api.
@@ -108,7 +108,7 @@ def download(repo_id: str, checkpoint_dir: Path | str, revision: str | None = No
     if info.sha is None or any(file.size is None or file.blob_id is None for file in files.values()):
         raise ValueError(f"{constants.ENDPOINT} lists no commit, or no sizes and hashes: is it a Hugging Face hub?")
     directory = Path(checkpoint_dir) / repo_id
-    headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}  # a compressed answer cannot resume
+    headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}  # a compressed download cannot resume
 
     def get(name: str) -> None:
         fetch(files[name], hf_hub_url(repo_id, name, revision=info.sha), directory / name, headers)
@@ -125,7 +125,7 @@ def download(repo_id: str, checkpoint_dir: Path | str, revision: str | None = No
 
 
 def explain(error: Exception, repo_id: str, revision: str | None) -> str | None:
-    """One line: what went wrong and what would be right; None if neither the user nor the network is at fault."""
+    """One line: what went wrong and how to fix it; None for an error that the user, hub and network did not cause."""
     hub, again = constants.ENDPOINT, "; run the same command again to resume"
     known = {
         errors.HFValidationError: f"bad repository id {repo_id!r}; expected OWNER/NAME, like meta-llama/Llama-3.1-8B",
@@ -139,7 +139,7 @@ def explain(error: Exception, repo_id: str, revision: str | None) -> str | None:
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         return f"{hub} answered {status} for {repo_id}" + (": check HF_TOKEN" if status in (401, 403) else again)
-    # Whose exception it is depends on huggingface_hub's version: requests with 0.x, httpx with 1.x, httpx2 with 2.x.
+    # The exception's package depends on huggingface_hub's version: requests with 0.x, httpx with 1.x, httpx2 with 2.x.
     if type(error).__module__.startswith(("requests", "urllib3", "http")):
         return f"cannot reach {hub} ({type(error).__name__}): check the network and HF_ENDPOINT{again}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

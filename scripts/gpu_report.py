@@ -1,11 +1,11 @@
-"""Is what this GPU computes right, and how fast is it? One command, no arguments, under 8 minutes.
+"""Check that this GPU computes correctly, and measure how fast. One command, no arguments, under 8 minutes.
 
     python scripts/gpu_report.py
 
-Seven steps, each in a process of its own with a time limit: one that fails, hangs or runs out of time ends alone. Every
-row of the table is printed as soon as it is measured, and written to gpu_report/report.json; Chrome traces of decoded
-tokens and what the steps print lie beside it. Models have random weights at the shape of Llama-2-7B and Llama-3.1-8B,
-and nothing is downloaded. Exit code 0: all is right; 1: something is wrong, failed or ran out of time; 2: no GPU.
+Each of the seven steps runs in its own process with a time limit, so one that fails or hangs does not stop the others.
+Every row of the table is printed as soon as it is measured, and written to gpu_report/report.json; Chrome traces of
+decoded tokens and the steps' logs are written beside it. Models have the shapes of Llama-2-7B and Llama-3.1-8B and
+random weights; nothing is downloaded. Exit code 0: all is right; 1: a check is wrong or a step failed; 2: no GPU.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from scripts.bench.gpu_correctness import CORRECTNESS
 from scripts.bench.gpu_products import PRODUCTS
 from scripts.bench.gpu_speed import DECODES, DEMO_PARTS, WAITS, startup_rows
 
-STEPS: dict[str, tuple[list[Part], int]] = {  # the parts of a step, and its seconds; unused time goes to the next
+STEPS: dict[str, tuple[list[Part], int]] = {  # a step's parts, and its time limit in s; the next gets what is left
     "card": ([card_rows], 20),
     "correctness": (CORRECTNESS, 90),
     "demo": (DEMO_PARTS, 55),
@@ -51,9 +51,9 @@ STEPS: dict[str, tuple[list[Part], int]] = {  # the parts of a step, and its sec
 
 
 def run_step(name: str, out: Path) -> None:
-    """Do a step, writing each row as a line of JSON to stdout; everything else that is printed goes to stderr.
+    """Run a step, writing each row as a line of JSON to stdout; everything else that is printed goes to stderr.
 
-    A part that fails becomes a row that says so, and the next part runs.
+    A part that fails gives a row that says so; the next part still runs.
     """
     from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
@@ -65,7 +65,7 @@ def run_step(name: str, out: Path) -> None:
     has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
     card = Card("cuda", torch.bfloat16 if has_bf16 else torch.float16, out, **known)
     set_compile_flags("cuda")
-    torch._dynamo.config.recompile_limit = 256  # one function serves every mode, size and batch
+    torch._dynamo.config.recompile_limit = 256  # one function is compiled for every mode, size and batch
     torch._dynamo.config.automatic_dynamic_shapes = False  # compile for each batch size
     os.environ["TRITON_CACHE_DIR"] = triton_cache_dir(0)  # use Inductor's from the start, or some kernels compile twice
     torch.manual_seed(0)
@@ -81,13 +81,13 @@ def run_step(name: str, out: Path) -> None:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             print(json.dumps({"what": what, "failed": reason}), file=rows, flush=True)
         torch.compiler.reset()  # frees the weights
-        gpu.OVERLAP = False  # as in a process that has loaded no quantised weight
+        gpu.OVERLAP = False  # its initial value, which loading a quantised weight changes
 
 
 def rows_of(command: list[str], log: Path, seconds: float) -> Iterator[dict[str, Any]]:
-    """Yield the rows that `command` writes; a last row if it failed or took more than `seconds`.
+    """Yield the rows that `command` writes, and one more if it failed or took longer than `seconds`.
 
-    Where it stood then its log tells.
+    After a timeout the log ends with the stack traces of Python's threads.
     """
     env = {**os.environ, "PYTHONFAULTHANDLER": "1"}
     with log.open("w") as file:
@@ -98,7 +98,7 @@ def rows_of(command: list[str], log: Path, seconds: float) -> Iterator[dict[str,
 
     def stop() -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # with its compiler processes
+            os.killpg(child.pid, signal.SIGKILL)  # and its compiler processes
 
     def abort() -> None:
         late.set()
@@ -129,7 +129,7 @@ table_line = "| {:<64} | {:<8} | {:>9} | {:>9} | {:>6} |".format
 
 
 def describe(row: dict[str, Any]) -> str:
-    """A row of the table: a check has its verdict, any other prediction the ratio to it."""
+    """A line of the table. Its last column: the verdict of a check, else measured / predicted."""
     if "failed" in row:
         return table_line(row["what"], "", "", "", "")
     predicted, measured, judged = row["predicted"], row["measured"], row["is_right"]
@@ -142,7 +142,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def made_with() -> dict[str, str]:
-    """The card, and the versions of the software."""
+    """The card, the versions of the software and the date."""
     triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
     (driver,) = nvidia_smi("driver_version") or ["unknown"]
     versions = {"torch": torch.__version__, "triton": triton, "CUDA": torch.version.cuda, "driver": driver}
@@ -150,7 +150,7 @@ def made_with() -> dict[str, str]:
 
 
 def run(out: Path) -> bool:
-    """Do every step, print the table and write the report; return whether all was right."""
+    """Run every step, print the table and write the report; return whether all was right."""
     if not torch.cuda.is_available():
         why = "sees none" if torch.version.cuda else "was built without CUDA"
         raise ValueError(f"this measures an NVIDIA GPU, and torch {torch.__version__} {why}")

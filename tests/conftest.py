@@ -3,8 +3,8 @@
     def test_something(tiny):
         hf_model, directory = tiny("qwen3")
 
-Worth knowing: norms and biases start as ones and zeros, which would hide a model that skips them, and small random
-weights give almost uniform attention, which would hide a wrong one. So both are drawn with visible sizes.
+Worth knowing: norms start as ones and biases as zeros, which would hide a model that skips them; small random weights
+give almost uniform attention, which would hide errors in it. So all of them are drawn from wide distributions.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from fast.sampling import Sampling
 from kernels.cpu import build
 from model import Transformer
 
-build.load()  # builds what is not built, before a test looks at what is printed
-torch.set_num_threads(1)  # threads that wait for each other cost tiny models more than they give, on busy cores a lot
+build.load()  # compiles the CPU's kernels now: it prints a line, which tests of stderr would see
+torch.set_num_threads(1)  # tiny models lose more by synchronising threads than they gain, most of all on busy cores
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -67,7 +67,7 @@ def make_tiny(family: str, **overrides) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
-# For a process of its own: `growth(action)` is how many MB of anonymous memory `action()` takes at its peak.
+# Code for a separate process: `growth(action)` is the peak growth of anonymous memory during `action()`, in MiB.
 GROWTH = """
 import threading, torch
 from pathlib import Path
@@ -129,7 +129,7 @@ def tiny(tmp_path_factory) -> Callable[..., tuple[PreTrainedModel, Path]]:
 
 @pytest.fixture(scope="session")
 def ours(tiny) -> Callable[..., Transformer]:
-    """`ours(family, rows, capacity)`: our own model in float32 with a new cache; RoPE goes as far as that."""
+    """`ours(family, rows, capacity)`: our model in float32 with a new KV cache; its context length is `capacity`."""
 
     def make(family: str = "llama", rows: int = 1, capacity: int = 64, device: str = "cpu") -> Transformer:
         model = load_model(tiny(family)[1], device=device, dtype=torch.float32)

@@ -1,9 +1,9 @@
-"""What the GPU's kernels must do, on a GPU, or on a CPU in Triton's interpreter; `test_kernels_gpu.py` runs it so.
+"""Tests of the GPU's kernels, on a GPU or on a CPU in Triton's interpreter; `test_kernels_gpu.py` runs both.
 
     TRITON_INTERPRET=1 python -m pytest --noconftest tests/gpu_checks.py
 
-Worth knowing: the interpreter has to be chosen before triton is imported, hence a process of its own. It turns float32
-into bfloat16 by cutting off, at twice the error of rounding.
+Worth knowing: the interpreter must be chosen before triton is imported, so these tests run in a process of their own.
+It converts float32 to bfloat16 by truncation, with twice the error of rounding: hence its larger `BOUND`.
 """
 
 import copy
@@ -36,10 +36,7 @@ def set_multiprocessors(monkeypatch, n: int) -> None:
 
 @pytest.fixture(autouse=True)
 def _small_gpu(monkeypatch):
-    """So small that 17 outputs are enough for 32 at a time, 65 for 64; up to 32 take 16 warps, up to 64 take 8.
-
-    And noise that is the same in every run.
-    """
+    """One multiprocessor, so that products of over 128 outputs already take the tiles `MANY_OUTPUTS`; a fixed seed."""
     torch.manual_seed(0)
     set_multiprocessors(monkeypatch, 1)
 
@@ -52,7 +49,7 @@ def _nothing_remembered(monkeypatch, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _dots(monkeypatch):
-    """The interpreter keeps bfloat16 as its bits, and multiplies those: it is given float32."""
+    """The interpreter stores bfloat16 as integers and would multiply those, so `dot` gets its operands in float32."""
     if DEVICE == "cpu":
         from triton.runtime.interpreter import InterpreterBuilder
 
@@ -67,7 +64,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 def float_linear(weight: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None = None) -> Linear:
-    """A textbook's Linear with these weights."""
+    """A `model.Linear` with these weights."""
     linear = Linear(weight.shape[1], weight.shape[0], bias is not None, Sharding()).requires_grad_(False)
     linear.weight.data = weight.to(dtype)
     if bias is not None:
@@ -80,7 +77,7 @@ def product(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def is_right(module: torch.nn.Module, x: torch.Tensor) -> bool:
-    """The product errs by no more than rounding does, beside float32 arithmetic on the same weights."""
+    """Whether the product has x's dtype and errs by less than `BOUND` roundings, against float32 on these weights."""
     is_float = isinstance(module, Linear)
     y, weight = product(module, x), module.weight.float() if is_float else module.dequantize(torch.float32)
     exact = x.float() @ weight.T
@@ -137,7 +134,7 @@ def test_a_prefill(dtype, n, k):
     ],
 )
 def test_what_surrounds_a_product(rows, n, k, gated):
-    """Norm, bias, gates and residual by the kernels, beside the textbook's in float32."""
+    """Norm, bias, gates and residual inside the kernels, against plain PyTorch in float32."""
     x, bias, around = 30 * normal(rows, k).half(), normal(n).half(), {"gated": True} if gated else {}
     norm = RMSNorm(k, eps=1.0).to(DEVICE).requires_grad_(False)
     norm.weight.data = normal(k).half()
@@ -155,7 +152,7 @@ def test_what_surrounds_a_product(rows, n, k, gated):
 
 
 def test_large_offsets_do_not_cancel():
-    """Weights around 100 with a spread of 1: what the exponent adds is taken off without a loss."""
+    """Weights around 100 with a spread of 1: subtracting the offset of the nibbles costs no precision."""
     for rows in (2, 6):
         x = normal(rows, 512).half()
         assert is_right(Int4Linear.from_float(100 + normal(16, 512), groupsize=32), x)
@@ -205,14 +202,14 @@ REPORTED = ModelArgs(
 
 @pytest.mark.parametrize(("mode", "rows"), [(mode, (1, 6, 20)) for mode in ("bf16", "int8", "int4")])
 def test_the_reports_products(mode, rows):
-    """What `gpu_report.py` asks of a GPU, within its limit."""
+    """The check of products in `gpu_report.py` passes, with its limit of twice the rounding error."""
     errors = gpu_correctness.product_errors(mode, REPORTED, DEVICE, torch.float16, rows)
     assert len(errors) == 2 * len(rows)
     assert 0 < max(errors) < 2
 
 
 def launches_of(monkeypatch, name: str, module=products) -> list[dict[str, int]]:
-    """The constants of every launch of this kernel from now on."""
+    """A list to which every launch of this kernel from now on adds its constants."""
     launched, kernel = [], getattr(module, name)
 
     class Launch:
@@ -229,7 +226,7 @@ def name_of(launch: dict[str, int]) -> str:
 
 @pytest.mark.parametrize("kind", ["float", "int4"])
 def test_the_report_times_every_way(monkeypatch, kind):
-    """Each candidate launches the tiles it is named after, and multiplies right."""
+    """Each candidate launches the tiles it is named after, and its product is right."""
     weight = normal(64, 2048) / 16
     linear = float_linear(weight, torch.float16) if kind == "float" else Int4Linear.from_float(weight, groupsize=32)
     monkeypatch.setattr(gpu_products, "kernels_of", lambda card: gpu)
@@ -252,7 +249,7 @@ def test_the_report_times_every_way(monkeypatch, kind):
     ("kind", "rows", "best"), [("float", 2, 1), ("float", 1, -1), ("int8", 1, 2), ("int4", 6, -1), ("int4", 16, 1)]
 )
 def test_the_fastest_way_is_taken(monkeypatch, kind, rows, best):
-    """By a clock that has one way win; all of them are right."""
+    """A fake clock decides which way is the fastest; the product is right in all of them."""
     weight, norm = normal(64, 512) / 16, RMSNorm(512, 1e-5).half().to(DEVICE).requires_grad_(False)
     quantized = Int8Linear.from_float(weight) if kind == "int8" else Int4Linear.from_float(weight, groupsize=32)
     linear = float_linear(weight, torch.float16) if kind == "float" else quantized
@@ -294,9 +291,9 @@ def test_loaded_for_a_gpu_it_has_the_kernel():
 
 @pytest.fixture
 def mended(monkeypatch):
-    """Triton 3.6's interpreter counts to a number that a kernel has computed only with numpy before 2.4.
+    """Work around two faults of Triton's interpreter.
 
-    Up to 3.9 it makes 16 of what rounds to 32 in fp8.
+    In 3.6, `range` up to a computed number needs numpy before 2.4. Up to 3.9, what rounds up to 32 in fp8 becomes 16.
     """
     if DEVICE == "cpu":
         from triton.runtime import interpreter
@@ -324,7 +321,7 @@ def attention_args(heads: int, kv_heads: int, D: int, **others) -> ModelArgs:
     [(4, 4, 1, 64, 100, False), (6, 2, 1, 80, None, True), (2, 1, 5, 32, 3, False), (4, 2, 16, 48, None, True)],
 )
 def test_attention_over_a_cache(monkeypatch, mended, heads, kv_heads, S, D, window, qk_norm, kv_dtype):
-    """Rows of unlike length, the first without a past, the last up to the cache's end; 2 to 8 programs a head."""
+    """Rows of different lengths: one with nothing cached, one up to the cache's end; 2 to 8 programs share a head."""
     set_multiprocessors(monkeypatch, 6)
     args = attention_args(heads, kv_heads, D, sliding_window=window, qk_norm=qk_norm)
     positions = torch.tensor([[0], [130], [301 - S]], device=DEVICE) + torch.arange(S, device=DEVICE)
@@ -334,7 +331,7 @@ def test_attention_over_a_cache(monkeypatch, mended, heads, kv_heads, S, D, wind
 
 @pytest.mark.parametrize("best", [0, -1])
 def test_the_fastest_attention_is_taken(monkeypatch, mended, best):
-    """Each way is right, is timed at the cache's end and leaves what was stored before it as it was."""
+    """Each way is right; it is timed at the cache's last slot, and the other slots keep what they hold."""
     set_multiprocessors(monkeypatch, 2)
     args, shape = attention_args(4, 2, 32), (2, 2, 150, 32)
     layer, positions = Attention(args).half().to(DEVICE), torch.tensor([[7], [140]], device=DEVICE)
@@ -366,7 +363,7 @@ def test_the_fastest_attention_is_taken(monkeypatch, mended, best):
 
 
 def test_the_report_times_both_attentions(monkeypatch, mended):
-    """What Inductor is compared by has no kernel of ours; neither way fails."""
+    """Plain PyTorch, which Inductor would compile, and our kernel are both timed; neither fails."""
     monkeypatch.setattr(gpu_products, "kernels_of", lambda card: gpu)
     monkeypatch.setattr(gpu_products, "CONTEXTS", [100])
     monkeypatch.setitem(gpu_products.MODELS, "8B", REPORTED)
@@ -376,12 +373,12 @@ def test_the_report_times_both_attentions(monkeypatch, mended):
     assert (row.is_right, row.more["failed"]) == (None, {})
     assert set(row.more["us"]) == {"Inductor", "kernels/gpu"}
     assert launched
-    assert len(launched) % 8 == 0  # one for each cache
+    assert len(launched) % 8 == 0  # one launch for each of 8 caches
 
 
 @pytest.mark.parametrize("wrong", ["a slot less", "no new key", "another angle"])
 def test_the_report_sees_wrong_attention(mended, monkeypatch, wrong):
-    """It may be right for all rows but the longest, and for all that is cached."""
+    """Also where only the longest row is wrong, or only what is stored in the cache."""
     attend = torch.ops.fast_gpu.decode_attention
 
     def wrongly(qkv, cos, sin, positions, window, q_norm, k_norm, eps, k, *others):
@@ -412,7 +409,7 @@ def test_attention_keeps_pytorchs_rules(mended, kv_dtype):
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_model_attends_with_the_kernel(mended, compiled, kv_dtype):
-    """Two steps over a cache that they write, rows of unlike length; the reference is plain PyTorch."""
+    """Two decode steps that write the cache, with rows of different lengths, against plain PyTorch."""
     sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "hidden_dim": 32}
     with torch.device(DEVICE):
         model = Transformer(

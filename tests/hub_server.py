@@ -1,7 +1,7 @@
-"""As much of the Hugging Face hub as a download needs, on 127.0.0.1: listing, files, redirects, ranges, failures.
+"""A fake Hugging Face hub on 127.0.0.1, for tests of downloads: listing, files, redirects, ranges, failures.
 
 Usage: `with Hub() as hub: hub.repos["org/model"] = {"config.json": b"{}"}`, then HF_ENDPOINT=hub.url.
-Large files are redirected, as the hub does, to a CDN: here the same server under another host name, localhost.
+Large files are redirected to a CDN, as on the real hub: here the same server under another host name, localhost.
 The protocol: https://huggingface.co/docs/hub/api and the source of huggingface_hub.
 """
 
@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
-LARGE = 100_000  # bytes; from here on a file counts as stored in LFS
+LARGE = 100_000  # bytes; files of at least this size count as stored in LFS
 
 
 def listing(name: str, data: bytes) -> dict:
@@ -36,7 +36,7 @@ class Hub:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
         self.faults: dict[str, list] = {}
-        self.requests: list[tuple[str, dict[str, str]]] = []  # path, headers in lower case
+        self.requests: list[tuple[str, dict[str, str]]] = []  # path, headers by their names in lower case
         self.resume = threading.Event()  # ends a stall
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.port = self.server.server_address[1]
@@ -52,7 +52,7 @@ class Hub:
         self.server.server_close()
 
     def fetched(self) -> list[str]:
-        """The files asked for so far, in order, redirects not counted."""
+        """The files requested so far, in order; a large one twice, since the redirect is a request too."""
         return [path.split(f"/resolve/{COMMIT}/")[1] for path, _ in self.requests if "/resolve/" in path]
 
     def headers(self, part: str) -> list[dict[str, str]]:
@@ -93,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404)
 
     def do_listing(self, repo: str, revision: str | None) -> None:
-        if repo not in self.hub.repos:  # the hub says 401 rather than 404 to the unknown
+        if repo not in self.hub.repos:  # for an unknown repository the hub answers 401, not 404
             self.answer(401, {"X-Error-Code": "RepoNotFound"})
         elif revision not in (None, "main", "v1", COMMIT):
             self.answer(404, {"X-Error-Code": "RevisionNotFound"})

@@ -1,4 +1,4 @@
-"""The table of what quantising costs: its rows, its columns, and that a cell holds one number.
+"""The table of what quantising costs in quality: its rows, its columns, and one number in each cell.
 
 python -m pytest tests/test_bench_quality.py
 """

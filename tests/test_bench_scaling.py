@@ -1,4 +1,4 @@
-"""The model of tensor parallelism beside gpt-fast's published figures, and its command.
+"""The performance model of tensor parallelism against gpt-fast's published figures, and the tables it prints.
 
 python -m pytest tests/test_bench_scaling.py
 """

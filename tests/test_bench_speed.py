@@ -1,8 +1,8 @@
-"""The benchmark on its smallest shape, as its command line runs it: what it says adds up. No test looks at a speed.
+"""The speed benchmark's command line on the smallest shape: its figures are consistent. No test looks at a speed.
 
     python -m pytest tests/test_bench_speed.py
 
-Worth knowing: the runs are in this process, for a second one takes longer to import torch than to measure.
+Worth knowing: the runs are in this process, since a new one takes longer to import torch than to measure.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def run_of(*args: str) -> tuple[list[str], dict]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[list[str], dict, Path]:
-    """One run over every axis: the lines before the JSON, the figures, and the folder of what was written."""
+    """One run over every axis: the lines before the JSON, the figures, and the folder that its files are in."""
     folder = tmp_path_factory.mktemp("benchmark")
     axes = [
         "--prompt_length", "24", "5", "--context_length", "24", "300", "--batch_size", "2", "1",
@@ -80,9 +80,9 @@ def test_bytes_and_operations_follow_from_the_shape(run):
     norms = (2 * N_LAYERS + 1) * DIM
     per_position = N_LAYERS * 2 * DIM  # keys and values
     for point in figures["decode"]:
-        rows, positions = point["batch_size"], point["context_length"] + 4.5  # on average of steps 1 to 8 behind it
+        rows, positions = point["batch_size"], point["context_length"] + 4.5  # the mean over 8 steps
         weights = BYTES_PER_WEIGHT[point["mode"]] * (IN_LAYERS + VOCAB_SIZE * DIM) + 2 * norms
-        off = 2 * rows * 3.5 * per_position  # a run may be measured in pieces, their median is near its middle
+        off = 2 * rows * 3.5 * per_position  # a run may be timed in stretches: the median one may lie off its middle
         assert point["bytes"] == pytest.approx(weights + 2 * rows * positions * per_position, abs=off)
         assert point["gb_per_s"] * 1e9 == pytest.approx(point["tokens_per_s"] / rows * point["bytes"])
         attention = N_LAYERS * 4 * DIM * positions
@@ -114,21 +114,21 @@ def test_shares_are_ordered_and_the_table_shows_the_figures(run):
         name = f"decode {point['batch_size']} at {point['context_length']}, cache {point['max_seq_length']}"
         cells = table[f"{point['mode']} {name}"]
         assert cells[0].startswith(f"{point['tokens_per_s']:.2f} tokens/s, {point['gb_per_s']:.1f} GB/s")
-        assert cells[0].endswith(" x)") == (point["mode"] == "int4")  # beside the first mode's
+        assert cells[0].endswith(" x)") == (point["mode"] == "int4")  # the ratio to the first mode
         assert cells[2].startswith(f"{point['share'][0]:.0%} (")
         assert cells[3] == f"{point['layer_bytes_us']:.1f} {point['layer_rest_us']:+.1f}"
 
 
 @pytest.fixture(scope="module")
 def decode() -> Decode:
-    """A point that has not been measured; its model has one layer."""
+    """A `Decode` that has not been measured yet; its model has one layer."""
     shape = dataclasses.replace(PRESETS["stories-15m"], n_layers=1, vocab_size=512)
     (model,) = with_caches(build_model(shape, "cpu", torch.float32), 3, [40])
     return Decode("bf16", build_steps(model, Sampling()), None, batch_size=3, context_length=20, new_tokens=3)
 
 
 def test_a_steps_time_is_its_bytes_time_and_the_rest(decode):
-    """Each stretch against the bandwidth of its own moment, whatever that was."""
+    """Each stretch of steps is compared with the bandwidth measured beside it."""
     for bandwidth in (10e9, 20e9, 40e9):
         decode.add(seconds=1e-3, positions=21.5, bandwidth=bandwidth)
     point = decode.figures()
@@ -141,7 +141,7 @@ def test_a_steps_time_is_its_bytes_time_and_the_rest(decode):
 
 
 def test_weights_and_cache_are_noise(decode):
-    """Zeros that were never written would be read from the caches."""
+    """Memory that was never written is one page of zeros, which the CPU's caches hold: reading it costs nothing."""
     cache = decode.steps.model.layers[0].attention.kv_cache
     assert cache.k.shape == (3, 6, 41, 48)
     for tensor in (cache.k, cache.v):

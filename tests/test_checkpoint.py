@@ -1,9 +1,9 @@
-"""checkpoint.py and the converter: every input form gives the same model, and what is broken says so by name.
+"""checkpoint.py and the converter: every input form gives the same model, and errors name the file at fault.
 
     python -m pytest tests/test_checkpoint.py
 
-Worth knowing: the memory test runs in its own process and watches the kernel's count of anonymous pages (`RssAnon`),
-for mapped file pages can be dropped at any time and a copy of the weights cannot.
+Worth knowing: the memory test runs in its own process and reads the kernel's count of anonymous pages (`RssAnon`),
+which includes copies of the weights, but not mapped file pages: the kernel can drop these at any time.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def files_in(directory) -> set[str]:
 
 @pytest.fixture
 def copy(tiny, tmp_path):
-    """`copy(family)`: a Hugging Face directory of one's own, to damage."""
+    """`copy(family)`: a copy of a Hugging Face directory, for a test to damage."""
 
     def make(family="llama"):
         return Path(shutil.copytree(tiny(family)[1], tmp_path / "model"))
@@ -57,7 +57,7 @@ def copy(tiny, tmp_path):
 
 @pytest.fixture
 def shard(copy):
-    """`shard(family, kind)`: the same in several files with an index, kind "safetensors" or "bin"."""
+    """`shard(family, kind)`: such a copy in several files with an index; kind is "safetensors" or "bin"."""
 
     def make(family="llama", kind="safetensors", n_shards=3):
         directory = copy(family)
@@ -113,7 +113,7 @@ def test_tied_embeddings_are_one_tensor_on_disk_and_in_memory(copy, tmp_path):
     assert "lm_head.weight" not in tensors
     expected = load_model(directory, dtype=torch.float32)
     assert expected.output.weight is expected.tok_embeddings.weight
-    tensors["lm_head.weight"] = torch.ones(128, 64)  # some files hold it all the same
+    tensors["lm_head.weight"] = torch.ones(128, 64)  # some files store the tied weight nevertheless
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(tensors, directory / "model.safetensors")
     assert same_model(load_model(directory, dtype=torch.float32), expected)
@@ -152,7 +152,7 @@ COLUMN_DIVIDED = ("wo.weight", "w2.weight")
 
 
 def write_meta(hf, directory, n_shards, params=None, divide_vocabulary=False):
-    """What Meta would have published: rotary pairs side by side, every matrix divided among `n_shards` files."""
+    """Write the model in Meta's format: rotary pairs interleaved, every matrix divided among `n_shards` files."""
     directory.mkdir(parents=True)
     shards = [{"rope.freqs": torch.ones(8)} for _ in range(n_shards)]
     for name, tensor in hf.state_dict().items():
@@ -189,7 +189,7 @@ def test_meta_files_beside_a_config(tiny, copy):
     (directory / "model.safetensors").unlink()
     model = load_model(directory)
     assert same_model(model, load_model(tiny("llama")[1]))
-    assert model.args.context_length == 128  # config.json knows what params.json does not
+    assert model.args.context_length == 128  # from config.json; params.json does not give it
 
 
 def test_meta_params(tiny, tmp_path):
@@ -204,7 +204,7 @@ def test_meta_params(tiny, tmp_path):
         open_checkpoint(mixture)
 
 
-# --- what does not fit ----------------------------------------------------------------------------------------------
+# --- damaged and unsupported files ----------------------------------------------------------------------------------
 
 
 def test_tensors_that_do_not_fit_are_listed_in_one_error(copy):
@@ -471,7 +471,7 @@ print("grew", growth(lambda: load_model(path / "model.pth")))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_anonymous_memory_is_bounded(tmp_path):
-    """A model of 240 MB in float16, in 4 shards; its largest tensor has 16 MB, its stacked ones together 150 MB."""
+    """A model of 240 MB in float16, in 4 shards: the largest tensor has 16 MB, `wqkv` and `w13` together 150 MB."""
     dim, hidden, n_layers, vocab = 1024, 3072, 8, 8192
     sizes = {"hidden_size": dim, "intermediate_size": hidden, "num_hidden_layers": n_layers, "vocab_size": vocab}
     config = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 8, **sizes}
@@ -494,7 +494,7 @@ def test_anonymous_memory_is_bounded(tmp_path):
         int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("grew")
     )
     assert (tmp_path / "model.pth").stat().st_size > 230e6
-    assert converted < 40  # whatever the conversion needs, it is no copy of the model
-    assert mapped < 20  # the file's own pages
-    assert stacked < 190
-    assert packed < 290  # one copy, whose weights are packed one by one
+    assert converted < 40  # far less than a copy of the model
+    assert mapped < 20  # the weights are mapped pages of the file
+    assert stacked < 190  # stacking copies `wqkv` and `w13`; the rest is mapped
+    assert packed < 290  # a single copy: the packed weights

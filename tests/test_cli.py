@@ -2,8 +2,8 @@
 
     python -m pytest tests/test_cli.py
 
-Worth knowing: a Python with torch takes seconds to start, so most tests call `generate.main` in this process; what
-only a process of its own shows (signals, a terminal, exit codes) gets one.
+Worth knowing: importing torch takes seconds, so most tests call `generate.main` in this process. Tests of signals,
+of a terminal and of exit codes start a new one.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def write_json(path: Path, value) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A Hugging Face directory: a random model that never takes a special token for the likeliest; a chat template."""
+    """A Hugging Face directory: a chat template, and a random model whose greedy token is never a special one."""
     directory, pieces, n_pieces = tmp_path_factory.mktemp("cli") / "model", io.BytesIO(), 320
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS), model_writer=pieces, vocab_size=n_pieces, model_type="bpe", byte_fallback=True,
@@ -69,14 +69,14 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(checkpoint, tmp_path) -> Path:
-    """The same directory, to be changed."""
+    """A copy of that directory, for a test to change."""
     return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
 
 
 @pytest.fixture
 def main(checkpoint, capsys):
     """`main("--flag", value)`: exit code, stdout and stderr of the command line, greedy unless told otherwise."""
-    settings = torch._inductor.config.save_config()  # what the command line sets is put back after the test
+    settings = torch._inductor.config.save_config()  # the command line changes them; they are restored after the test
 
     def call(*flags, checkpoint_path=checkpoint) -> tuple[int, str, str]:
         defaults = ["--checkpoint_path", checkpoint_path, "--device", "cpu", "--dtype", "float32", "--temperature", 0]
@@ -90,7 +90,7 @@ def main(checkpoint, capsys):
 
 @pytest.fixture
 def figures(main, tmp_path):
-    """`figures("--flag", value)`: what `--metrics_path` holds after a run without errors."""
+    """`figures("--flag", value)`: the figures that a run without errors writes to `--metrics_path`."""
 
     def call(*flags, **options) -> dict:
         path = tmp_path / "figures.json"
@@ -102,7 +102,7 @@ def figures(main, tmp_path):
 
 
 def command(*flags) -> dict:
-    """Arguments of `subprocess`: generate.py in a process of its own, from the repository's root."""
+    """Arguments for `subprocess` that run generate.py from the repository's root."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return {"args": [sys.executable, "generate.py", *map(str, flags)], "cwd": ROOT, "env": environment}
 
@@ -210,7 +210,7 @@ def test_a_number_is_a_made_up_prompt_of_that_length(main, figures):
     assert len(row["prompt_tokens"]) == 16
     assert len(set(row["prompt_tokens"])) > 8
     out = main("--prompt", 16)[1]
-    assert f"cpu\n\n{row['text']}\n\n  first token" in out  # it is not text, so it is not shown
+    assert f"cpu\n\n{row['text']}\n\n  first token" in out  # a made-up prompt is not shown
 
 
 def test_stop_text_ends_the_row_and_is_not_shown(main, figures):
@@ -356,7 +356,7 @@ def test_a_full_cache_starts_the_conversation_over(converse):
     full = "the conversation fills the cache of 100 tokens: starting over\n"
     assert out.count(full) == len(lines) - len(calls) > 0
     before, after = out.split(full)[:2]
-    assert before.split("\n")[0] == after.split("\n")[0]  # it begins as it began
+    assert before.split("\n")[0] == after.split("\n")[0]  # the new conversation begins like the first
 
 
 def test_ctrl_c_stops_the_answer_and_the_next_is_right(converse, main, monkeypatch):
@@ -385,12 +385,12 @@ def test_a_conversation_over_a_pipe(checkpoint):
     run = subprocess.run(**command(*flags), input="The list\nA module\n", capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stderr) == (0, "")
     turns = run.stdout.split("> ")
-    assert len(turns) >= 4  # before the first, two answers, and the end
+    assert len(turns) >= 4  # the text before the first prompt, two answers, the end
     assert all(len(turn) > 1 for turn in turns[1:3])
 
 
 class Terminal:
-    """generate.py with a terminal of its own, whose keys are Ctrl-C and Ctrl-D."""
+    """generate.py on a pseudo-terminal, to which a test can send Ctrl-C and Ctrl-D."""
 
     def __init__(self, *flags):
         self.fd, inside = pty.openpty()
@@ -405,7 +405,7 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def read_until(self, done, key: str = "", seconds: float = 120) -> str:
-        """What is shown until `done(that)`, and from then on forgotten; `key` is pressed once a second."""
+        """Read until `done(text)`; return the text and forget it. `key` is sent first and after each silent second."""
         end = time.monotonic() + seconds
         while not done(self.shown):
             assert time.monotonic() < end, f"shown so far: {self.shown!r}"
@@ -427,9 +427,7 @@ def test_a_conversation_on_a_terminal(checkpoint):
         terminal.read_until(lambda shown: shown.endswith("> "))
         for line in ("The list", "A module"):
             terminal.send(line + "\n")
-            shown = terminal.read_until(
-                lambda shown: len(shown) > 100
-            )  # the answer has begun; whole it fills the cache
+            shown = terminal.read_until(lambda shown: len(shown) > 100)  # the answer has begun; it would fill the cache
             shown += terminal.read_until(lambda shown: shown.endswith("\n> "), key="\x03")
             assert "starting over" not in shown
             assert "Traceback" not in shown
@@ -613,9 +611,9 @@ def test_argparse_errors_exit_with_2(main, capsys, flags):
 
 
 def test_importing_changes_nothing():
-    """Every module, in a process of its own: neither settings of torch nor of Python.
+    """Importing the modules of the root, `fast` and `kernels`, in a new process, changes no setting of torch or Python.
 
-    But for fast/harness.py, which imports lm_eval, which does; eval.py imports it once tasks are asked for.
+    The exception is fast/harness.py: lm_eval changes some. eval.py imports it only when tasks are asked for.
     """
     code = """
 import importlib, locale, os, signal, sys, warnings
@@ -656,7 +654,7 @@ def test_the_demo_compiled_as_the_readme_says(tmp_path):
     flags = ["--compile", "--max_new_tokens", 40, "--num_samples", 2, "--metrics_path", tmp_path / "figures.json"]
     run = subprocess.run(**command(*flags), capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    told = [line for line in run.stderr.splitlines() if "No CUDA runtime" not in line]  # torch's own, without a GPU
+    told = [line for line in run.stderr.splitlines() if "No CUDA runtime" not in line]  # torch prints it without a GPU
     assert told == ["compiling ..."]
     assert "\nThe module" in run.stdout
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))

@@ -32,7 +32,7 @@ def no_grad():
 
 @pytest.fixture(scope="module")
 def fresh_dynamo():
-    """What is compiled here is counted from zero, and does not count against the limit of the tests after."""
+    """Reset torch.compile before and after, so that tests do not share its limit of recompilations."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -44,7 +44,7 @@ def fresh_dynamo():
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-llama3", "mistral-window", "qwen2", "qwen3"])
 def test_greedy_tokens_equal_transformers(tiny, ours, monkeypatch, family):
     hf, steps, n = tiny(family)[0], build_steps(ours(family), GREEDY), 16
-    monkeypatch.setattr(hf.generation_config, "eos_token_id", None)  # it would stop there
+    monkeypatch.setattr(hf.generation_config, "eos_token_id", None)  # else `generate` stops at it
     for length in (1, 2, 7, 40):
         prompt = prompt_of(length)
         theirs = hf.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=n, pad_token_id=0)
@@ -57,7 +57,7 @@ def test_a_ragged_batch_gives_what_each_prompt_gives_alone(ours, family):
     alone = build_steps(ours(family), GREEDY)
     expected = [tokens_of(alone, [prompt], 20)[0] for prompt in prompts]
     assert tokens_of(build_steps(ours(family, rows=4), GREEDY), prompts, 20) == expected
-    assert tokens_of(build_steps(ours(family, rows=6), GREEDY), prompts[:2], 20) == expected[:2]  # rows to spare
+    assert tokens_of(build_steps(ours(family, rows=6), GREEDY), prompts[:2], 20) == expected[:2]  # 2 of 6 rows
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window"])
@@ -66,7 +66,7 @@ def test_what_is_cached_may_be_left_out_of_the_prompt(ours, family, first):
     prompt = prompt_of(24)
     whole = tokens_of(build_steps(ours(family), GREEDY), [prompt], 20)
     steps = build_steps(ours(family), GREEDY)
-    tokens_of(steps, [prompt[:first]], 5)  # what was generated here lies beyond `first` and is overwritten
+    tokens_of(steps, [prompt[:first]], 5)  # the tokens generated here lie beyond `first` and are overwritten
     assert tokens_of(steps, [prompt[first:]], 20, cached=first) == whole
 
 
@@ -200,13 +200,13 @@ def test_compiled_ragged_rows_of_any_length_without_recompilation(three_rows):
 
     check(5, 9, 1)
     with torch.compiler.set_stance("fail_on_recompile"):
-        for lengths in ((1, 1, 1), (3, 250, 120), (500, 2, 510), (629, 629, 1)):  # the last to the last slot
+        for lengths in ((1, 1, 1), (3, 250, 120), (500, 2, 510), (629, 629, 1)):  # the last fills the cache
             check(*lengths)
 
 
 @pytest.fixture
 def graphs(monkeypatch, fresh_dynamo):
-    """Every graph that `build_steps` has compiled, as Dynamo hands it to the backend; it then runs as it is."""
+    """Every graph that Dynamo hands to the backend for the compiled steps; the backend runs it uncompiled."""
     torch._dynamo.reset()
     seen, compile = [], torch.compile
 
@@ -279,7 +279,7 @@ print(len(started), early, headers(), threading.active_count() - before)
 @pytest.mark.skipif(missing_compiler() is not None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("openssl", [True, False])
 def test_the_first_compile_finds_its_header_under_way(tmp_path, monkeypatch, openssl):
-    """One header: with flags that are not Inductor's own, it would build another. Without openssl it can build none."""
+    """Inductor uses the precompiled header; for other flags it would build another. Without openssl there is none."""
     if not openssl:
         for program in [p for folder in os.get_exec_path() for p in Path(folder).glob("*") if p.name != "openssl"]:
             with contextlib.suppress(FileExistsError):
@@ -297,7 +297,7 @@ def test_the_first_compile_finds_its_header_under_way(tmp_path, monkeypatch, ope
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_what_is_recorded_is_what_was_compiled(ours, monkeypatch):
-    """At every size of the cache."""
+    """`record` compiles nothing anew at any size of the cache."""
     compile, counter = torch.compile, CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", lambda step, mode, fullgraph: compile(step, backend=counter))
     steps = build_steps(ours(capacity=600), GREEDY, compile=True)
@@ -359,6 +359,3 @@ def test_kv_slots_are_enough_but_few_and_not_many_more(capacity):
     assert all(size <= 1.25 * n for n, size in slots.items() if n > 512)
     assert list(slots.values()) == sorted(slots.values())
     assert len(set(slots.values())) <= 35
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------

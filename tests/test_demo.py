@@ -1,4 +1,4 @@
-"""`demo/train.py` in its smallest form, and the demo it made: directories that transformers and we both read.
+"""The demo's models, and those of a very short run of `demo/train.py`: transformers computes the same logits.
 
 python -m pytest tests/test_demo.py
 """

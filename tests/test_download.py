@@ -42,7 +42,7 @@ def hub():
 
 
 def start(tmp_path, endpoint, *args, **env):
-    """Start the command as a user would, with the hub at `endpoint` and nothing of this machine's own settings."""
+    """Start the command as a user would, with the hub at `endpoint` and without this machine's hub settings."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE_"))}
     env = {**clean, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*", **env}
     command = [sys.executable, "scripts/download.py", "--checkpoint_dir", str(tmp_path / "checkpoints"), *args]
@@ -108,7 +108,7 @@ def test_downloads_only_what_is_needed_and_checks_it_the_second_time(hub, tmp_pa
     directory = tmp_path / "checkpoints" / REPO
     assert "5 files, 0.01 GB" in out
     assert out.endswith(f"next: python scripts/convert_hf_checkpoint.py --checkpoint_dir {directory}\n")
-    assert sorted(hub.fetched()) == sorted([*WANTED, *SHARDS])  # a shard twice: the hub, and where it redirects to
+    assert sorted(hub.fetched()) == sorted([*WANTED, *SHARDS])  # each shard twice: it is redirected
     for path, headers in hub.requests:
         if REPO in path:  # the token goes to the hub and nowhere else
             assert headers.get("authorization") == (None if path.startswith("/cdn") else "Bearer hf_secret"), path

@@ -1,9 +1,9 @@
-"""eval.py's tasks against the harness's own HFLM on the same model and data, its files, and its flags.
+"""eval.py: tasks against the harness's own HFLM on the same model and data, the files it writes, and its flags.
 
     python -m pytest tests/test_eval.py
 
-Worth knowing: `datasets` takes a folder of the working directory for the dataset of that name, so the harness's real
-tasks run offline here on made-up items. Indexing the harness's thousands of tasks takes seconds: only a few are.
+Worth knowing: `datasets` loads a folder in the working directory in place of the hub's dataset of the same name, so the
+harness's real tasks run offline on made-up items. Indexing all its tasks takes seconds: these tests index only a few.
 """
 
 import json
@@ -59,7 +59,7 @@ def write_dataset(name: str, config: str, splits: dict[str, list[dict]]) -> None
 
 
 def write_datasets() -> None:
-    """Made-up items in the shape of each task's real ones, out of the held-out text's sentences."""
+    """Write made-up items in the format of each task's real ones, from sentences of the held-out text."""
     draw, text = random.Random(0), (DEMO.parent / "heldout.txt").read_text(encoding="utf-8")
     sentences = [s.strip() + "." for s in text.replace("\n", " ").split(". ") if 40 < len(s) < 160]
 
@@ -90,7 +90,7 @@ def write_datasets() -> None:
 
 @pytest.fixture(scope="module")
 def manager(tmp_path_factory):
-    """The tasks; and a working directory with their data and `model/`, the demo's draft with a chat template."""
+    """The harness's task manager, in a folder with the data and `model/`, the demo's draft with a chat template."""
     folder = tmp_path_factory.mktemp("eval")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
@@ -119,7 +119,7 @@ def both(manager):
 
 
 def answers(lm, manager, tasks: list[str], **settings) -> tuple[dict, dict]:
-    """The harness's metrics by task, and by task every request's prompt and the model's answer."""
+    """For each task, the harness's metrics, and every request's prompt with the model's answer."""
     results = simple_evaluate(lm, tasks=tasks, task_manager=manager, bootstrap_iters=0, **settings)
     samples = {
         name: [(s["doc_id"], s["filter"], s["arguments"], s["resps"]) for s in rows]
@@ -155,7 +155,7 @@ def assert_same_answers(both, manager, tasks: list[str], **settings) -> dict:
     ("tasks", "settings"),
     [
         (["hellaswag", "winogrande", "wikitext"], {}),
-        (["gsm8k"], {"limit": 3}),  # five examples: too long, cut on the left
+        (["gsm8k"], {"limit": 3}),  # five examples: too long for the model, so cut on the left
         (["hellaswag"], {"num_fewshot": 11, "limit": 3}),  # too long too
         (["next_words", "hellaswag"], {"num_fewshot": 2, "limit": 3, "apply_chat_template": True}),
         (["next_words"], {"num_fewshot": 2, "apply_chat_template": True, "fewshot_as_multiturn": False}),

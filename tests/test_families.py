@@ -94,7 +94,7 @@ def test_absent_fields_are_what_transformers_assumes(model_type):
     assert args.sliding_window == getattr(hf, "sliding_window", None)
     assert args.tie_embeddings == hf.tie_word_embeddings
     if model_type.startswith("qwen"):
-        with pytest.raises(ValueError, match="several attention types"):  # the last 2 of 30 layers slide
+        with pytest.raises(ValueError, match="several attention types"):  # only the last 2 of 30 have a window
             args_from_hf({**given, "vocab_size": 128, "architectures": [name], "use_sliding_window": True})
 
 
@@ -135,7 +135,7 @@ def test_qwen_that_slides_in_some_layers_is_an_error():
 
 
 def test_a_family_is_added_in_one_place(tiny, read_config, tmp_path, monkeypatch):
-    """As docs/extending.md adds one: a Llama-alike with other names, other defaults and biases that nobody mentions."""
+    """As in docs/extending.md: like Llama, with other names, other defaults, and biases that no config.json has."""
 
     def renamed(name: str) -> str:
         return name.replace("self_attn", "attn").replace("lm_head", "unembed")

@@ -1,8 +1,8 @@
-"""The GPU report without a GPU: its steps on a CPU at tiny sizes, what it calls wrong, and how it takes failing steps.
+"""The GPU report without a GPU: its steps on a CPU at tiny sizes, what it calls wrong, how it handles failing steps.
 
     python -m pytest tests/test_gpu_report.py
 
-What the GPU's kernels give is checked by the report's own functions in `gpu_checks.py`.
+`gpu_checks.py` applies the report's functions to the GPU's kernels.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ TINY = dataclasses.replace(gpu_correctness.TINY, context_length=2048)
 
 @pytest.fixture
 def card(tmp_path, monkeypatch) -> Card:
-    """A CPU with made-up figures, and models that are tiny."""
+    """A `Card` for the CPU with made-up figures; all models are tiny."""
     for name in gpu_speed.MODELS:
         monkeypatch.setitem(gpu_speed.MODELS, name, TINY)
     sizes = {"N_LAYERS": 3, "FEWER_LAYERS": 1, "NEW_TOKENS": 12, "PROMPT_LENGTHS": (9, 20)}
@@ -43,7 +43,7 @@ def by_name(card: Card, *parts: Part) -> dict[str, Row]:
     """The rows of these parts of steps, by name."""
     rows = [row for part in parts for row in part(card)]
     found = {row.what: row for row in rows}
-    assert len(found) == len(rows)  # a name twice would hide a row
+    assert len(found) == len(rows)  # a name that occurs twice would hide a row
     return found
 
 
@@ -80,7 +80,7 @@ def test_a_draft_that_is_always_believed_is_wrong(card, monkeypatch):
 
 @pytest.mark.parametrize("name", ["w13", "w2"])
 def test_a_product_without_what_surrounds_it_is_wrong(monkeypatch, name):
-    """Norm, gates and residual are so large a part that none can be left out."""
+    """Norm, gates and residual change the result so much that the check sees if one is missing."""
     run = gpu_correctness.random_product(name, "int8", TINY, "cpu", torch.float16)
     x, residual = run.inputs(2, "cpu", torch.float16)
     assert gpu_correctness.product_error(run, 3 * x, residual, run(3 * x, residual)) < 2
@@ -105,7 +105,7 @@ def test_the_demo(card):
     rows = by_name(card, *gpu_speed.DEMO_PARTS)
     assert len(rows) == 3 * 7
     for mode in ("bf16", "int8", "int4"):
-        assert rows[f"demo, {mode}: CUDA graphs recorded"].predicted == 1  # for 128 and for 256 slots
+        assert rows[f"demo, {mode}: CUDA graphs recorded"].predicted == 1  # one graph for 128 and 256 slots
         assert rows[f"demo, {mode}: worst greedy token, by float32"].is_right
         assert (card.out / f"demo_{mode}.json.gz").stat().st_size > 0
 
@@ -122,15 +122,14 @@ def test_a_token_that_is_not_greedy_is_regretted(card):
 
 
 def test_products(card):
-    card = dataclasses.replace(card, dtype=torch.float16)  # for which a CPU has no kernels: as on an old GPU
+    card = dataclasses.replace(card, dtype=torch.float16)  # a CPU has no float16 kernels, like an old GPU
     rows = by_name(card, *gpu_products.PRODUCTS)
-    assert (
-        len(rows) == 2 * 5 * 4 * 3 + 2 * 2
-    )  # models, products, modes: today's at 1 row and 6, all else at 1; attention
+    # 2 models x 5 products x 4 modes x (1 row, 6 rows, 1 row by all candidates); attention: 2 batches x 2 contexts
+    assert len(rows) == 2 * 5 * 4 * 3 + 2 * 2
     row = rows["8B w13, int8, 6 rows: Inductor"]
     assert row.predicted == pytest.approx((1024 * 256 + 4 * 1024) / 1e10 * 1e6)
     assert row.measured == row.more["us"]["Inductor"] > 0
-    assert all(row.is_right is None for row in rows.values())  # no more than 4 roundings off
+    assert all(row.is_right is None for row in rows.values())  # errors below 4 roundings
 
 
 def test_a_product_that_fails_or_errs_is_wrong(card, monkeypatch):
@@ -163,7 +162,7 @@ def test_whole_steps_and_waits(card):
 
 
 def test_32_layers_follow_from_two_depths(card, monkeypatch):
-    """3 layers take 1.6 ms on the GPU and 2 ms in the loop, a layer 0.2 ms, of which its bytes 0.1 ms."""
+    """3 layers take 1.6 ms on the GPU and 2 ms in the loop; a layer takes 0.2 ms, 0.1 ms of it for its bytes."""
     monkeypatch.setitem(gpu_speed.COUNTED_LAUNCHES, 1, (13, 12))
     deep, shallow = (gpu_speed.Timed(n_bytes=n * 1e6, seconds=1e-3 + n * 2e-4) for n in (3, 1))
     rows = by_name(card, lambda card: gpu_speed.layer_rows(card, "8B", 1, 2e-3, deep, shallow))
@@ -176,7 +175,7 @@ def test_32_layers_follow_from_two_depths(card, monkeypatch):
 
 
 def test_startup_runs_the_command_line_twice(card):
-    """With compile caches of its own, empty at first; here nothing is compiled."""
+    """Both runs share compile caches of their own, empty at first. Here nothing is compiled."""
     rows = by_name(card, gpu_speed.startup_rows)
     assert len(rows) == 4
     for caches in ("cold", "warm"):
@@ -185,7 +184,7 @@ def test_startup_runs_the_command_line_twice(card):
 
 
 def test_replays_are_timed_by_events(monkeypatch):
-    """On a made-up GPU whose clock runs only while a graph is replayed, a millisecond each."""
+    """On a fake GPU whose clock advances only at replays of a graph, by a millisecond each."""
     clock = {"ms": 0.0, "captured": 0, "calls": 0}
 
     class Graph:
@@ -250,12 +249,12 @@ def test_a_step_that_hangs_is_stopped_with_its_children(tmp_path):
     rows, log = rows_of(tmp_path, program, seconds=2)
     assert time.monotonic() - start < 30
     assert rows == [{"what": 1}, {"what": "step: OUT OF TIME", "failed": "stopped after 2 s, the rest is missing"}]
-    assert 'File "<string>", line ' in log  # where it stood
+    assert 'File "<string>", line ' in log  # the stack at which it hung
 
 
 @pytest.fixture
 def on_a_made_up_gpu(monkeypatch):
-    """`run(rows by step)`: the exit code of a report whose steps bring these rows."""
+    """`run(out, steps)`: the exit code of a report whose steps yield these rows, by step."""
 
     def run(out: Path, steps: dict[str, list[dict]]) -> int:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -305,9 +304,7 @@ def test_what_is_wrong_or_missing_is_exit_code_1(on_a_made_up_gpu, tmp_path, cap
 
 
 def test_a_step_writes_its_rows_and_nothing_else(tmp_path, monkeypatch, capfd):
-    """A part that fails is a row, and the next goes on; what they print goes to stderr. The first step's figures are
-    what later predictions rest on.
-    """
+    """A part that fails becomes a row, and the next part runs; predictions use the first step's figures."""
 
     def failing(card, mode):
         yield Row("before", "", None, 1.0)
@@ -320,10 +317,10 @@ def test_a_step_writes_its_rows_and_nothing_else(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(gpu_report.STEPS, "demo", ([partial(failing, mode="int4"), working], 1))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_report, "set_compile_flags", lambda device: None)
-    monkeypatch.setattr(gpu_report.os, "dup2", lambda a, b: None)  # of this process
+    monkeypatch.setattr(gpu_report.os, "dup2", lambda a, b: None)  # it would redirect this process's stdout
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     (tmp_path / "report.json").write_text(json.dumps({"rows": [{"what": READ, "measured": 4000.0}, {"what": "x"}]}))
-    with torch._dynamo.config.patch(recompile_limit=8, automatic_dynamic_shapes=True):  # and back to these
+    with torch._dynamo.config.patch(recompile_limit=8, automatic_dynamic_shapes=True):  # restored at the end
         assert gpu_report.main(["--step", "demo", "--out", str(tmp_path)]) == 0
     out, err = capfd.readouterr()
     lines = out.splitlines()
@@ -347,7 +344,7 @@ def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_the_card(card, monkeypatch):
-    """Predictions by the driver's own figures, here an H100's; its clocks by nvidia-smi."""
+    """Predictions come from the driver's figures, here an H100's; clocks come from nvidia-smi."""
     h100 = {"memory_bus_width": 5120, "memory_clock_rate": 2_619_000, "major": 9, "minor": 0}
     props = SimpleNamespace(**h100, multi_processor_count=132, clock_rate=1_980_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: props)
@@ -362,7 +359,7 @@ def test_the_card(card, monkeypatch):
     assert rows[gpu_card.LAUNCH].measured == pytest.approx(1)
     assert (rows["SM clock, as found"].predicted, rows["SM clock, as found"].measured) == (1980, 345)
     monkeypatch.setattr(gpu_card, "nvidia_smi", lambda *names: ["[N/A]", "1980", "2619", "2619"])
-    del props.memory_bus_width, props.clock_rate  # what an older torch does not tell
+    del props.memory_bus_width, props.clock_rate  # an older torch does not report them
     rows = by_name(card, gpu_card.card_rows)
     assert [row.predicted for row in rows.values()] == [None] * 3
 

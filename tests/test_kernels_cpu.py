@@ -1,9 +1,9 @@
-"""The CPU's kernels: packing, products on every instruction set of this machine, building.
+"""The CPU kernels: weight packing, products on every instruction set of this machine, attention, threads, building.
 
     python -m pytest tests/test_kernels_cpu.py
 
 Worth knowing: the reference is float32 arithmetic on the dequantised weights; the kernels round their result to
-bfloat16, which alone is an error of up to 0.4 %.
+bfloat16, which alone is a relative error of up to 0.4 %.
 """
 
 import mmap
@@ -104,7 +104,7 @@ def test_tensors_in_huge_pages_lie_side_by_side(monkeypatch):
     assert all((t == i).all() and (t.data_ptr() % packing.CACHE_LINE == 0) for i, t in enumerate(tensors))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         assert tensors[3].data_ptr() - tensors[2].data_ptr() == 1 << 20
-    assert packing.in_huge_pages(300 << 20).nbytes == 300 << 20  # more than a mapping has
+    assert packing.in_huge_pages(300 << 20).nbytes == 300 << 20  # larger than a mapping, 256 MiB
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 9, 16, 17, 40, 300])
@@ -131,9 +131,9 @@ def test_products(variant, rows, threads):
 @pytest.mark.parametrize("rows", [1, 6, 40])
 @pytest.mark.parametrize("gated", [False, True])
 def test_what_surrounds_a_product(variant, rows, gated):
-    """Norm, bias, gates and residual by the kernels, beside the textbook's in float32."""
+    """Norm, bias, gating and residual inside the kernels, against plain PyTorch in float32."""
     x, weight, bias = 30 * normal(rows, 200).bfloat16(), normal(88, 200).bfloat16(), normal(88).bfloat16()
-    weight, x = F.pad(weight, (0, 24)), F.pad(x, (0, 24))  # 224 inputs, for groups of 32
+    weight, x = F.pad(weight, (0, 24)), F.pad(x, (0, 24))  # to 224 inputs, a multiple of the group size 32
     norm = RMSNorm(224, eps=1.0).requires_grad_(False)
     norm.weight.data = normal(224).bfloat16().float()
     residual = None if gated else normal(rows, 88).bfloat16()
@@ -148,7 +148,7 @@ def test_what_surrounds_a_product(variant, rows, gated):
         linear.weight.data, linear.bias.data = exact, bias.float()
         expected = fused(linear, x.float(), norm, None if gated else residual.float(), gated)
         assert y.shape == (rows, 44 if gated else 88)
-        assert float((y.float() - expected).norm() / expected.norm()) < 0.008  # rounded at each step
+        assert float((y.float() - expected).norm() / expected.norm()) < 0.008  # rounded to bfloat16 after each step
 
 
 def test_gates_far_from_zero(variant):
@@ -160,7 +160,7 @@ def test_gates_far_from_zero(variant):
 
 
 def test_rows_are_what_they_are_alone(variant):
-    """A row of a batch, or of a verified draft, is what it is on its own, but for rounding."""
+    """A row of a batch, or of a verified draft, gives what it gives alone, up to rounding."""
     x, weight = normal(6, 256).bfloat16(), normal(48, 256)
     for multiply in (
         lambda x: torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight.bfloat16()), 48),
@@ -172,7 +172,7 @@ def test_rows_are_what_they_are_alone(variant):
 
 
 def test_large_offsets_do_not_cancel(variant):
-    """Weights around 100 with a spread of 1: what the magic number adds is taken off without a loss."""
+    """Weights around 100 with a spread of 1: `zeros` dominates the result, which must still be accurate."""
     x, weight = normal(2, 512).bfloat16(), 100 + normal(16, 512)
     module = Int4Linear.from_float(weight, groupsize=32)
     y = torch.ops.fast.int4_linear(x, pack(module), 16, 32)
@@ -181,7 +181,7 @@ def test_large_offsets_do_not_cancel(variant):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_row_and_is_seen(variant, bad):
-    """Integers have neither; an activation that became one must not come out as a plausible number."""
+    """int8 and int4 products round inputs to integers, which have no NaN; no output of that row may be finite."""
     x, weight = normal(3, 512).bfloat16(), normal(16, 512)
     x[1, 300] = bad
     for multiply in (
@@ -266,7 +266,7 @@ needs_avx512 = pytest.mark.skipif(attention_missing, reason="needs AVX-512 with 
     ],
 )
 def test_attention(n_rows, heads, kv_heads, positions, slots, head_dim, window, threads, kv_dtype):
-    """Rows of different lengths over views of a larger cache, the unused part of which holds no numbers."""
+    """Rows of different lengths, over views of a larger cache whose unused slots are NaN."""
     cache = KVCache((n_rows + 1, kv_heads, slots + 3, head_dim), "cpu", kv_dtype)
     keys = normal(n_rows + 1, kv_heads, slots, head_dim)
     cache.write(torch.arange(slots).expand(n_rows + 1, -1), keys.bfloat16(), keys.flip(2).bfloat16())
@@ -341,7 +341,7 @@ def multiply(x, *weights):
 
 
 def test_a_team_whose_weights_go(two_threads):
-    """What it expects to be multiplied next may be freed by then, in the middle of a step as well."""
+    """The weight that the threads prefetch, expecting it next, may be freed, even in the middle of a step."""
     x, weights = normal(1, 320).bfloat16(), [normal(320, 320).bfloat16() for _ in range(6)]
     expected = [x.float() @ weight.float().T for weight in weights]
 
@@ -350,7 +350,7 @@ def test_a_team_whose_weights_go(two_threads):
 
     for n in (6, 6, 2, 5, 6):
         packed = [packing.pack_bf16(weight) for weight in weights]
-        packing._mapping = None  # which would be held by what is packed after
+        packing._mapping = None  # or weights packed later would share it and keep it alive
         results = cpu.together(step)(packed[:n])
         assert all(close(y, reference) for y, reference in zip(results, expected[:n], strict=True))
 

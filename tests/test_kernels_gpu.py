@@ -1,8 +1,8 @@
-"""The GPU's kernels: `gpu_checks.py` in Triton's interpreter and on a GPU, and what the compiler makes of them.
+"""The GPU kernels: runs `gpu_checks.py` in Triton's interpreter and on a GPU, and inspects the compiled code.
 
     python -m pytest tests/test_kernels_gpu.py
 
-Worth knowing: Triton brings NVIDIA's assembler along, so that kernels are compiled for a GPU where there is none.
+Worth knowing: Triton includes NVIDIA's assembler, so kernels can be compiled for a GPU on a machine without one.
 """
 
 import os
@@ -40,7 +40,7 @@ def test_on_a_gpu():
 
 
 def test_kernels_that_do_not_run_are_a_reason(monkeypatch):
-    """Here the tensors are on a CPU, from which no launch succeeds."""
+    """The tensors are on a CPU here, so every launch fails."""
     from kernels import gpu
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -55,7 +55,7 @@ class Compiled:
     sass: str
 
     def issued(self, turns: int) -> int:
-        """Instructions that a warp issues, where the longest loop takes so many turns."""
+        """Instructions that a warp issues if the longest loop runs `turns` times; other code counts once."""
         code = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);", self.sass)
         jumps = [(at, re.search("0x([0-9a-f]+)", to)) for at, what, to in code if what.startswith("BRA")]
         loops = [range(int(to[1], 16), int(at, 16) + 1) for at, to in jumps if to]
@@ -65,10 +65,10 @@ class Compiled:
 
 @pytest.fixture
 def compiled(tmp_path, monkeypatch):
-    """`compiled(kernel, capability, types, **constants)`: its PTX and the chip's own code.
+    """`compiled(kernel, capability, types, **constants)`: its PTX and SASS.
 
-    More than two spilled registers are an error, and more shared memory than a program can have. Pointers are to
-    multiples of 16 bytes, what is ALIGNED a multiple of 16; what has no type and is no constant is an integer.
+    Fails if more than two registers spill, or if a program needs more shared memory than the GPU allows. Pointers and
+    the arguments in ALIGNED are declared divisible by 16; an argument with neither type nor constant is an int32.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -104,7 +104,7 @@ def compiled(tmp_path, monkeypatch):
 
 
 def product_types(bits: int, *present: str) -> tuple[dict[str, str], dict[str, None]]:
-    """Types of `_multiply`'s arguments, and which are None: of what surrounds a product all that is not `present`."""
+    """Types of `_multiply`'s arguments, and those that are None: bias, norm and residual unless `present`."""
     types = {"x_ptr": "*bf16", "words_ptr": "*i32", "y_ptr": "*bf16", "eps": "fp32", **dict.fromkeys(present, "*bf16")}
     absent = {"bias_ptr", "norm_ptr", "residual_ptr"}.difference(present)
     if bits == 16:
@@ -132,9 +132,9 @@ def product_types(bits: int, *present: str) -> tuple[dict[str, str], dict[str, N
     ],
 )
 def test_weights_stay_where_they_are_read(compiled, capability, bits, group, rows, present, gated, most):
-    """And for each at most so many instructions are issued, all of the program's counted.
+    """No data passes between threads until the last `mma`; a program issues less than `most` instructions per weight.
 
-    No thread gives another one anything while it multiplies.
+    An instruction counts once for every thread.
     """
     from kernels.gpu import products
 
@@ -145,7 +145,7 @@ def test_weights_stay_where_they_are_read(compiled, capability, bits, group, row
     shape = products.constants_of(rows, 4096, bits, group, gated, warps, outputs, unrolled)
     shape |= products.registers_of(warps, n_out // outputs, products.SMS) if rows == 1 else {}
     words = shape["WORDS"]
-    one = {"rows": 1} if rows == 1 else {}  # as Triton takes a 1
+    one = {"rows": 1} if rows == 1 else {}  # Triton makes an argument of 1 a constant
     code = compiled(products._multiply, capability, types, **shape, **absent, **one)
     ptx, turns = code.ptx, 4096 * bits // (32 * words) // (4 * warps)
     assert 32 * warps * code.issued(turns) < most * outputs * 4096
@@ -157,7 +157,7 @@ def test_weights_stay_where_they_are_read(compiled, capability, bits, group, row
 
 @pytest.mark.parametrize(("bits", "before"), [(4, 4), (8, 0), (16, 0)])
 def test_a_product_that_overlaps_waits_for_its_inputs(compiled, bits, before):
-    """Only scales and zeros are read before; of 32 outputs a thread has 4."""
+    """Before the wait only int4 scales and zeros are read: one load for each of a thread's 4 (of 32) outputs."""
     from kernels.gpu import products
 
     types, absent = product_types(bits, "norm_ptr", "residual_ptr")

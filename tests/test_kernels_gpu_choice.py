@@ -1,8 +1,8 @@
-"""The choice among ways to compute a product, by fake clocks: what wins, what is remembered, what is survived.
+"""choice.py with fake clocks: the fastest way to compute a product wins and is remembered, failures are survived.
 
     python -m pytest tests/test_kernels_gpu_choice.py
 
-What the GPU's operators ask, and that all they offer is right, `gpu_checks.py` tests.
+`gpu_checks.py` tests which ways the GPU's operators offer, and that each gives the right result.
 """
 
 import json
@@ -27,7 +27,7 @@ WAYS = {"first": 1, "second": 2, "third": 3}
 
 
 class Operator:
-    """It asks which of WAYS to take, takes it and notes so; a way that `fails` raises."""
+    """An operator that asks which of WAYS to take and records it in `taken`; a way in `fails` raises."""
 
     def __init__(self, fails: tuple[str, ...] = ()):
         self.fails, self.taken = fails, []
@@ -41,7 +41,7 @@ class Operator:
         return way
 
     def clock(self, **seconds: float) -> Callable[..., float]:
-        """It tells these seconds of a call by the way that it took."""
+        """A fake clock: a call takes the `seconds` given for the way that it took."""
 
         def tell(function, *args) -> float:
             function(*args)
@@ -52,7 +52,7 @@ class Operator:
 
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch, tmp_path) -> Callable[[], None]:
-    """A folder without anything remembered; call it and this process has forgotten what it knew."""
+    """An empty cache folder; calling the fixture makes this process forget what it measured, as a new one would."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(choice, "_fastest", {})
     return choice._fastest.clear
@@ -63,12 +63,12 @@ def kept(folder: Path) -> list[Path]:
 
 
 def test_the_fastest_is_taken_from_then_on(new_process, tmp_path, capsys):
-    """Timed on all that asked; the next process, once it asks, measures nothing.
+    """All calls that asked are timed together; the next process reads the winner from the file and times nothing.
 
-    Both call it before a step is recorded: in a recording nothing may be compiled for the first time.
+    Both end with a call of the winner: nothing may be compiled for the first time while a step is recorded.
     """
     operator = Operator()
-    assert operator() == 1  # unmeasured, the first
+    assert operator() == 1  # the first, as nothing is measured
     operator.taken.clear()
     choice.measure(
         lambda n: [operator(layer) for layer in range(n)], 2, seconds=operator.clock(first=3, second=1, third=2)
@@ -113,7 +113,7 @@ def test_where_all_fail_nothing_is_known():
 
 
 def test_ways_are_compiled_all_at_once(monkeypatch):
-    """But for Inductor's, which compiles on several cores itself and times what it compiles."""
+    """All but Inductor's, which compiles on several cores itself and times what it compiles."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     operator = Operator(fails=("second",))
     choice._compile_together([*WAYS, choice.INDUCTOR], operator)
@@ -198,7 +198,7 @@ dist.destroy_process_group()
 
 
 def test_ranks_agree(tmp_path):
-    """Rank 0 measures, rank 1 takes that over though it remembers otherwise."""
+    """Rank 0 measures; rank 1 takes its result, although its own file says otherwise."""
     commands = [[sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")] for rank in range(2)]
     environments = [
         {**os.environ, "XDG_CACHE_HOME": str(tmp_path / str(rank)), "GLOO_SOCKET_IFNAME": "lo"} for rank in range(2)
@@ -211,7 +211,7 @@ def test_ranks_agree(tmp_path):
 
 
 class OnGpu(torch.Tensor):
-    """A tensor of the CPU that says otherwise."""
+    """A CPU tensor that claims to be on a GPU."""
 
     is_cuda = True
 
@@ -228,7 +228,7 @@ def test_a_pass_of_the_model_is_what_is_measured(ours, monkeypatch):
 
 
 def test_warming_up_times_the_kernels(ours, monkeypatch):
-    """For every number of rows that the steps will have, before anything else."""
+    """For every number of rows and positions that the steps will have."""
     timed, (target, draft) = [], (ours(rows=2) for _ in range(2))
     for model in (target, draft):
         model.setup_caches(2, 64, spare=speculative.SPARE)

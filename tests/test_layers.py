@@ -1,4 +1,4 @@
-"""layers.py: the fast layers beside the textbook's, bit for bit without kernels; what has no kernel runs all the same.
+"""layers.py: the fast layers against model.py's, bit for bit without kernels; layers without a kernel run as well.
 
 python -m pytest tests/test_layers.py
 """
@@ -24,7 +24,7 @@ has_kernels = pytest.mark.skipif(cpu.missing("cpu", torch.bfloat16) is not None,
 
 @pytest.fixture(scope="module")
 def stored(tiny, tmp_path_factory):
-    """`stored(family, mode)`: where such a model lies."""
+    """`stored(family, mode)`: the path of a model of that family in that mode."""
     made = {}
 
     def make(family: str, mode: str):
@@ -45,7 +45,7 @@ def textbook(monkeypatch, path, dtype: torch.dtype) -> Transformer:
 
 
 def logits(model: Transformer, kv_dtype: torch.dtype | None) -> list[torch.Tensor]:
-    """Of whole texts without a cache, of a prefill, of single positions in rows of unlike length, of several."""
+    """Logits without a cache, of a prefill, and in rows of different lengths of one position and of five."""
     model.setup_caches(2, 48, kv_dtype=kv_dtype)
     idx, ends = torch.arange(60).view(2, 30), torch.tensor([[20], [11]])
     found = [model(idx), model(idx[:, :20], torch.arange(20))]
@@ -104,7 +104,7 @@ def test_groups_that_no_kernel_takes_run_without_one(groupsize):
 
 
 class TernaryLinear(QuantizedLinear):
-    """Made up: weights of -1, 0 and 1, a scale for each output."""
+    """An invented quantisation: weights of -1, 0 and 1, a scale for each output."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
@@ -125,7 +125,7 @@ class TernaryLinear(QuantizedLinear):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_quantisation_that_has_no_kernel_runs(tiny, tmp_path, monkeypatch, dtype):
-    """As docs/extending.md adds one: a class, and its name in LINEARS."""
+    """It is added as docs/extending.md says: a class, and its name in LINEARS."""
     monkeypatch.setitem(LINEARS, "ternary", TernaryLinear)
     quantize(open_checkpoint(tiny("llama-bias")[1]), {"mode": "ternary"}, tmp_path / "model.pth", "cpu")
     model, exact = load_model(tmp_path / "model.pth", dtype=dtype), load_model(tiny("llama-bias")[1], dtype=dtype)
@@ -137,7 +137,7 @@ def test_a_quantisation_that_has_no_kernel_runs(tiny, tmp_path, monkeypatch, dty
 
 
 def test_a_kernel_is_added_in_two_places(tiny, tmp_path, monkeypatch):
-    """As docs/extending.md adds one: what a backend answers, and what it gets of the Linear."""
+    """As docs/extending.md says: in a backend's `product`, and in TENSORS, which lists the tensors passed to it."""
     seen = []
 
     def operator(x, weight, scales, bias, norm, eps, residual, gated):
@@ -179,7 +179,7 @@ def test_a_step_is_held_together_where_kernels_do_all_of_it(tiny):
     assert is_together(tiny("llama-head-dim")[1], kv_dtype=torch.int8) == attends
     assert not is_together(tiny("llama-head-dim")[1], kv_dtype=torch.float8_e4m3fn)
     assert not is_together(tiny("llama-head-dim")[1], torch.float32)
-    assert not is_together(tiny("llama")[1])  # heads of 16, for which the kernel does not attend
+    assert not is_together(tiny("llama")[1])  # head_dim 16, which the attention kernel does not take
 
 
 def test_a_device_without_a_backend_says_so():
@@ -190,7 +190,7 @@ def test_a_device_without_a_backend_says_so():
 
 
 def test_a_model_can_be_sped_up_again(tiny):
-    """Converted to another type it gets that type's kernels; what it has stays."""
+    """Converted to another dtype it gets that dtype's kernels; a further call changes nothing."""
     model, expected = (load_model(tiny("llama")[1], dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     layers.speed_up(model.bfloat16(), torch.bfloat16)
     layers.speed_up(model, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""metrics.py: the bytes a token costs, counted by hand, and the figures as they are printed and written.
+"""metrics.py: bytes per token against a count by hand, and the figures as they are printed and written.
 
 python -m pytest tests/test_metrics.py
 """
@@ -80,7 +80,7 @@ def test_write_json_replaces_the_file(tmp_path):
         assert json.loads(path.read_text(encoding="utf-8")) == value
     assert [p.name for p in tmp_path.iterdir()] == ["figures.json"]
     (tmp_path / "plain").touch()
-    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read it where they may any file
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # the permissions of any new file
 
 
 def test_write_json_is_whole_or_not_at_all(tmp_path):

@@ -1,8 +1,8 @@
-"""model.py against Hugging Face transformers, and its cache against itself.
+"""model.py against Hugging Face transformers, and its cache against recomputation.
 
     python -m pytest tests/test_model.py
 
-Worth knowing: everything is compared in float32, where a wrong term shows and rounding does not.
+Worth knowing: most comparisons are in float32, where a wrong term shows and rounding does not.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ def idx():
 
 @pytest.fixture(scope="module")
 def load(tiny):
-    """Our own model, in float32, with a fresh cache."""
+    """`load(family, rows, capacity)`: our own model, in float32, with a fresh cache."""
 
     def make(family: str, rows: int = 2, capacity: int = 64) -> Transformer:
         model = load_model(tiny(family)[1], dtype=torch.float32)
@@ -165,7 +165,7 @@ def test_attention_reads_the_cache_in_place(load, idx, monkeypatch):
 
 
 def test_attention_takes_what_a_gpu_returns(load, idx, monkeypatch):
-    """There SDPA's result lies in memory as `[B, S, H, D]`."""
+    """On a GPU, SDPA's result is laid out in memory as `[B, S, H, D]`."""
 
     def attend(*args, **kwargs):
         return attention(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
@@ -232,9 +232,9 @@ def test_attention_over_a_quantized_cache_is_that_over_its_values(load, kv_dtype
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("family", ["llama", "llama-mha", "mistral-window"])
 def test_a_quantized_cache_gives_the_same_at_once_or_token_by_token(load, idx, family, kv_dtype):
-    """Near what the float cache gives, not equal to it; a row of its own length in a batch is as it is alone.
+    """Close to the float cache, but not equal; a row in a batch of different lengths gives what it gives alone.
 
-    Where a sum's last bit decides which way a value is rounded, a step of the cache shows: hence the bounds.
+    The last bit of a sum may decide which way a cached value is rounded: hence bounds, not equality.
     """
     exact, model = load(family), load(family, 3)
     model.setup_caches(3, 64, kv_dtype=kv_dtype)

@@ -1,4 +1,4 @@
-"""perplexity.py against transformers, window by window, and the command line that prints it.
+"""perplexity.py against a sliding window over transformers' models, and the command line that prints it.
 
 python -m pytest tests/test_perplexity.py
 """
@@ -23,7 +23,7 @@ WIKITEXT = DEMO.parent.parent.parent / "shared" / "data" / "wikitext-2" / "test.
 
 
 def perplexity_of_transformers(model, ids: list[int], window: int, stride: int) -> float:
-    """The loop of https://huggingface.co/docs/transformers/perplexity; the mean is over the tokens that count."""
+    """The loop of https://huggingface.co/docs/transformers/perplexity; the mean is over the scored tokens."""
     ids, nll, n_tokens, previous = torch.tensor([ids]), 0.0, 0, 0
     for begin in range(0, ids.shape[1], stride):
         end = min(begin + window, ids.shape[1])
@@ -39,7 +39,7 @@ def perplexity_of_transformers(model, ids: list[int], window: int, stride: int) 
 
 @pytest.fixture(scope="module")
 def excerpt(tmp_path_factory):
-    """A file with the beginning of the held-out text, some characters of two bytes among it."""
+    """A file with the beginning of the held-out text, followed by some two-byte characters."""
     path = tmp_path_factory.mktemp("perplexity") / "excerpt.txt"
     path.write_text(HELDOUT.read_text(encoding="utf-8")[:6000] + " Ünïcödé.", encoding="utf-8")
     return path

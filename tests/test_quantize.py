@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_quantize.py
 
-Worth knowing: on independent inputs GPTQ has nothing to gain, so its tests make inputs that depend on each other.
+Worth knowing: on independent inputs GPTQ gains nothing over rounding, so its tests make correlated inputs.
 """
 
 import json
@@ -64,7 +64,7 @@ def fails(run):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    """English in a file, three times the calibration that the demo's widest Linear needs."""
+    """A file of English text, three times the calibration text that the demo's widest Linear needs."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text((ROOT / "demo" / "heldout.txt").read_text(encoding="utf-8")[:8000], encoding="utf-8")
     return path
@@ -87,7 +87,7 @@ def written(tmp_path_factory, text) -> Path:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_file_says_what_it_is_and_loads_by_that(written, mode):
-    model = load_model(written / MODES[mode], dtype=torch.float32)  # in which a CPU has no kernels
+    model = load_model(written / MODES[mode], dtype=torch.float32)  # for which a CPU has no kernels
     assert model.quantization["mode"] == mode
     assert model.quantization.get("groupsize") == (None if mode == "int8" else 32)
     kind = Int8Linear if mode == "int8" else Int4Linear
@@ -100,7 +100,7 @@ def test_a_file_says_what_it_is_and_loads_by_that(written, mode):
 
 def test_files_are_as_small_as_their_bits(written):
     float_size = (DEMO / "model.safetensors").stat().st_size
-    embedding = 2 * 4096 * 256  # the demo's output projection is the embedding table, and is then no longer
+    embedding = 2 * 4096 * 256  # tied to the output projection in the demo, stored separately once that is quantised
     sizes = {mode: (written / name).stat().st_size for mode, name in MODES.items()}
     assert sizes["int8"] == pytest.approx(float_size / 2 + embedding, rel=0.02)
     assert sizes["int4"] == pytest.approx(float_size * 5 / 16 + embedding, rel=0.02)
@@ -125,7 +125,7 @@ def test_weights_are_those_of_from_float(written):
 @pytest.mark.parametrize("family", ["llama-tied", "llama-bias", "qwen2", "mistral-window"])
 @pytest.mark.parametrize("mode", ["int8", "int4", "int4-gptq"])
 def test_families(tiny, tmp_path, family, mode):
-    """Tied embeddings part, biases are kept, a sliding window holds while calibrating; logits stay near."""
+    """Tied embeddings are untied, biases kept, a sliding window applies while calibrating; logits stay close."""
     source, target = open_checkpoint(tiny(family)[1]), tmp_path / "model.pth"
     scheme = {"mode": mode, "groupsize": 32, "percdamp": 0.01, "blocksize": 32, "act_order": False}
     tokens = torch.randint(128, (64, 16), generator=torch.Generator().manual_seed(0))
@@ -155,7 +155,7 @@ def test_skipped_linears_stay_float(tiny, run, tmp_path):
 
 
 def dependent_inputs(n: int, k: int, seed: int = 0) -> torch.Tensor:
-    """`[n, k]` with a spectrum that falls steeply, as hidden states have."""
+    """Correlated inputs `[n, k]`, whose spectrum falls steeply, as that of hidden states does."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(k, k, generator=generator) * torch.logspace(0, -2, k)[:, None]
     return torch.randn(n, k, generator=generator) @ mixing
@@ -183,7 +183,7 @@ def test_gptq_does_not_depend_on_the_block_size():
     results = [
         gptq(weight, hessian, groupsize=32, percdamp=0.01, blocksize=b, act_order=False)[3] for b in (32, 64, 128)
     ]
-    assert max(results) < 1.02 * min(results)  # the same but for rounding
+    assert max(results) < 1.02 * min(results)  # equal up to rounding
 
 
 def test_gptq_with_independent_inputs_is_rounding():
@@ -219,7 +219,7 @@ def test_gptq_observes_what_the_model_computes(tiny, monkeypatch):
 
     monkeypatch.setattr(gptq_module, "gptq", exact)
     monkeypatch.setattr(gptq_module.Int4Linear, "dequantize", lambda self, dtype: next(weights))
-    source = load_model(tiny("llama")[1], dtype=torch.float32).bfloat16()  # loaded in bfloat16, weights are packed
+    source = load_model(tiny("llama")[1], dtype=torch.float32).bfloat16()  # loading in bfloat16 would pack the weights
     tokens = torch.randint(128, (6, 16), generator=torch.Generator().manual_seed(0))
     names = [n for n, m in source.named_modules() if isinstance(m, Linear)]
     weights = iter([source.get_submodule(name).weight for name in names])
@@ -241,7 +241,7 @@ def test_gptq_observes_what_the_model_computes(tiny, monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_anonymous_memory_is_bounded(tmp_path, mode):
-    """A model of 540 MB, whose largest Linear has 33 MB: the output is a mapped file, so only Linears count."""
+    """A model of 503 MB, whose largest Linear has 34 MB: the output is a mapped file, so only Linears count."""
     shape = {"dim": 1024, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "head_dim": 128, "hidden_dim": 8192}
     args = ModelArgs(**shape, vocab_size=8192, context_length=128, norm_eps=1e-5, rope_theta=1e4)
     with torch.device("meta"):
@@ -253,7 +253,7 @@ def test_anonymous_memory_is_bounded(tmp_path, mode):
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     grew = int(run.stdout.split("grew ")[1])
-    assert grew < 300  # a Linear as stored and quantised, and slack; far from the model
+    assert grew < 300  # one Linear, stored and quantised, and slack; far below the model
 
 
 def test_an_interrupted_run_leaves_no_file(tmp_path, text):
@@ -354,12 +354,12 @@ def test_calibration_tasks_without_lm_eval(fails, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_generating_from_every_file(written, mode, tmp_path, capsys):
-    """Eager and compiled, alone and as a row of three, in bf16 with the device's kernels: the text of the demo."""
+    """Eager and compiled, alone and in a batch of three, in bf16 with the CPU's kernels: the texts begin alike."""
     settings, texts = torch._inductor.config.save_config(), {}
     for name, flags in {"eager": [], "compiled": ["--compile", "--compile_prefill"]}.items():
         for batch in (1, 3):
             if (name, batch, mode) in (("compiled", 3, "int8"), ("compiled", 1, "int4")):
-                continue  # the other is enough
+                continue  # one compiled batch size is enough for these modes
             torch._dynamo.reset()
             path = tmp_path / "figures.json"
             defaults = ["--checkpoint_path", written / MODES[mode], "--temperature", 0, "--max_new_tokens", 16]
@@ -372,4 +372,4 @@ def test_generating_from_every_file(written, mode, tmp_path, capsys):
             texts[name, batch] = figures["samples"][0]["text"]
     torch._inductor.config.load_config(settings)
     assert f"M parameters, bfloat16, {mode}, cpu" in capsys.readouterr().out
-    assert len({text[:20] for text in texts.values()}) == 1, texts  # until rounding decides between two tokens
+    assert len({text[:20] for text in texts.values()}) == 1, texts  # further on, rounding may decide between two tokens

@@ -30,7 +30,7 @@ def test_packing_nibbles_is_undone(n, k):
     packed = pack_nibbles(q)
     assert packed.shape == (n, k // 2)
     assert unpack_nibbles(packed).equal(q)
-    assert int(packed[0, 0]) == int(q[0, 0]) + 16 * int(q[0, 1])  # the form that files have
+    assert int(packed[0, 0]) == int(q[0, 0]) + 16 * int(q[0, 1])  # the layout in files
 
 
 def test_int8_errs_by_less_than_one_percent_and_half_a_step():
@@ -53,7 +53,7 @@ def test_int4_errs_within_its_bound_and_the_search_lowers_it(groupsize, bound):
     assert errors[0] < bound
     assert errors[1] < 0.97 * errors[0]
     per_group = [(m.dequantize(torch.float32).view_as(exact) - exact).square().sum(-1) for m in (plain, searched)]
-    assert (per_group[1] <= per_group[0] * 1.0001).all()  # no group is worse for it
+    assert (per_group[1] <= per_group[0] * 1.0001).all()  # the search makes no group worse
 
 
 def test_the_search_weighs_errors_by_importance():
@@ -77,7 +77,7 @@ def test_constant_weights_stay_what_they_are(value, search):
 
 def test_values_that_sixteen_steps_hold_are_exact():
     weight = (torch.randint(16, (8, 64), generator=torch.Generator().manual_seed(1)).float() - 8) * 0.25
-    weight[:, [0, 32]], weight[:, [1, 33]] = -2.0, 1.75  # every group spans the range
+    weight[:, [0, 32]], weight[:, [1, 33]] = -2.0, 1.75  # every group spans all 16 steps
     assert Int4Linear.from_float(weight, groupsize=32).dequantize(torch.float32).equal(weight)
 
 

@@ -1,8 +1,8 @@
-"""rows.py: what of the text is shown when, where a row ends, and its figures.
+"""rows.py: when text is shown, where a row ends, and its figures.
 
     python -m pytest tests/test_rows.py
 
-Worth knowing: what is held back, because it may begin a stop string or half a character, is never shown too early.
+Worth knowing: text that may begin a stop string, or is half a character, is held back until that is decided.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ def no_grad():
 
 
 class Pieces:
-    """A tokenizer's backend whose token i is the i-th piece of bytes."""
+    """A tokenizer backend whose token i stands for the bytes `pieces[i]`."""
 
     utf8_errors, adds_space, special = "replace", False, {}
 
@@ -40,7 +40,7 @@ END = -1  # in the tests below: the stop id
 
 
 def put_all(pieces: list[str | bytes | int], stops: list[str]) -> tuple[Row, list[str]]:
-    """A row that got one token for each piece until it ended, as many as it may have; what it showed each time."""
+    """A row that was given one token per piece, at most `len(pieces)`, until it ended; the text that each showed."""
     spelled = [b"" if p == END else p.encode() if isinstance(p, str) else p for p in pieces]
     ends = [i for i, p in enumerate(pieces) if p == END]
     row, shown = Row(Tokenizer(Pieces([*spelled, b"prompt"]), ends, ""), [len(pieces)], len(pieces), stops), []
@@ -59,15 +59,15 @@ def put_all(pieces: list[str | bytes | int], stops: list[str]) -> tuple[Row, lis
         (["one", END, "two"], [], ["one", ""], "stop"),
         (["one", END], [], ["one", ""], "stop"),
         ([END], [], [""], "stop"),
-        (["a b", "STOP", "c"], ["STOP"], ["a b", ""], "stop"),  # one token
-        (["a bS", "TO", "Pc", "d"], ["STOP"], ["a b", "", ""], "stop"),  # over several, and text behind it
-        (["a bS", "TO", "c", "d"], ["STOP"], ["a b", "", "STOc", "d"], "length"),  # held back in vain
+        (["a b", "STOP", "c"], ["STOP"], ["a b", ""], "stop"),  # within a token
+        (["a bS", "TO", "Pc", "d"], ["STOP"], ["a b", "", ""], "stop"),  # across tokens, and followed by text
+        (["a bS", "TO", "c", "d"], ["STOP"], ["a b", "", "STOc", "d"], "length"),  # held back, but no stop string
         (["a bS", "TO"], ["STOP"], ["a b", "STO"], "length"),  # nothing is held back at the end
         (["a bST", END], ["STOP"], ["a b", "ST"], "stop"),
         (["STSTSTO", "P"], ["STOP"], ["STST", ""], "stop"),
         (["aab"], ["ab"], ["a"], "stop"),
         (["x", "ab", "c"], ["abc", "b"], ["x", "a"], "stop"),  # "b" is complete first
-        (["xabc"], ["c", "ab"], ["x"], "stop"),  # in one token the leftmost counts
+        (["xabc"], ["c", "ab"], ["x"], "stop"),  # both complete in one token: the leftmost counts
         (["one\n", "\n", "two"], ["\n\n"], ["one", ""], "stop"),
         (["STOP"], ["STOP"], [""], "stop"),
         ([b"caf\xc3", b"\xa9", "!"], [], ["caf", "é", "!"], "length"),
@@ -93,7 +93,7 @@ def test_rows_of_random_text_show_all_but_what_follows_a_stop_string():
         pieces = ["".join(rng.choices("ab", k=rng.randrange(4))) for _ in range(8)]
         stops = ["".join(rng.choices("abc", k=rng.randrange(1, 6))) for _ in range(rng.randrange(1, 4))]
         text = ""
-        for piece in pieces:  # the definition: end with the token that completes one, cut before the leftmost
+        for piece in pieces:  # by definition: stop at the token that completes a stop string, cut before the leftmost
             text += piece
             if hits := [text.find(stop) for stop in stops if stop in text]:
                 text = text[: min(hits)]
@@ -131,7 +131,7 @@ def test_run_rows_ends_each_row_by_itself(ours):
     prompts, n = [prompt_of(6), prompt_of(3)], 20
     steps = build_steps(ours(rows=2), GREEDY)
     first, second = tokens_of(steps, prompts, n)
-    end = next(t for t in first if t not in second)  # stops the first row alone
+    end = next(t for t in first if t not in second)  # stops only the first row
     at = first.index(end)
     tokenizer = Tokenizer(Pieces([b"<%d>" % i for i in range(128)]), [end], "")
     rows, shown = [Row(tokenizer, prompt, n, []) for prompt in prompts], ["", ""]

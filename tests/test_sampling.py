@@ -1,4 +1,4 @@
-"""sampling.py against transformers' logits processors, and its draw against the distribution it is given.
+"""sampling.py: filters against transformers' logits processors, draws against the distribution that they are given.
 
 python -m pytest tests/test_sampling.py
 """
@@ -79,9 +79,9 @@ def test_a_row_of_a_batch_is_filtered_as_if_alone(logits):
 
 def test_ties():
     tied = torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0])
-    assert (top_k(tied, 1) > -torch.inf).tolist() == [False, True, True, True, False]  # equals are all as likely
+    assert (top_k(tied, 1) > -torch.inf).tolist() == [False, True, True, True, False]  # tied tokens are all kept
     assert (min_p(tied, 1.0) > -torch.inf).tolist() == [False, True, True, True, False]
-    assert (top_p(torch.zeros(4), 0.5) > -torch.inf).sum() == 2  # the smallest set
+    assert (top_p(torch.zeros(4), 0.5) > -torch.inf).sum() == 2  # the smallest set that reaches p
     assert (top_p(torch.zeros(4), 0.51) > -torch.inf).sum() == 3
     assert Sampling(temperature=0)(tied).item() == 1
 
@@ -187,7 +187,7 @@ def test_what_cannot_be_used_is_an_error(options, message):
 
 @dataclasses.dataclass(frozen=True)
 class Cutoff(Sampling):
-    """Made up: tokens of less than 2 % are ruled out."""
+    """An invented sampler: tokens below 2 % are ruled out."""
 
     def probs(self, logits, descending=False):
         probs = super().probs(logits, descending)
@@ -196,7 +196,7 @@ class Cutoff(Sampling):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_sampler_is_added_by_its_probabilities(ours, compiled):
-    """As docs/extending.md adds one; plain decoding and a speculative step both draw from them."""
+    """Only `probs` changes, as docs/extending.md says; plain decoding and a speculative step both draw from it."""
     model, sampling = ours("llama"), Cutoff(temperature=2.0, top_k=None)
     model.setup_caches(1, 64, SPARE)
     plain = build_steps(model, sampling, compiled)
@@ -209,4 +209,4 @@ def test_a_sampler_is_added_by_its_probabilities(ours, compiled):
         chosen = probs.gather(1, torch.tensor(tokens)[:, None])
         assert chosen.min() > 0.0199
         assert len(set(tokens)) > 10
-    assert probs[probs < 0.02].sum() > 10  # of 40: much was ruled out
+    assert probs[probs < 0.02].sum() > 10  # of a total of 40, 1 per position: much was ruled out

@@ -1,4 +1,4 @@
-"""scoring.py against Hugging Face's logits, one request at a time; what is shared, compiled and out of memory.
+"""scoring.py against Hugging Face's logits, one request at a time; shared beginnings, compiling, a full memory.
 
 python -m pytest tests/test_scoring.py
 """
@@ -16,7 +16,7 @@ CONTEXT = 128  # of the tiny models
 
 
 def made_up_requests() -> list[tuple[list[int], list[int]]]:
-    """Questions with four answers, half of them behind the same examples; one-token answers; texts that share nothing;
+    """Questions with four answers, half of them after the same examples; one-token answers; texts that share nothing;
     one whose every token is scored; contexts that are too long; an empty continuation."""
     draw = random.Random(0)
 
@@ -56,7 +56,7 @@ def assert_as_expected(found: list[tuple[float, bool]], hf_model, requests=REQUE
 
 
 def test_scores_through_a_quantized_cache(tiny):
-    """All texts go through it: what shares a beginning and what does not score alike."""
+    """With a quantised cache every text goes through it, so that sharing a beginning hardly changes a score."""
     model = load_model(tiny("llama")[1], dtype=torch.float32)
     exact, alone, batched = (
         Scorer(model, rows, kv_dtype=kv_dtype).score(REQUESTS)
@@ -92,7 +92,7 @@ def test_what_texts_share_is_computed_once(tiny):
     requests = [(context, [answer, 1, 2]) for answer in range(100, 104)]
     requests += [([5, 6, 7, 8] * 5, [answer]) for answer in range(4)]  # one input, four continuations
     Scorer(model, batch_size=4).score(requests)
-    # The beginning without the last token of the context, which each row predicts its first token from.
+    # 59 of the 60 tokens are shared: the last is computed per row, to predict the first token of the answer.
     assert sorted(n_tokens) == [4 * 3, 20, 59]
 
 
@@ -100,11 +100,11 @@ def test_groups_follow_what_is_shared():
     examples, questions = [1, 2] * 100, [[60 + q] * 20 for q in range(2)]
     requests = [(examples + question, [100 + a, 0]) for question in questions for a in range(3)]
     texts = to_texts(requests, 512)
-    assert [(len(g.texts), g.shared) for g in to_groups(texts, 8)] == [(6, 200)]  # the examples are most of it
+    assert [(len(g.texts), g.shared) for g in to_groups(texts, 8)] == [(6, 200)]  # by the examples, the longer part
     assert [(len(g.texts), g.shared) for g in to_groups(texts, 4)] == [(4, 200), (2, 219)]
     assert [(len(g.texts), g.shared) for g in to_groups(texts, 1)] == [(1, 0)] * 6
     texts = to_texts([([1] * 20 + question * 3, [100 + a, 0]) for question in questions for a in range(3)], 128)
-    assert [(len(g.texts), g.shared) for g in to_groups(texts, 8)] == [(3, 79), (3, 79)]  # the questions are
+    assert [(len(g.texts), g.shared) for g in to_groups(texts, 8)] == [(3, 79), (3, 79)]  # by the questions
 
 
 def test_a_full_memory_halves_the_batch(tiny, monkeypatch, capsys):
@@ -125,12 +125,12 @@ def test_a_full_memory_halves_the_batch(tiny, monkeypatch, capsys):
 
 def test_a_compiled_model_is_compiled_for_all_batches_at_once(tiny, monkeypatch):
     hf_model, directory = tiny("llama")
-    # Whether a graph serves other shapes is Dynamo's decision; what Inductor makes of it would only take time.
+    # Dynamo alone decides whether a graph serves other shapes; Inductor would only take time.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     scorer = Scorer(load_model(directory, dtype=torch.float32), batch_size=16, compile=True)
-    square = [([q] * 10, [q] * 7) for q in range(16)]  # as many rows as columns: no reason to take them for one size
+    square = [([q] * 10, [q] * 7) for q in range(16)]  # as many rows as columns: Dynamo must not take them for one size
     scorer.score([*square, ([1] * 100, [2]), ([1] * 99, [2])])
     sharing = [([1] * 50 + [q], [a, 1]) for q in range(4) for a in range(2, 4)]
     scorer.score(sharing)

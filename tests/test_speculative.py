@@ -1,8 +1,8 @@
-"""speculative.py: the output is the target's, whatever drafts; greedy token for token, sampled by a chi-square test.
+"""speculative.py: with any draft the output is the target's: greedy token for token, sampled by a chi-square test.
 
     python -m pytest tests/test_speculative.py
 
-Worth knowing: greedy tokens are compared in float32, where one row and several round alike enough never to tie.
+Worth knowing: greedy tokens are compared in float32, where batching changes logits too little to change an argmax.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def with_cache(model: Transformer, rows: int = 1, capacity: int = 64) -> Transfo
 
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory) -> Path:
-    """A random model that knows nothing of the target."""
+    """A random model that is unrelated to the target."""
     path = tmp_path_factory.mktemp("stranger")
     hf = make_tiny("llama", num_hidden_layers=1, max_position_embeddings=512)
     hf.lm_head.weight.set_(hf.lm_head.weight.flip(0))
@@ -149,7 +149,7 @@ def test_demo_pair_is_plain_decoding_and_worth_it():
     assert acceptance.mean() > 2
 
 
-# --- what is accepted, and what stays --------------------------------------------------------------------------------
+# --- acceptance, and the caches afterwards ---------------------------------------------------------------------------
 
 
 def test_a_draft_that_is_the_target_is_always_accepted(drafted):
@@ -166,13 +166,13 @@ def test_caches_after_rejections_are_plain_decoding_s(ours, drafted):
         steps = drafted(by, 4)
         lengths = [len(step.ids[0]) for step in speculate(steps, [prompt], n)][1:]
         assert (min(lengths) < 5) == (by == "stranger")
-        valid = len(prompt) + n - 1  # the last token is read by nobody
+        valid = len(prompt) + n - 1  # the last token is never an input
         for ours_, theirs in zip(steps.model.layers, plain.model.layers, strict=True):
             for name in ("k", "v"):
                 mine, other = (getattr(layer.attention.kv_cache, name)[:, :, :valid] for layer in (ours_, theirs))
                 torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
-        assert rows_of(steps, [tokens[10:14]], 6, cached=len(prompt) + 10)[0] == tokens[14:20]  # the caches go on
-    # The draft's own cache holds what it would hold after reading the text: here it is the target itself.
+        assert rows_of(steps, [tokens[10:14]], 6, cached=len(prompt) + 10)[0] == tokens[14:20]  # the caches are valid
+    # Here the draft is the target itself, so its own cache must be that of plain decoding.
     for mine, other in zip(steps.drafter.model.layers, plain.model.layers, strict=True):
         torch.testing.assert_close(
             mine.attention.kv_cache.k[:, :, : len(prompt) + 14],
@@ -186,23 +186,23 @@ def test_prompt_lookup_drafts_what_followed_the_longest_last_match(ours):
 
     def drafts(text: list[int]) -> list[int]:
         lookup.history.zero_()
-        idx = torch.tensor([[99] * len(text), text])  # the first row is another
+        idx = torch.tensor([[99] * len(text), text])  # the first row has another text
         lookup.prefill(idx, torch.arange(len(text)), target.slots, None)
         end = torch.full((2, 1), len(text) - 1)
         new = torch.cat((idx[:, -1:], torch.full((2, 4), 77)), 1)
         return lookup(new, end, idx[:, -2:], end, target.slots)[0][1].tolist()
 
-    assert drafts([1, 2, 3, 4, 5, 6, 7, 9, 3, 8, 1, 2, 3]) == [4, 5, 6, 7]  # three tokens, not the later single one
-    assert drafts([3, 5, 6, 7, 8, 3, 9, 10, 11, 12, 3]) == [9, 10, 11, 12]  # the later of two
-    assert drafts([8, 5, 6, 5, 6]) == [5, 6, 5, 6]  # it repeats with its own period
-    assert drafts([1, 2, 3]) == [3, 3, 3, 3]  # nothing found: any will do
+    assert drafts([1, 2, 3, 4, 5, 6, 7, 9, 3, 8, 1, 2, 3]) == [4, 5, 6, 7]  # three tokens beat the later single one
+    assert drafts([3, 5, 6, 7, 8, 3, 9, 10, 11, 12, 3]) == [9, 10, 11, 12]  # the later of two equal matches
+    assert drafts([8, 5, 6, 5, 6]) == [5, 6, 5, 6]  # beyond the end of the text the match repeats
+    assert drafts([1, 2, 3]) == [3, 3, 3, 3]  # no match: any drafts will do
 
 
 # --- sampled: the same distribution ----------------------------------------------------------------------------------
 
 
 def log_likelihood_table(model: Transformer, prompt: list[int], sampling: Sampling, n: int) -> torch.Tensor:
-    """The probability of every continuation of `n` tokens, `[V, ..., V]`, from whole passes without a cache."""
+    """The probability of every continuation of `n` tokens, `[V**n]`, from full forward passes without a cache."""
     V = model.args.vocab_size
     texts, table = torch.tensor([prompt]), torch.ones(1)
     for _ in range(n):
@@ -238,13 +238,13 @@ def test_the_first_three_tokens_are_distributed_as_the_target_s(tmp_path, by, sa
                 text += ids
         codes = torch.tensor([text[0] * V * V + text[1] * V + text[2] for text in texts])
         counts += codes.bincount(minlength=V**3)
-    assert all(count > n_samples / 50 for count in acceptance.counts)  # rejections and acceptances of all are tested
+    assert all(count > n_samples / 50 for count in acceptance.counts)  # every number of accepted drafts occurs
     assert counts[expected == 0].sum() == 0
     order = expected.argsort(descending=True)
     common = order[expected[order] >= 5]
     observed = torch.cat((counts[common], (n_samples - counts[common].sum())[None]))
     awaited = torch.cat((expected[common], (n_samples - expected[common].sum())[None].clamp(min=1e-3)))
-    if awaited[-1] < 5:  # too few are rare to be a class
+    if awaited[-1] < 5:  # the rare continuations are too few for a class of their own
         observed, awaited = observed[:-1], awaited[:-1]
     chi_square, freedom = ((observed - awaited) ** 2 / awaited).sum(), len(awaited) - 1
     assert freedom > 5
@@ -372,13 +372,13 @@ def test_the_command_line_gives_the_plain_text(main, tmp_path, flags):
 
 
 def test_a_stop_id_inside_an_accepted_run_ends_the_sample(main, monkeypatch, tmp_path):
-    """With the target as its own draft every run is whole, so the stop id lies within one."""
+    """With the target as its own draft all drafts are accepted, so the stop id lies within an accepted run."""
     flags = ["--prompt", "Return the", "--metrics_path", tmp_path / "m", "--draft_checkpoint_path", DEMO]
     assert main(*flags, "--speculate_k", 8)[0] == 0
     tokens = tokens_in(tmp_path / "m")[0]
     at = next(
         i for i in range(3, 30) if i % 9 in (3, 4, 5) and tokens[i] not in tokens[:i]
-    )  # of 9 tokens, in the middle
+    )  # in the middle of a step's 9 tokens
     load = cli.load_tokenizer
 
     def stopping(directory):

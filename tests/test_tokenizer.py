@@ -105,7 +105,7 @@ def reference(directory: Path):
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
-    """Random strings from all of Unicode but the surrogates, with many known words, spaces and controls."""
+    """Random strings from many ranges of Unicode, without surrogates, with many known words, spaces and newlines."""
     rng = random.Random(seed)
     ranges = [(0, 128), (32, 127), (0x80, 0x500), (0x300, 0x370), (0x2000, 0x2600), (0x4E00, 0xA000)]
     ranges += [(0xE000, 0x10000), (0x1F300, 0x1FB00), (0x10000, 0x110000)]
@@ -199,7 +199,7 @@ def llama3(tmp_path_factory) -> Path:
     bos = encoder.token_to_id(special[0])
     template = processors.TemplateProcessing(f"{special[0]} $A", special_tokens=[(special[0], bos)])
     encoder.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
-    encoder.enable_truncation(8)  # neither must bite: a prompt is never cut nor padded
+    encoder.enable_truncation(8)  # neither may take effect: a prompt is never cut nor padded
     encoder.enable_padding(length=8, pad_token=special[1], pad_id=bos + 1)
     encoder.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special[0], "eos_token": special[1]}
@@ -288,7 +288,7 @@ def meta_llama3(tmp_path_factory, ranks) -> Path:
 
 
 def tiktoken_encode(ranks: dict[bytes, int], special: dict[str, int], text: str) -> list[int]:
-    """What tiktoken does, done slowly: merge the leftmost pair of lowest rank until no pair has one."""
+    """What tiktoken does, done slowly: merge the leftmost pair of lowest rank until no pair has a rank."""
     import regex
 
     ids = []
@@ -509,7 +509,7 @@ def test_bos_follows_the_configuration(tmp_path, piece_model, llama3, qwen):
     assert load_tokenizer(without).encode("a") == reference(without).encode("a")
     assert load_tokenizer(without).bos_id == 1
     assert load_tokenizer(qwen).bos_id is None
-    for value in (True, False):  # beside a tokenizer.json, whose post-processor says it, without effect
+    for value in (True, False):  # no effect beside a tokenizer.json, whose post-processor decides
         for directory in (llama3, qwen):
             copy = tmp_path / f"{directory.name}-{value}"
             shutil.copytree(directory, copy)
@@ -533,7 +533,7 @@ def test_tokenizer_json_is_preferred_and_content_tells_models_apart(tmp_path, ll
 
 
 CHATS = [(name, template) for name in ("llama2", "llama3", "llama2_json") for template in TEMPLATES]
-CHATS += [("qwen", "chatml"), ("qwen", "json")]  # it has no bos_token, which the others write
+CHATS += [("qwen", "chatml"), ("qwen", "json")]  # Qwen has no bos_token, which the other templates write
 
 
 @pytest.mark.parametrize("prompt", [True, False])

@@ -1,6 +1,6 @@
-"""Tensor parallelism: shares of the weights without processes, then torchrun on the CPU, as a user starts it.
+"""Tensor parallelism: first within one process, then under torchrun on the CPU, as a user starts it.
 
-The oracle is the same model in one process; only float32 is compared, for a sum in parts rounds differently.
+The oracle is the same model in one process. Both run in float32, where adding up partial sums changes little.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ SCHEMES = {"int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}, 
 
 @pytest.fixture(scope="module")
 def checkpoints(tiny, tmp_path_factory) -> dict[str, Path]:
-    """What the tests divide; the quantised models and the one of 127 tokens have two key heads of 32 elements."""
+    """The checkpoints to divide; "wide", "odd-vocab" and the quantised ones have two key heads of 32 elements."""
     folder = tmp_path_factory.mktemp("tp")
     paths = {name: tiny(name)[1] for name in ("llama", "llama-mha", "llama-tied", "llama-bias", "qwen2", "qwen3")}
     for name, changes in (("wide", {}), ("odd-vocab", {"vocab_size": 127})):
@@ -50,11 +50,11 @@ def checkpoints(tiny, tmp_path_factory) -> dict[str, Path]:
     return paths
 
 
-# ---- Without processes: ranks are threads here, or do not run at all.
+# ---- In one process: ranks are threads here, or do not run at all.
 
 
 def in_threads(n_ranks: int, monkeypatch, work) -> list:
-    """The results of `work(ranks)` on as many threads, whose collectives meet at a barrier."""
+    """The results of `work(ranks)` on `n_ranks` threads, whose collectives exchange tensors at a barrier."""
     slots, barrier, here = [None] * n_ranks, threading.Barrier(n_ranks), threading.local()
 
     def exchange(x: torch.Tensor) -> list[torch.Tensor]:
@@ -117,7 +117,7 @@ def test_a_rank_holds_its_share_and_what_is_replicated(checkpoints, name):
     whole = load_model(checkpoints[name], dtype=torch.float32)
     share = load_model(checkpoints[name], dtype=torch.float32, ranks=tp.Ranks(1, 2))
     both = sum(t.nbytes for n, t in whole.state_dict().items() if "norm" in n)
-    if name == "int8":  # a row that is divided along its inputs keeps its scale on every rank
+    if name == "int8":  # a weight divided along its inputs has the scales of all rows on every rank
         both += sum(t.nbytes for n, t in whole.state_dict().items() if n.endswith(("wo.scales", "w2.scales")))
     assert parameter_bytes(share) == (parameter_bytes(whole) - both) / 2 + both
 
@@ -143,7 +143,7 @@ def test_a_world_size_that_does_not_fit_names_those_that_do(checkpoints, name, n
 
 
 def test_groups_that_do_not_divide_name_the_world_sizes_that_fit(tmp_path):
-    make_tiny("llama").save_pretrained(tmp_path)  # feed-forward of 96: three groups of 32; 64 inputs of wo: two
+    make_tiny("llama").save_pretrained(tmp_path)  # w2 has 96 inputs, three groups of 32; wo has 64, two groups
     quantize(open_checkpoint(tmp_path), SCHEMES["int4"], tmp_path / "int4.pth", "cpu")
     with pytest.raises(ValueError, match=r"2 processes .*w2 has 48 inputs, not a multiple of 32.* fit: 1$"):
         load_model(tmp_path / "int4.pth", ranks=tp.Ranks(0, 2))
@@ -157,7 +157,7 @@ def test_key_heads_that_do_not_go_with_the_ranks():
 
 def test_any_module_that_declares_its_sharding_is_divided():
     def make(rows: int) -> torch.nn.Module:
-        module = torch.nn.Conv1d(3, rows, kernel_size=1)  # no model has one
+        module = torch.nn.Conv1d(3, rows, kernel_size=1)  # which no model has
         module.sharding = Sharding(parts=(rows // 2, rows // 2))
         return torch.nn.ModuleDict({"any": module})
 
@@ -195,7 +195,7 @@ def test_tokens_are_those_of_one_process(checkpoints, tmp_path, n_ranks):
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(n_ranks)]
     assert all(result == results[0] for result in results)
     assert all(result["steps"] < 8 for result in results[0] if "steps" in result)  # drafts were accepted
-    for case, result in zip(cases[:-1], results[0], strict=False):  # of the last, ranks agree: it draws otherwise
+    for case, result in zip(cases[:-1], results[0], strict=False):  # not the last: its drafts change what is sampled
         model = load_model(case["path"], dtype=torch.float32)
         model.setup_caches(3, 64)
         torch.manual_seed(0)
@@ -282,7 +282,7 @@ def test_what_fails_on_one_rank_ends_all(tmp_path):
 
 
 def started(*flags: str, until: str) -> tuple[subprocess.Popen, list[Path]]:
-    """generate.py on two ranks, once it has printed a line with `until`; torchrun and its ranks in /proc."""
+    """Start generate.py on two ranks and wait for a line with `until`; torchrun, and its ranks' folders in /proc."""
     command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", *GENERATE, *flags]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     agent = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes)
@@ -309,7 +309,7 @@ def test_a_rank_killed_in_the_middle_ends_all():
 
 @in_proc
 def test_a_conversation_reaches_every_rank_and_ctrl_c_leaves_none():
-    agent, ranks = started("--interactive", until="> ")  # the first answer: no rank waited for another
+    agent, ranks = started("--interactive", until="> ")  # the first answer came: no rank hangs
     agent.send_signal(signal.SIGINT)
     agent.communicate(timeout=20)
     assert agent.returncode != 0

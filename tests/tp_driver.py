@@ -1,8 +1,8 @@
-"""What `test_tp.py` runs under torchrun: several models in one launch, for starting processes takes longer than these.
+"""The program that `test_tp.py` runs under torchrun: all cases in one launch, since starting processes takes longest.
 
     torchrun --standalone --nproc_per_node=2 tests/tp_driver.py CASES.json DIRECTORY
 
-Every rank writes DIRECTORY/RANK.json: for each case its tokens and the bytes of its weights.
+Every rank writes DIRECTORY/RANK.json: for each case the result of `generate`.
 """
 
 import json
@@ -24,7 +24,7 @@ from tp import Ranks
 
 
 def generate(case: dict, ranks: Ranks) -> dict:
-    """The case's tokens row by row, its draft's replicated or shared as it says, and the bytes of the target."""
+    """The tokens of each row and the bytes of the rank's weights; with a draft also the number of speculative steps."""
     sampling, rows = Sampling(case["temperature"], top_k=None), len(case["prompts"])
     model = load_model(case["path"], dtype=torch.float32, ranks=ranks)
     model.setup_caches(rows, 64, spare=SPARE)

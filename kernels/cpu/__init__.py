@@ -18,14 +18,14 @@ from kernels.cpu import build, packing
 
 
 def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Why there are no kernels for activations in `dtype`, in one line, or None; builds them where they are not."""
+    """The reason, in one line, why there are no kernels for activations in `dtype`, or None. Builds them if needed."""
     if dtype != torch.bfloat16:
         return f"the kernels for quantised weights take bfloat16, not {str(dtype).removeprefix('torch.')}"
     return build.load()
 
 
 def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None) -> Product | None:
-    """The product with a weight in bfloat16, int8 or int4; None where its sizes do not fit the panels."""
+    """Pack a weight in bfloat16, int8 or int4 for its product; None where its sizes do not fit the panels."""
     n_out, n_in = weight.shape
     if zeros is not None:
         groupsize = 2 * n_in // scales.shape[1]
@@ -43,20 +43,20 @@ def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None =
 
 
 def attention(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> Attention | None:
-    """Attention for processors with AVX-512 and its bf16 dot product."""
+    """Attention for processors with AVX-512 and its bf16 dot product; None for other cache types and head sizes."""
     if kv_dtype not in (torch.bfloat16, torch.int8) or head_dim % 32 or torch.ops.fast.variants()[0] != "avx512":
         return None
     return Attention(torch.ops.fast.decode_attention, max_positions=16, takes_qkv=False)
 
 
 def together(step: Callable[..., Any]) -> Callable[..., Any]:
-    """`step` in one parallel region: between its kernels the threads prefetch the weights that come next.
+    """`step` run in one parallel region (`threads.h`): between kernels its threads prefetch the weights used next.
 
-    Operators that are not of these kernels run on one thread in there.
+    Other operators run on one thread inside it.
     """
 
     def run(*args: Any) -> Any:
-        result, error = None, KeyboardInterrupt()  # which may come before the first line of `call`
+        result, error = None, KeyboardInterrupt()  # raised if Ctrl-C arrives before the `try` in `call`
 
         @ctypes.CFUNCTYPE(None)
         def call() -> None:

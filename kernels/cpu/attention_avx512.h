@@ -1,19 +1,19 @@
-// Attention of a few positions over a KV cache with AVX-512; a part of products.cpp. Keys and values are read once, in order.
+// Attention of a few positions over a KV cache with AVX-512; included by products.cpp. Reads the cache once, in order.
 //
-// Threads share out the cache in chunks of slots; what they found for a key head is put together by the greatest score
-// (flash decoding, Dao et al. 2023). Rows are the query heads of one key head times their positions: up to 8 share what
-// is loaded. Both products multiply pairs of 16 bits and add to 32: bf16 as it is; an int8 cache as int16, with queries
-// and weights rounded to int16 by a scale per row, because int8 to bf16 takes five instructions and to int16 one.
+// Threads divide the cache in chunks of slots; partial softmaxes of a key head are combined by their greatest scores
+// (flash decoding, Dao et al. 2023). A row is a query head at a position; up to 8 rows of one key head share each load.
+// Both products multiply pairs of 16-bit numbers and add to 32 bits. A bf16 cache is used as it is; int8 is widened to
+// int16, in one instruction (to bf16: five), with queries and softmax weights quantised to int16 by a scale per row.
 
-constexpr int64_t TILE = 32;    // slots whose values are added up in registers
+constexpr int64_t TILE = 32;    // slots whose weighted values are summed in registers
 
 template <class T>
 constexpr bool quantized = sizeof(T) == 1;
 
-// While keys are read the values of the same slots are on their way, and with values the keys of the next chunk.
+// While keys are read, this prefetches the values of the same slots; while values are read, the keys of the next chunk.
 INLINE_AVX512 void fetch_ahead(const void* x) { _mm_prefetch((const char*)x, _MM_HINT_T1); }
 
-INLINE_AVX512 __m512i elements(const bf16* x) { return _mm512_loadu_si512(x); }  // 32 of a slot
+INLINE_AVX512 __m512i elements(const bf16* x) { return _mm512_loadu_si512(x); }  // 32 elements of a slot, 16 bits each
 INLINE_AVX512 __m512i elements(const int8_t* x) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)x)); }
 
 template <class T>
@@ -34,7 +34,7 @@ INLINE_AVX512 __m512 floats(__m512i sums) {
   return (__m512)sums;
 }
 
-// Four slots' 32 elements change places so that a register has 8 of each, slot by slot.
+// Transposes 32 elements of four slots by 128-bit lanes: register j gets elements 8j .. 8j + 7 of each slot.
 INLINE_AVX512 void exchange(__m512i (&x)[4]) {
   const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[0], x[1], 0xEE);
   const __m512i c = _mm512_shuffle_i32x4(x[2], x[3], 0x44), d = _mm512_shuffle_i32x4(x[2], x[3], 0xEE);
@@ -42,14 +42,14 @@ INLINE_AVX512 void exchange(__m512i (&x)[4]) {
   x[2] = _mm512_shuffle_i32x4(b, d, 0x88), x[3] = _mm512_shuffle_i32x4(b, d, 0xDD);
 }
 
-// Scores of M rows and 16 slots from `slot` on; past `last` it is the last one again.
+// Scores of M rows for 16 slots from `slot` on; past `last`, it is repeated. Prefetches the same slots of `others`.
 template <int M, class T>
 AVX512 void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int64_t D, const bf16* rows, int64_t first,
                   float* out, const T* others) {
-  __m512i sums[4][M];  // four slots each: a lane of 128 bits has four parts of one slot's sum
+  __m512i sums[4][M];  // four slots each: a 128-bit lane has four partial sums of one slot
   rows += first * D, out += first * CHUNK;
   const int64_t ahead = others - keys;
-  constexpr int64_t FOURS = M > 2 ? 2 : 1;  // of slots, which share what is loaded of the rows
+  constexpr int64_t FOURS = M > 2 ? 2 : 1;  // groups of four slots that share each load of a row
 #pragma GCC unroll 4
   for (int64_t i = 0; i < 4; i += FOURS) {
     const T* places[FOURS][4];
@@ -84,8 +84,8 @@ AVX512 void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int
   }
 }
 
-// To sums [M, D] the values of a tile of slots times their weights [M, CHUNK]. Of 32 elements the first 16 lanes have
-// 0-3, 8-11, 16-19, 24-27, as unpacking leaves them.
+// Adds the values of a tile of slots times their weights [M, CHUNK] to the sums, out [M, D]. Of each 32 sums the first
+// 16 are for elements 0-3, 8-11, 16-19, 24-27, as unpacking leaves them.
 template <int M, class T>
 AVX512 void add_values(const T* values, int64_t stride, int64_t slot, int64_t last, int64_t D, const bf16* weights,
                        int64_t first, __m512i* out, const T* others) {
@@ -108,7 +108,7 @@ AVX512 void add_values(const T* values, int64_t stride, int64_t slot, int64_t la
   }
 }
 
-// 2^x for x <= 0, to 3e-6 of the result: the whole part by the exponent, the rest by a Taylor series.
+// 2^x for x <= 0, with a relative error of 3e-6: the integer part through the exponent, the rest by a Taylor series.
 INLINE_AVX512 __m512 power_of_2(__m512 x) {
   x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
   const __m512 whole = _mm512_roundscale_ps(x, 0), rest = _mm512_sub_ps(x, whole);
@@ -118,7 +118,7 @@ INLINE_AVX512 __m512 power_of_2(__m512 x) {
   return _mm512_scalef_ps(y, whole);
 }
 
-// The lanes of 16 slots from `slot` on that a query at `position` sees.
+// Mask of the slots that a query at `position` sees, among the 16 from `slot` on.
 inline __mmask16 seen(const Attention& c, int64_t slot, int64_t position) {
   const int64_t before = c.window ? std::clamp<int64_t>(position - c.window + 1 - slot, 0, LANES) : 0;
   const int64_t until = std::clamp<int64_t>(position + 1 - slot, 0, LANES);
@@ -126,12 +126,12 @@ inline __mmask16 seen(const Attention& c, int64_t slot, int64_t position) {
 }
 
 struct Row {
-  float best, total;  // the greatest score so far, the sum of the weights
-  float scale;        // of its scores, for powers of 2
+  float best, total;  // the greatest scaled score so far, the sum of the weights
+  float scale;        // a weight is 2^(score * scale - best)
 };
 
-// A row's scores [CHUNK] of n slots become the weights of its values, of 16 bits; (what the row has so far is now worth,
-// what a weight of 1 stands for).
+// Turns a row's scores [CHUNK] of n slots into 16-bit weights. Returns the factor by which the row's sums so far must
+// be multiplied, and the unit of the weights: a stored 1 means that much.
 template <class T>
 INLINE_AVX512 std::pair<float, float> weigh(const Attention& c, float* scores, int64_t first, int64_t n, int64_t position,
                                             const float* k_scales, const float* v_scales, Row& row, bf16* weights) {
@@ -174,7 +174,7 @@ INLINE_AVX512 std::pair<float, float> weigh(const Attention& c, float* scores, i
   return {factor, unit};
 }
 
-// The queries of one key head as int16, a scale for each row.
+// Quantises the queries of one key head to int16, with a scale for each row.
 inline void round_queries(const Attention& c, const bf16* q, bf16* rounded, Row* rows) {
   for (int64_t m = 0; m < c.M; ++m) {
     float top = 1e-30f;
@@ -184,8 +184,8 @@ inline void round_queries(const Attention& c, const bf16* q, bf16* rounded, Row*
   }
 }
 
-// Slots begin .. end - 1 of a key head of batch row b: for each of its rows the greatest score, the sum of the weights
-// and the weighted values, best [M], total [M], out [M, D].
+// Attention over slots begin .. end - 1 of a key head of batch row b. For each of its rows: the greatest score, best
+// [M], the sum of the weights, total [M], and the weighted sum of the values, out [M, D].
 template <class T>
 AVX512 void attend_avx512(const Attention& c, int64_t b, int64_t head, int64_t begin, int64_t end, float* best, float* total,
                           float* out) {

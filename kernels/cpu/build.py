@@ -3,7 +3,7 @@
     if build.load() is None:
         y = torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight), n_out)
 
-It is done once; later processes find the library. `operators.cpp` says what the operators take.
+The library is built once; later processes find it. `operators.cpp` says what the operators take.
 """
 
 import ctypes
@@ -22,15 +22,15 @@ import torch
 
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-w")
 
-in_a_team: Callable[..., None] | None = None  # `threads.h` has it: (step), a C function; None: there are no kernels
+in_a_team: Callable[..., None] | None = None  # (step), a C function in `threads.h`; None: no kernels are loaded
 
 
 @functools.cache
 def load() -> str | None:
-    """Build or find the operators `torch.ops.fast.*`; None, or in one line why they are not there.
+    """Load the operators `torch.ops.fast.*`, building them if needed. Returns None, or in one line why it failed.
 
     The library lies in TORCH_EXTENSIONS_DIR, by default `~/.cache/torch_extensions`, under a name that depends on the
-    source and on the version of torch.
+    source, the compiler's flags and the version of torch.
     """
     global in_a_team
     content = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.[ch]*")))
@@ -51,18 +51,18 @@ def load() -> str | None:
 
 
 def compiler() -> str:
-    """The C++ compiler's command, which is also Inductor's."""
+    """The C++ compiler's command, the same as Inductor's."""
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
 def compiler_missing() -> str | None:
-    """Why nothing in C++ can be compiled, in one line, or None."""
+    """The reason, in one line, why C++ cannot be compiled, or None."""
     return None if shutil.which(compiler()) else f"no C++ compiler ({compiler()}) is installed"
 
 
 def _build(library: Path) -> None:
-    """Compile the sources, all at once; the library gets its name once it is whole. Raises OSError or
-    CalledProcessError.
+    """Compile the sources in parallel and put the finished library in place, atomically, as other processes may look
+    for it. Raises OSError or CalledProcessError.
     """
     if reason := compiler_missing():
         raise OSError(reason)
@@ -89,7 +89,7 @@ def _build(library: Path) -> None:
 
 
 def _register_fakes() -> None:
-    """Tell a compiler what the operators return."""
+    """Tell torch.compile the shapes that the operators return."""
 
     def linear(x, packed, n_out, bias=None, norm=None, eps=0.0, residual=None, gated=False):
         return x.new_empty(x.shape[0], n_out // 2 if gated else n_out)

@@ -1,4 +1,4 @@
-// The CPU's operators: they check what they are given, and share the work of products.cpp out among threads.
+// The CPU's operators: they check their arguments and divide the work of products.cpp among threads.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
@@ -15,18 +15,18 @@
 
 namespace {
 
-constexpr int64_t MAX_ROWS = 16;       // of x; above it is a prefill
-constexpr int64_t ROWS_AT_ONCE = 256;  // of x in a prefill: what the cache holds beside a panel
-constexpr int64_t SCRATCH = 1 << 20;   // elements of the weight that at::mm gets at a time
+constexpr int64_t MAX_ROWS = 16;       // rows of x; more are a prefill
+constexpr int64_t ROWS_AT_ONCE = 256;  // rows of x in a prefill: as many as the cache holds beside a panel
+constexpr int64_t SCRATCH = 1 << 20;   // elements of the weight that are unpacked at a time for at::mm
 
 Functions chosen = available().front();
 
 int64_t panels(int64_t N) { return (N + LANES - 1) / LANES; }
 
-// at::empty, whose header takes a sixth of this file's compilation.
+// In place of at::empty, whose header would take a sixth of this file's compile time.
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype = at::kBFloat16) { return at::detail::empty_cpu(sizes, dtype); }
 
-// y = x W^T of many rows: the panels as bf16 rows, as many as the cache holds, and a product of matrices.
+// y = x W^T for many rows: unpacks as many panels as the cache holds to rows of bf16, calls at::mm, and so on.
 void by_matrices(Kind kind, const Call& c, const at::Tensor& x, at::Tensor& y) {
   const int64_t bytes = panel_bytes(kind, c.K, c.G), at_once = std::max<int64_t>(1, SCRATCH / (LANES * c.K));
   at::Tensor scratch = empty({std::min(at_once, panels(c.N)) * LANES, c.K});
@@ -76,7 +76,7 @@ void many_rows(Kind kind, Call c) {
   }
 }
 
-// `work(m)` for every row m; few rows are not worth a second thread.
+// Calls `work(m)` for every row m; few rows are not worth a second thread.
 template <class Work>
 void by_rows(int64_t n_rows, int64_t columns, const Work& work) {
   at::parallel_for(0, n_rows, std::max<int64_t>(1, 32768 / columns), [&](int64_t begin, int64_t end) {
@@ -84,7 +84,7 @@ void by_rows(int64_t n_rows, int64_t columns, const Work& work) {
   });
 }
 
-// What happens inside the operator beside the product; `Product` in kernels/__init__.py says what it means.
+// What an operator does before and after the product; see `Product` in kernels/__init__.py.
 struct Around {
   const std::optional<at::Tensor>&bias, &norm;  // [N], [K]
   double eps;
@@ -154,7 +154,7 @@ at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N,
   return multiply(INT4, x, packed, N, G, {bias, norm, eps, residual, gated});
 }
 
-// Plain rows of bf16 [N, K] as panels; the rows that the last one lacks are zeros. It is done in squares of 16 pairs.
+// Packs rows of bf16 [N, K] into panels, by transposing squares of 16 x 16 pairs; the last panel is padded with zeros.
 void pack_bf16(const at::Tensor& weight, at::Tensor& out) {
   const int64_t N = weight.size(0), K = weight.size(1), n_pairs = K / 2;
   TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() && K % 2 == 0, "rows of bfloat16 pairs, please");
@@ -174,7 +174,7 @@ void pack_bf16(const at::Tensor& weight, at::Tensor& out) {
   });
 }
 
-// What a row's pieces found, each best, total and out [D], becomes its result.
+// Combines the partial results of row m, each with best, total and out [D], into y [D].
 void put_together(const std::vector<int64_t>& pieces, int64_t m, int64_t M, int64_t D, const float* best, const float* total,
                   const float* out, bf16* y) {
   float greatest = -INFINITY, sum = 0;
@@ -189,8 +189,8 @@ void put_together(const std::vector<int64_t>& pieces, int64_t m, int64_t M, int6
   for (int64_t d = 0; d < D; ++d) y[d] = to_bf16(sum ? values[d] / sum : 0.f);
 }
 
-// All chunks of all key heads in a row are cut into as many equal pieces as there are threads. The part of head h in
-// piece t has the number t + h, which no other part has, as no two pieces share more than one head.
+// The chunks of all key heads, one head after the other, are cut into equal pieces, one per thread. The part of head h
+// in piece t has the number t + h. That is unique: from one part to the next t or h grows, and neither falls.
 void attend(const Attention& c, int64_t B, bool is_int8, bf16* y) {
   const int64_t n_heads = B * c.KV;
   std::vector<int64_t> begins(B), ends(B), units(n_heads + 1);
@@ -203,7 +203,7 @@ void attend(const Attention& c, int64_t B, bool is_int8, bf16* y) {
   const int64_t n_pieces = std::min<int64_t>(units[n_heads], at::get_num_threads()), n_parts = n_pieces + n_heads - 1;
   at::Tensor found = empty({n_parts * c.M * (c.D + 2)}, at::kFloat);
   float *best = static_cast<float*>(found.data_ptr()), *total = best + n_parts * c.M, *out = total + n_parts * c.M;
-  const auto part = [&](int64_t t, int64_t h) {  // its chunks, from the first of the head
+  const auto part = [&](int64_t t, int64_t h) {  // its range of chunks, counted from the head's first
     const int64_t from = std::max(units[h], units[n_heads] * t / n_pieces);
     return std::pair(from - units[h], std::min(units[h + 1], units[n_heads] * (t + 1) / n_pieces) - units[h]);
   };
@@ -223,8 +223,8 @@ void attend(const Attention& c, int64_t B, bool is_int8, bf16* y) {
   }
 }
 
-// q [B, H, S, D] at positions [B, S] over k, v [B, KV, L, D], which may be views of a cache, as int8 with scales
-// [B, KV, L]; a query sees the slots up to its position, with a window only so many of them. Like q, contiguous.
+// Attention of q [B, H, S, D] at positions [B, S] over k, v [B, KV, L, D], views of a cache in bf16, or in int8 with
+// scales [B, KV, L]. A query sees the slots up to its position; with a window, only so many of them. Result: as q.
 at::Tensor decode_attention(const at::Tensor& q_any, const at::Tensor& k, const at::Tensor& v, const at::Tensor& positions_any,
                             int64_t window, const std::optional<at::Tensor>& k_scales, const std::optional<at::Tensor>& v_scales) {
   TORCH_CHECK(chosen.attend[0], "attention needs AVX-512 with bf16");

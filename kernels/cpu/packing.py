@@ -1,8 +1,8 @@
-"""Weights as panels of 16 rows, in memory with huge pages.
+"""Packs weights into panels of 16 rows, in memory with huge pages.
 
     packed = pack_int4(weight, scales, zeros)
 
-`products.cpp` reads panels, and describes them.
+`products.cpp` describes the layout of a panel.
 """
 
 import contextlib
@@ -14,22 +14,22 @@ from torch import Tensor
 
 LANES = 16  # rows of a panel
 CACHE_LINE, HUGE_PAGE = 64, 1 << 21  # bytes
-SCALED = 256  # inputs that share a scale when the kernel makes integers of them; group sizes must divide it
-PANELS_AT_ONCE = 64  # packed together, to bound the memory that packing takes beside the result
+SCALED = 256  # inputs that the kernels quantise with one scale; group sizes must divide it
+PANELS_AT_ONCE = 64  # packed at a time, to bound the temporary memory
 
-_mapping: mmap.mmap | None = None  # where `in_huge_pages` puts the next tensor, after `_taken` bytes
+_mapping: mmap.mmap | None = None  # where `in_huge_pages` puts the next tensor, at offset `_taken`
 _taken = 0
 
 
 def pack_bf16(weight: Tensor) -> Tensor:
-    """bfloat16 `[N, K]`, K even, as panels, uint8 `[ceil(N / 16), 32 K]`."""
+    """Pack bfloat16 `[N, K]`, K even, into uint8 `[ceil(N / 16), 32 K]`, a panel per row."""
     out = in_huge_pages(-(-weight.shape[0] // LANES), 2 * LANES * weight.shape[1])
     torch.ops.fast.pack_bf16(weight.contiguous(), out)
     return out
 
 
 def pack_int8(weight: Tensor, scales: Tensor) -> Tensor:
-    """int8 `[N, K]`, 4 dividing K, and float32 `[N]` as panels, uint8 `[ceil(N / 16), 16 K + 64]`."""
+    """Pack int8 `[N, K]`, K a multiple of 4, and scales, float32 `[N]`, into uint8 `[ceil(N / 16), 16 K + 64]`."""
 
     def panels(weight: Tensor, scales: Tensor) -> Tensor:
         above = weight.view(torch.uint8) ^ 0x80
@@ -41,11 +41,11 @@ def pack_int8(weight: Tensor, scales: Tensor) -> Tensor:
 
 
 def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """uint8 `[N, K / 2]` and bfloat16 `[N, K / G]` as panels, uint8 `[ceil(N / 16), 8 K + 64 K / G]`."""
+    """Pack uint8 `[N, K / 2]` and bfloat16 scales, zeros `[N, K / G]` into uint8 `[ceil(N / 16), 8 K + 64 K / G]`."""
 
     def panels(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         n_groups = scales.shape[1]
-        a, b, c, d = weight.unflatten(1, (-1, 4)).unbind(2)  # each [rows, K / 8], an even input below an odd one
+        a, b, c, d = weight.unflatten(1, (-1, 4)).unbind(2)  # each [rows, K / 8], the even input in the low nibble
         fours = torch.stack((a & 0xF | c << 4, a >> 4 | c & 0xF0, b & 0xF | d << 4, b >> 4 | d & 0xF0), dim=2)
         words = fours.unflatten(0, (-1, LANES)).transpose(1, 2)  # [P, K / 8, 16, 4]
         pairs = torch.stack((scales, zeros), dim=2).unflatten(0, (-1, LANES)).transpose(1, 2)  # [P, K / G, 16, 2]
@@ -57,7 +57,7 @@ def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 
 def _by_panels(pack, *tensors: Tensor) -> Tensor:
-    """`pack` a few panels of rows at a time; the last is filled up with zeros."""
+    """`pack` a few panels of rows at a time; the last panel is padded with zeros."""
     n_out = len(tensors[0])
     out: Tensor | None = None
     for start in range(0, n_out, LANES * PANELS_AT_ONCE):
@@ -73,10 +73,10 @@ def _by_panels(pack, *tensors: Tensor) -> Tensor:
 
 
 def in_huge_pages(*shape: int) -> Tensor:
-    """An empty uint8 tensor whose memory the system may map in pages of 2 MiB, which a stream of it reads faster.
+    """An empty uint8 tensor in memory that Linux may map in pages of 2 MiB: streaming it causes fewer TLB misses.
 
-    Tensors lie side by side in mappings of 256 MiB, each of which goes with the last of its tensors. Where every tensor
-    had one of its own, what did not fill a page, a third of all bytes in int4, lay in small ones: 2 % slower a token.
+    Tensors share mappings of 256 MiB (more for a larger one), each freed with its last tensor. With one mapping per
+    tensor, the ends that do not fill 2 MiB lay in 4 KiB pages: a third of all bytes in int4, 2 % more time per token.
     """
     size = math.prod(shape)
     if not hasattr(mmap, "MADV_HUGEPAGE") or size == 0:
@@ -84,7 +84,7 @@ def in_huge_pages(*shape: int) -> Tensor:
     global _mapping, _taken
     if _mapping is None or _taken + size > len(_mapping):
         _mapping = mmap.mmap(-1, max(-(-size // HUGE_PAGE), 128) * HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without huge pages
+        with contextlib.suppress(OSError):  # a Linux kernel without huge pages
             _mapping.madvise(mmap.MADV_HUGEPAGE)
         _taken = 0
     tensor = torch.frombuffer(_mapping, dtype=torch.uint8, count=size, offset=_taken)

@@ -1,9 +1,9 @@
 // Products of a few rows with bf16, int8 and int4 weights on a CPU, at the speed at which memory delivers the weights.
 //
-// Weights lie in panels of 16 rows, one row per lane: a register of weights meets a broadcast input, and no sum runs
-// across lanes. Each thread reads one stream of panels from its first byte to its last, the scales inside it. Up to
-// 8 rows of x share what is read of a panel, 16 take it twice, the second time from the cache; with more rows (prefill)
-// a panel is first unpacked to bf16, or without AVX-512 a cache's worth of panels to plain rows for at::mm.
+// Weights lie in panels of 16 rows, one row per lane: a register of weights is multiplied by a broadcast input, and no
+// sum runs across lanes. Each thread reads its panels as one stream, scales included. Up to 8 rows of x (4 without
+// AVX-512) share one read of a panel; more read it again, from the cache. Above 16 rows (prefill) AVX-512 unpacks parts
+// of two panels to bf16; other processors unpack as many panels as the cache holds to plain rows for at::mm.
 //
 // A panel of bf16:  K/2 times 64 bytes: row r's inputs 2i, 2i+1 at 4r.
 // A panel of int8:  K/4 times 64 bytes: 128 + row r's inputs 4i .. 4i+3 at 4r .. 4r+3.  Then 16 float32 scales.
@@ -22,7 +22,7 @@
 
 namespace {
 
-// ---- The weights of one panel as numbers: for prefill, and all there is on processors without a kernel below.
+// ---- One panel unpacked to rows of bf16, for prefill without AVX-512.
 
 INLINE void bf16_values(const uint8_t* panel, int64_t K, bf16* out) {  // out [16, K]
   for (int64_t i = 0; i < K / 2; ++i)
@@ -51,11 +51,11 @@ INLINE void int4_values(const uint8_t* panel, int64_t K, int64_t G, bf16* out) {
   }
 }
 
-// ---- What comes before and after a product, a row at a time: plain loops that the compiler makes vectors of.
+// ---- Row operations before a product (RMSNorm) and after it (add, gate): plain loops that the compiler vectorises.
 
 INLINE float power_of_2(float x) {
   x = std::min(std::max(x, -126.f), 126.f);
-  const float shifted = x + 12582912.f, f = x - (shifted - 12582912.f);  // 1.5 * 2^23: the last bits are x rounded
+  const float shifted = x + 12582912.f, f = x - (shifted - 12582912.f);  // 1.5 * 2^23: the low bits are x rounded
   float p = 0.00133335581f;                                             // 2^f on [-1/2, 1/2], Taylor
   p = p * f + 0.00961812911f;
   p = p * f + 0.0555041087f;
@@ -65,7 +65,7 @@ INLINE float power_of_2(float x) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23));
 }
 
-INLINE void normalize(const bf16* x, const bf16* weight, float eps, int64_t n, bf16* y) {  // RMSNorm; n is even
+INLINE void normalize(const bf16* x, const bf16* weight, float eps, int64_t n, bf16* y) {  // RMSNorm
   float sums[LANES] = {0};
   for (int64_t i = 0; i + LANES <= n; i += LANES)
     for (int64_t r = 0; r < LANES; ++r) sums[r] += to_float(x[i + r]) * to_float(x[i + r]);
@@ -80,7 +80,7 @@ INLINE void add(const bf16* x, int64_t n, bf16* y) {
   for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(to_float(y[i]) + to_float(x[i]));
 }
 
-INLINE void gate(const bf16* x, int64_t n, bf16* y) {  // SiLU of the first n, times the n behind them
+INLINE void gate(const bf16* x, int64_t n, bf16* y) {  // SiLU of the first n, times the next n
   for (int64_t i = 0; i < n; ++i) {
     const float a = to_float(x[i]);
     y[i] = to_bf16(a / (1 + power_of_2(a * -1.44269504f)) * to_float(x[n + i]));
@@ -93,8 +93,8 @@ INLINE void gate(const bf16* x, int64_t n, bf16* y) {  // SiLU of the first n, t
   target void gate_##name(const bf16* x, int64_t n, bf16* y) { gate(x, n, y); }
 #define ROW_FUNCTIONS(name) normalize_##name, add_##name, gate_##name
 
-// ---- Portable products of M rows of x, `x [K / 2, M]` pairs, with one panel, whose 16 rows are the lanes of PARTS
-// vectors as wide as the processor's.
+// ---- Portable products of M rows of x, stored as pairs `[K / 2, M]`, with one panel, whose 16 rows are the lanes of
+// PARTS vectors as wide as the processor's.
 
 template <int WIDTH>
 struct Vectors;
@@ -122,9 +122,9 @@ struct Portable {
     return vector;
   }
 
-  static INLINE Floats low(Words pairs) { return (Floats)(pairs << 16); }  // of two bf16 each
+  static INLINE Floats low(Words pairs) { return (Floats)(pairs << 16); }  // each word is two bf16
   static INLINE Floats high(Words pairs) { return (Floats)(pairs & 0xFFFF0000); }
-  // The number of so many bits that begins with the given one, in each word.
+  // An unsigned bit field of each word, from bit `first` on, as float.
   static INLINE Floats bits(Words words, int first, uint32_t mask) {
     return __builtin_convertvector((Ints)(words >> first & mask), Floats);
   }
@@ -185,7 +185,7 @@ struct Portable {
         }
       for (int part = 0; part < PARTS; ++part) {
         const Words pairs = at<Words>(panel, part);
-        const Floats scales = low(pairs), lowest = high(pairs) - 8 * scales;  // what q = 0 stands for
+        const Floats scales = low(pairs), lowest = high(pairs) - 8 * scales;  // the weight that q = 0 means
         for (int m = 0; m < M; ++m) totals[part][m] += scales * sums[part][m] + lowest * groups[m * (c.K / c.G) + g].sum;
       }
     }
@@ -193,7 +193,7 @@ struct Portable {
   }
 };
 
-// `function<rows>(...)` for up to so many rows at a time; the first is m.
+// Calls `function<rows>(...)` for all rows of x, up to 4 or 8 at a time; m is the first of them.
 #define UP_TO_4(function, ...)               \
   case 1: function<1>(__VA_ARGS__); break;   \
   case 2: function<2>(__VA_ARGS__); break;   \
@@ -211,11 +211,11 @@ struct Portable {
     }
 #define FEW_ROWS c, c.inputs + m * c.K, c.groups + m * n_groups(c.K, c.G), panel, out + m * LANES
 
-// With int8 and int4 weights the products are of integers: with AVX-512 that takes a quarter of the instructions that
-// making bf16 of int8 takes. Inputs become 16 bits, a scale for each 256. Where the greatest of 256 numbers is 16 times
-// their root mean square, the most that it can be, all of that errs by 1.4e-4, a fourteenth of a bf16's rounding. The
-// stored bytes are above what they stand for by 128 or 8, which the sum of a group's inputs takes off again.
-constexpr float GREATEST = 32639;  // 127 * 256 + 127
+// With int8 and int4 weights AVX-512 and AVX2 multiply integers: on AVX-512 that takes a quarter of the instructions of
+// converting int8 to bf16. Inputs are quantised to 16 bits, with a scale for each 256. Even if one of these is 16 times
+// their root mean square, the most possible, the relative error is 1.4e-4, a fourteenth of bf16's rounding. Weights are
+// stored with an offset (128 or 8); offset times the sum of the inputs is subtracted afterwards.
+constexpr float GREATEST = 32639;  // 127 * 256 + 127, so that both bytes fit int8
 
 #if defined(__x86_64__)
 #include "products_avx2.h"

@@ -1,5 +1,5 @@
 // What the CPU's operators (operators.cpp) and its kernels (products.cpp) share. They are two translation units because
-// PyTorch's headers take as long to compile as the kernels, and so both compile at once.
+// PyTorch's headers take as long to compile as the kernels: so the two compile in parallel.
 
 #pragma once
 
@@ -8,9 +8,9 @@
 #include <cstring>
 #include <vector>
 
-constexpr int64_t LANES = 16;
-constexpr int64_t SCALED = 256;  // inputs that share a scale when they are made integers; group sizes must divide it
-constexpr int64_t CHUNK = 256;   // slots of a cache at a time; 512 would overflow a sum of int8 values
+constexpr int64_t LANES = 16;    // rows of a panel: 32-bit lanes of a 512-bit register
+constexpr int64_t SCALED = 256;  // inputs that are quantised with one scale; group sizes must divide it
+constexpr int64_t CHUNK = 256;   // slots of a cache at a time; above 512 the int32 sums over int8 values could overflow
 using bf16 = uint16_t;
 #define INLINE __attribute__((always_inline)) inline
 
@@ -29,28 +29,28 @@ inline bf16 to_bf16(float x) {  // to nearest, ties to even
 
 enum Kind { BF16, INT8, INT4 };
 
-struct Group {  // of G inputs in a row of x
-  float sum;
-  float scale;  // where inputs become integers: what a 1 of them and of their sum stands for
+struct Group {  // G neighbouring inputs in a row of x
+  float sum;    // of the inputs, or of the integers that `Functions::round` makes of them
+  float scale;  // with `round`: input = integer * scale
 };
 
 struct Call {
   const bf16* x;        // [M, K]
   const uint8_t* w;     // panels
   bf16* y;              // [M, N]
-  const bf16* inputs;   // few rows: x again, for each `rows_at_once` (or the rest) [K / 2, rows] pairs of neighbours,
-                        // or for a variant that has `round`, with int8 and int4, [K / 4, rows] times 4 high, 4 low bytes
+  const bf16* inputs;   // few rows: x in blocks of `rows_at_once` rows (the last may be smaller), each [K / 2, rows]
+                        // pairs of neighbours; for int8 and int4 with `round`, [K / 4, rows, 8] bytes that it made
   const Group* groups;  // int8 and int4, few rows: [M, n_groups(K, G)]
   int64_t M, N, K, G;
 };
 
 struct Attention {
-  const bf16* q;        // [B, KV, M, D], the M rows being query heads times positions
-  const void *k, *v;    // bf16 or int8 [B, KV, L, D], by their strides
-  const float *k_scales, *v_scales;  // of int8 [B, KV, L], by their strides
+  const bf16* q;        // [B, KV, M, D]; M = H / KV * S, query heads times positions
+  const void *k, *v;    // bf16 or int8 [B, KV, L, D], with strides
+  const float *k_scales, *v_scales;  // int8: [B, KV, L], with strides
   const int64_t* positions;          // [B, S]
   int64_t KV, M, S, L, D, window, k_strides[3], v_strides[3], scale_strides[2];
-  float scale;          // of a score, for powers of 2
+  float scale;          // log2(e) / sqrt(D): a weight is 2^(score * scale)
 };
 
 inline int64_t n_groups(int64_t K, int64_t G) { return (K + G - 1) / G; }
@@ -59,20 +59,20 @@ inline int64_t panel_bytes(Kind kind, int64_t K, int64_t G) {
   return kind == BF16 ? LANES * K * 2 : kind == INT8 ? LANES * K + LANES * 4 : LANES * K / 2 + K / G * LANES * 4;
 }
 
-// What was computed for a panel, out [M, 16], goes to its columns of y.
+// Rounds a panel's results, out [M, 16], to bf16 and writes them to its columns of y.
 INLINE void store(const Call& c, int64_t panel, const float* out) {
   const int64_t n = std::min(LANES, c.N - panel * LANES);
   for (int64_t m = 0; m < c.M; ++m)
     for (int64_t r = 0; r < n; ++r) c.y[m * c.N + panel * LANES + r] = to_bf16(out[m * LANES + r]);
 }
 
-struct Functions {  // what a processor has
+struct Functions {  // the kernels for one instruction set
   const char* name;
-  int64_t rows_at_once;                                 // of x, in `few`
-  void (*few[3])(const Call&, const uint8_t*, float*);  // by kind: few rows, one panel
-  void (*many[3])(const Call&, int64_t, int64_t);       // many rows, a range of panels; null: the values for at::mm
-  void (*values[3])(const uint8_t*, int64_t, int64_t, bf16*);
-  void (*round)(const bf16*, int64_t, int64_t, int64_t, Group*, int8_t*);  // a row as integers; null: there are none
+  int64_t rows_at_once;                                 // rows of x in a block of Call::inputs
+  void (*few[3])(const Call&, const uint8_t*, float*);  // by Kind: few rows of x, one panel
+  void (*many[3])(const Call&, int64_t, int64_t);       // many rows, a range of panels; null: `values`, then at::mm
+  void (*values[3])(const uint8_t*, int64_t, int64_t, bf16*);  // a panel unpacked to rows of bf16
+  void (*round)(const bf16*, int64_t, int64_t, int64_t, Group*, int8_t*);  // a row of x quantised; null: x stays bf16
   void (*normalize)(const bf16*, const bf16*, float, int64_t, bf16*);
   void (*add)(const bf16*, int64_t, bf16*);
   void (*gate)(const bf16*, int64_t, bf16*);

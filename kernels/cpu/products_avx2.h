@@ -1,7 +1,7 @@
-// The products with int8 and int4 weights with AVX2; a part of products.cpp, which explains the layouts.
+// The products with int8 and int4 weights with AVX2; included by products.cpp, which explains the layouts.
 //
-// They are of integers as with AVX-512, but of 16 bits: an input need not be cut into bytes, and four lie in the order
-// 0, 2, 1, 3, for the bytes 0 and 2 of a word are two numbers of 16 bits under one mask, 1 and 3 under one shift.
+// As with AVX-512 they multiply integers, but of 16 bits: inputs are not split into bytes. Four inputs lie in the order
+// 0, 2, 1, 3, because a mask makes bytes 0 and 2 of a word of weights two 16-bit integers, and a shift bytes 1 and 3.
 
 #define AVX2 __attribute__((target("avx2,fma")))
 #define INLINE_AVX2 AVX2 __attribute__((always_inline)) inline
@@ -9,12 +9,12 @@
 AVX2 void round_avx2(const bf16* x, int64_t K, int64_t G, int64_t rows, Group* groups, int8_t* out) {
   for (int64_t first = 0; first < K; first += SCALED) {
     const int64_t last = std::min(K, first + SCALED);
-    bf16 greatest = 0;  // by its bits, as which NaN is above all numbers and so is kept
+    bf16 greatest = 0;  // compared as bits: NaN is above every number, so it is kept
     for (int64_t i = first; i < last; ++i) greatest = std::max<bf16>(greatest, x[i] & 0x7FFF);
     const float top = std::max(to_float(greatest), 1e-30f);
     int32_t q[SCALED];
     for (int64_t i = first; i < last; ++i) {
-      const float shifted = to_float(x[i]) * (GREATEST / top) + 12582912.f;  // its last bits are a whole number
+      const float shifted = to_float(x[i]) * (GREATEST / top) + 12582912.f;  // its low bits are the rounded integer
       q[i - first] = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(12582912.f);
     }
     for (int64_t g = 0; g < last - first; g += G, ++groups) {
@@ -29,7 +29,7 @@ AVX2 void round_avx2(const bf16* x, int64_t K, int64_t G, int64_t rows, Group* g
   }
 }
 
-// Adds the products of bytes, 32 weights with 4 inputs of each row, to their sums.
+// Adds the products of 32 weight bytes (8 outputs, 4 inputs) with a row's inputs to its sums.
 template <int M>
 INLINE_AVX2 void add_bytes(__m256i weights, const int8_t* x, __m256i (&sums)[M]) {
   const __m256i even = _mm256_and_si256(weights, _mm256_set1_epi32(0x00FF00FF)), odd = _mm256_srli_epi16(weights, 8);
@@ -70,7 +70,7 @@ INLINE_AVX2 void int4_rows_avx2(const Call& c, const bf16* inputs, const Group* 
   __m256 totals[2][M] = {};
   for (int64_t g = 0; g < n;) {
     const Group* first = groups + g;
-    __m256 scaled[2][M] = {};  // the totals of what has this scale
+    __m256 scaled[2][M] = {};  // sums of the groups whose inputs share this scale
     for (const int64_t end = std::min(n, g + SCALED / c.G); g < end; ++g) {
       __m256i sums[2][M] = {};
       for (int64_t i = 0; i < c.G; i += 8, x += 16 * M, panel += 64)
@@ -83,7 +83,7 @@ INLINE_AVX2 void int4_rows_avx2(const Call& c, const bf16* inputs, const Group* 
         const __m256i pairs = _mm256_loadu_si256((const __m256i*)panel);
         const __m256 scales = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
         const __m256 zeros = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int32_t(0xFFFF0000))));
-        const __m256 lowest = _mm256_fnmadd_ps(scales, _mm256_set1_ps(8.f), zeros);  // what q = 0 stands for
+        const __m256 lowest = _mm256_fnmadd_ps(scales, _mm256_set1_ps(8.f), zeros);  // the weight that q = 0 means
         for (int m = 0; m < M; ++m) {
           scaled[part][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[part][m]), scales, scaled[part][m]);
           scaled[part][m] = _mm256_fmadd_ps(lowest, _mm256_set1_ps(groups[m * n + g].sum), scaled[part][m]);

@@ -1,21 +1,21 @@
-// The products with AVX-512 and its bf16 dot product; a part of products.cpp, which explains the layouts.
+// The products with AVX-512 and its bf16 dot product; included by products.cpp, which explains the layouts.
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma")))
 #define INLINE_AVX512 AVX512 __attribute__((always_inline)) inline
 
 INLINE_AVX512 __m512bh pairs_at(const void* x) { return (__m512bh)_mm512_loadu_si512(x); }
-INLINE_AVX512 __m512bh pair_everywhere(const bf16* x) {  // two neighbours of x in every lane
+INLINE_AVX512 __m512bh pair_everywhere(const bf16* x) {  // two neighbours of x, broadcast to every lane
   int32_t both;
   std::memcpy(&both, x, 4);
   return (__m512bh)_mm512_set1_epi32(both);
 }
 
-// Where there is much to do per cache line, the processor does not look far enough ahead.
+// Prefetches weights. Where there is much to do per cache line, the hardware does not prefetch far enough ahead.
 INLINE_AVX512 void fetch(const void* weights) { _mm_prefetch((const char*)weights + 4096, _MM_HINT_NTA); }
 
 template <int M>
 AVX512 void bf16_rows(const Call& c, const bf16* x, const Group*, const uint8_t* panel, float* out) {
-  constexpr int CHAINS = M > 2 ? 1 : 4 / M;  // enough sums at once to hide the latency of adding to one
+  constexpr int CHAINS = M > 2 ? 1 : 4 / M;  // enough independent sums to hide the latency of one
   __m512 sums[CHAINS][M];
   for (auto& chain : sums)
     for (auto& sum : chain) sum = _mm512_setzero_ps();
@@ -37,15 +37,15 @@ AVX512 void bf16_rows(const Call& c, const bf16* x, const Group*, const uint8_t*
   }
 }
 
-// The instruction multiplies unsigned by signed bytes, so an input is 256 times a high and a low one, signed both.
+// Quantises a row of x, each input to 256 * high + low, both signed, as vpdpbusd multiplies unsigned by signed bytes.
 AVX512 void round_avx512(const bf16* x, int64_t K, int64_t G, int64_t rows, Group* groups, int8_t* out) {
-  const auto inputs = [&](int64_t i, int64_t end) AVX512 {  // 16, or what is left of them
+  const auto inputs = [&](int64_t i, int64_t end) AVX512 {  // 16 inputs as float, at the end fewer
     const __mmask16 lanes = end - i >= LANES ? 0xFFFF : (1 << (end - i)) - 1;
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x + i)), 16));
   };
   for (int64_t first = 0; first < K; first += SCALED) {
     const int64_t last = std::min(K, first + SCALED);
-    __m512i greatest = _mm512_setzero_si512();  // by its bits, as which NaN is above all numbers and so is kept
+    __m512i greatest = _mm512_setzero_si512();  // compared as bits: NaN is above every number, so it is kept
     for (int64_t i = first; i < last; i += LANES)
       greatest = _mm512_max_epi32(greatest, _mm512_castps_si512(_mm512_abs_ps(inputs(i, last))));
     const float top = std::max(std::bit_cast<float>(_mm512_reduce_max_epi32(greatest)), 1e-30f);
@@ -67,7 +67,7 @@ AVX512 void round_avx512(const bf16* x, int64_t K, int64_t G, int64_t rows, Grou
   }
 }
 
-// Adds the products of bytes, 64 weights with 4 inputs of each row, to the sums of high and of low bytes.
+// Adds the products of 64 weight bytes (16 outputs, 4 inputs) with a row's inputs to its sums for high and low bytes.
 template <int M>
 INLINE_AVX512 void add_bytes(__m512i weights, const int8_t* x, __m512i (&sums)[2][M]) {
   for (int m = 0; m < M; ++m)
@@ -111,7 +111,7 @@ AVX512 void int4_rows(const Call& c, const bf16* inputs, const Group* groups, co
   __m512 totals[M] = {};
   for (int64_t g = 0; g < n;) {
     const Group* first = groups + g;
-    __m512 scaled[M] = {};  // the totals of what has this scale
+    __m512 scaled[M] = {};  // sums of the groups whose inputs share this scale
     for (const int64_t end = std::min(n, g + SCALED / c.G); g < end; ++g) {
       __m512i sums[2][M] = {};
       for (int64_t i = 0; i < c.G; i += 8, x += 16 * M, panel += 64) {
@@ -124,7 +124,7 @@ AVX512 void int4_rows(const Call& c, const bf16* inputs, const Group* groups, co
       panel += 64;
       const __m512 scales = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
       const __m512 zeros = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xFFFF0000))));
-      const __m512 lowest = _mm512_fnmadd_ps(scales, _mm512_set1_ps(8.f), zeros);  // what q = 0 stands for
+      const __m512 lowest = _mm512_fnmadd_ps(scales, _mm512_set1_ps(8.f), zeros);  // the weight that q = 0 means
       for (int m = 0; m < M; ++m) {
         scaled[m] = _mm512_fmadd_ps(whole(sums[0][m], sums[1][m]), scales, scaled[m]);
         scaled[m] = _mm512_fmadd_ps(lowest, _mm512_set1_ps(groups[m * n + g].sum), scaled[m]);
@@ -136,11 +136,11 @@ AVX512 void int4_rows(const Call& c, const bf16* inputs, const Group* groups, co
   for (int m = 0; m < M; ++m) _mm512_storeu_ps(out + m * LANES, totals[m]);
 }
 
-// For many rows of x two panels at a time, K_AT_ONCE inputs of each unpacked to bf16 pairs, which then stay in the
-// first-level cache for all rows.
+// For many rows of x, K_AT_ONCE inputs of two panels at a time are unpacked to bf16 pairs, which then stay in the L1
+// cache for all rows.
 constexpr int64_t K_AT_ONCE = 256;  // a multiple of every group size
 
-// A number of 8 bits with its sign is exact as bf16, the upper half of a float.
+// A signed byte is exact in bf16, so the upper half of its float is that bf16.
 INLINE_AVX512 void int8_unpack(const uint8_t* panel, int64_t n, bf16* pairs) {
   const auto float_of = [&](__m512i words, int first) AVX512 {
     const __m512i byte = _mm512_and_si512(_mm512_srli_epi32(words, first), _mm512_set1_epi32(0xFF));
@@ -161,7 +161,7 @@ INLINE_AVX512 void int4_unpack(const uint8_t* panel, int64_t n, int64_t G, bf16*
     const __m512i ends = _mm512_loadu_si512(panel + LANES * G / 2);
     const __m512 scales = _mm512_castsi512_ps(_mm512_slli_epi32(ends, 16));
     const __m512 zeros = _mm512_castsi512_ps(_mm512_and_si512(ends, high));
-    const __m512 lowest = _mm512_fnmadd_ps(scales, _mm512_set1_ps(8.f), zeros);  // what q = 0 stands for
+    const __m512 lowest = _mm512_fnmadd_ps(scales, _mm512_set1_ps(8.f), zeros);  // the weight that q = 0 means
     for (int64_t i = 0; i < G / 8; ++i) {
       const __m512i words = _mm512_loadu_si512(panel + 64 * i);
       for (int j = 0; j < 4; ++j, pairs += 32) {
@@ -178,7 +178,7 @@ INLINE_AVX512 void int4_unpack(const uint8_t* panel, int64_t n, int64_t G, bf16*
   }
 }
 
-// `x [M, c.K]` times two panels' pairs for n inputs, added to out `[M, 16]` and `[c.M, 16]` further on.
+// Adds `x [M, c.K]` times two panels' pairs, for n inputs, to out `[M, 16]`; the second panel's is c.M rows further on.
 template <int M>
 AVX512 void pairs_rows(const Call& c, const bf16* x, const bf16* const* pairs, int64_t n, float* out) {
   __m512 sums[2][M];
@@ -211,7 +211,7 @@ AVX512 void many_avx512(const Call& c, int64_t begin, int64_t end) {
       const int64_t n = std::min(K_AT_ONCE, c.K - k);
       const bf16* pairs[2];
       for (int64_t h = 0; h < 2; ++h) {
-        const uint8_t* panel = c.w + std::min(p + h, end - 1) * bytes;  // the last one twice if they are odd
+        const uint8_t* panel = c.w + std::min(p + h, end - 1) * bytes;  // the last one twice if the number is odd
         bf16* half = unpacked.data() + h * K_AT_ONCE * LANES;
         pairs[h] = KIND == BF16 ? reinterpret_cast<const bf16*>(panel) + LANES * k : half;
         if (KIND == INT8) int8_unpack(panel + LANES * k, n, half);

@@ -1,14 +1,14 @@
-"""Which way to multiply or to attend is the fastest on this GPU: timed on it once, and remembered.
+"""Autotuning: which way to multiply or to attend is fastest on this GPU, timed on it once and remembered.
 
     measure(model, *args)                               # before a step is recorded
     tiles = fastest(key, ways, again=call)              # in an operator
 
-An operator asks `fastest` how to compute what `key` describes, and brings its `ways` by name. `measure` calls a model,
-gathers what its operators ask, and times what is not known yet: on the model's own weights, those of all layers in
-turn, in a CUDA graph, after clearing the L2 cache. The winners' names are kept under `~/.cache/fast-llm`, in a file for
-each combination of GPU, torch, triton and source of these kernels. Rank 0 measures for all ranks.
+An operator asks `fastest` how to compute what `key` describes, and passes the `ways` that it has, by name. `measure`
+calls a model, records what its operators ask, and times the ways for every key not known yet: on the model's own
+weights, all layers in turn, in a CUDA graph, after clearing the L2 cache. The winners' names are kept under
+`~/.cache/fast-llm`, in a file for each combination of GPU, torch, triton and kernel source. Rank 0 measures for all.
 
-Worth knowing: where this process has not called `measure`, an operator takes the first of its ways, which is reasoned.
+Worth knowing: for a key that `measure` has not seen in this process, an operator uses its first way, a good default.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from tqdm import tqdm
 Way = TypeVar("Way")
 Asked = dict[str, tuple[list[str], list[Callable[[], Any]]]]  # by key: names of the ways, the calls that asked
 
-INDUCTOR = "Inductor"  # the name of a way that torch.compile makes
-CLEARING = 1 << 28  # bytes to write so that no L2 cache holds anything else
+INDUCTOR = "Inductor"  # the name of the way that torch.compile generates
+CLEARING = 1 << 28  # bytes to write to clear the L2 cache, more than any GPU's holds
 
-_fastest: dict[str, str] = {}  # the names by key, of what this process has asked
+_fastest: dict[str, str] = {}  # the fastest way's name, by key, for the keys asked in this process
 _asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
 _tried: ContextVar[str | None] = ContextVar("tried", default=None)
 
@@ -61,7 +61,7 @@ def trying(name: str) -> Iterator[None]:
 
 
 def asked_by(function: Callable[..., Any], *args: Any) -> Asked:
-    """Call `function`; what the operators in it ask."""
+    """Call `function` and return what its operators ask."""
     token = _asked.set({})
     try:
         function(*args)
@@ -71,10 +71,10 @@ def asked_by(function: Callable[..., Any], *args: Any) -> Asked:
 
 
 def measure(model: Callable[..., Any], *args: Any, seconds: Callable[..., float] | None = None) -> None:
-    """Call `model`, time the ways to do what its operators asked, unless they are known, and call it once more.
+    """Call `model`, time the ways for every key that it asks and that is not known yet, and call it once more.
 
-    So what the fastest ways compile at their first call is compiled before a step is recorded.
-    seconds: the clock, called with a function and its arguments; by default `cold_seconds`. A way that fails has lost.
+    The second call lets the chosen ways compile now, before a step is recorded.
+    seconds: the clock, called with a function and its arguments; by default `cold_seconds`. Ways that fail are skipped.
     """
     new = {key: found for key, found in asked_by(model, *args).items() if key not in _fastest}
     has_ranks = dist.is_available() and dist.is_initialized()
@@ -84,7 +84,7 @@ def measure(model: Callable[..., Any], *args: Any, seconds: Callable[..., float]
         unknown = {key: found for key, found in new.items() if key not in _fastest}
         if unknown:
             _fastest.update(_winners(unknown, seconds or cold_seconds))
-            with contextlib.suppress(OSError):  # the next process measures again
+            with contextlib.suppress(OSError):  # then the next process measures again
                 _write(_read() | _fastest)
     if new and has_ranks:
         tables = [_fastest]
@@ -95,7 +95,7 @@ def measure(model: Callable[..., Any], *args: Any, seconds: Callable[..., float]
 
 
 def _winners(asked: Asked, seconds: Callable[..., float]) -> dict[str, str]:
-    """The name of the fastest way for each key; none where all fail."""
+    """The name of the fastest way for each key; a key is left out if all its ways fail."""
     found = {}
     total = sum(len(names) for names, _ in asked.values())
     with tqdm(total=total, desc="timing kernels on this GPU, once", unit="kernel") as bar:
@@ -117,7 +117,7 @@ def _compile_together(names: list[str], call: Callable[[], Any]) -> None:
         return
 
     def run(name: str) -> None:
-        with trying(name), contextlib.suppress(Exception):  # it will fail again where that counts
+        with trying(name), contextlib.suppress(Exception):  # it fails again in `_winners`
             call()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -130,7 +130,7 @@ def _call_all(calls: list[Callable[[], Any]]) -> None:
 
 
 def cold_seconds(function: Callable[..., Any], *args: Any) -> float:
-    """`replay_seconds` of a call that finds the L2 cache cleared, with the time that the clearing takes."""
+    """`replay_seconds` of clearing the L2 cache and then calling `function`; both are counted."""
     other = torch.empty(CLEARING, dtype=torch.uint8, device="cuda")
     return replay_seconds(lambda: (other.zero_(), function(*args)))
 
@@ -138,21 +138,21 @@ def cold_seconds(function: Callable[..., Any], *args: Any) -> float:
 def replay_seconds(function: Callable[..., Any], *args: Any) -> float:
     """Seconds that the kernels of a call take, by events around replays of its CUDA graph.
 
-    The median of 5 stretches of at least 5 ms.
+    The median of 5 timings, each of at least 5 ms of replays.
     """
-    for _ in range(3):  # compiles, and takes the memory that it needs
+    for _ in range(3):  # compile, and allocate memory
         function(*args)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function(*args)
     n = 1 + int(5e-3 / seconds_by_events(3, graph.replay))
-    seconds_by_events(10 * n, graph.replay)  # wakes the clocks, which fall while the host compiles
+    seconds_by_events(10 * n, graph.replay)  # raises the GPU's clocks, which fall while the host compiles
     return median(seconds_by_events(n, graph.replay) for _ in range(5))
 
 
 def seconds_by_events(n: int, function: Callable[..., Any], *args: Any) -> float:
-    """Seconds that a GPU takes for one of `n` calls in a row, by its own clock."""
+    """Seconds per call, of `n` calls in a row, by the GPU's own clock."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(n):
@@ -163,7 +163,7 @@ def seconds_by_events(n: int, function: Callable[..., Any], *args: Any) -> float
 
 
 def _file() -> Path:
-    """Where this GPU's are kept. Other versions, and kernels that have changed, have other files."""
+    """The file of this GPU's winners. Other versions and changed kernels have other files."""
     import triton
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
@@ -178,12 +178,12 @@ def _read() -> dict[str, str]:
     try:
         table = json.loads(_file().read_text())
         return {key: name for key, name in table.items() if isinstance(name, str)}
-    except (OSError, ValueError, AttributeError):  # no file, or not one of these
+    except (OSError, ValueError, AttributeError):  # no file, or not a table
         return {}
 
 
 def _write(table: dict[str, str]) -> None:
-    """Keep the table; another process sees all of it or what was there before."""
+    """Write the table atomically: another process reads either all of it or the previous one."""
     path = _file()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:

@@ -1,15 +1,15 @@
-"""A GPU's attention for a few new positions, in Triton: RoPE, the KV cache's new entries, the softmax over its slots.
+"""Attention for a few new positions on a GPU, in Triton: RoPE, writing to the KV cache, the softmax over its slots.
 
     y = torch.ops.fast_gpu.decode_attention(qkv, cos, sin, positions, 0, None, None, 0.0, *cache.buffers())
 
-One query has a key head for each of 8 to 32 programs at most, too few for a GPU: so many programs share a head's slots,
-and a second kernel joins what they found (Flash-Decoding, Dao et al. 2023). Each turns the queries for itself, a few
-kilobytes; the last of them turns the new keys, stores them and the new values, and attends to them without reading them
-back. How many slots are valid is read on the device: one recording in a CUDA graph serves every length and reads no
-more than is valid.
+One program per key head would be 8 to 32 programs for a row, too few for a GPU: so several programs share a head's
+slots, and a second kernel combines their results (Flash-Decoding, Dao et al. 2023). Each program applies RoPE to the
+queries itself, a few kilobytes; the last also applies it to the new keys, stores them and the new values, and attends
+to them without reading them back. The number of valid slots is read on the device, so one CUDA graph serves every
+length of text and reads no more than is valid.
 
-Worth knowing: in its place PyTorch takes 5 to 7 launches a layer for a float cache instead of 2. An int8 or fp8 one it
-would write out in the queries' type and read again, three times the bytes or more.
+Worth knowing: PyTorch would need 5 to 7 launches a layer for a float cache instead of 2. It would dequantise an int8 or
+fp8 cache to memory and read it again, at least three times the bytes.
 """
 
 import functools
@@ -23,12 +23,12 @@ from kernels.gpu.choice import fastest
 from kernels.gpu.products import let_overlap, multiprocessors, overlapping
 
 BLOCK = 64  # slots at a time
-MAX_POSITIONS = 16  # new ones of a row
+MAX_POSITIONS = 16  # new positions per row
 
 
 @triton.jit
 def _turned(qkv_ptr, at, row_ok, norm_ptr, eps, cos_ptr, sin_ptr, turn, D: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """The halves `[R, D / 2]` of the heads that begin at `at [R]`: normed if there is a norm, then turned by RoPE."""
+    """Both halves, `[R, D / 2]`, of the heads that begin at `at [R]`, after RMSNorm, if there is one, and RoPE."""
     HALF: tl.constexpr = D // 2
     d = tl.arange(0, BLOCK_HALF)
     d_ok = d < HALF
@@ -48,7 +48,7 @@ def _turned(qkv_ptr, at, row_ok, norm_ptr, eps, cos_ptr, sin_ptr, turn, D: tl.co
 
 @triton.jit
 def _scales(peaks, KIND: tl.constexpr):
-    """As `model.quantize_kv`: what takes vectors with these greatest elements to the limit of int8 or fp8."""
+    """The scales of `model.quantize_kv`: they map the largest elements, `peaks`, to the limit of int8 or fp8."""
     LIMIT: tl.constexpr = 127.0 if KIND == tl.int8 else 448.0
     return tl.div_rn(tl.maximum(peaks, 1e-30), tl.full(peaks.shape, LIMIT, tl.float32))
 
@@ -57,16 +57,16 @@ def _scales(peaks, KIND: tl.constexpr):
 def _quantized(x, scales, KIND: tl.constexpr):
     q = tl.div_rn(x.to(tl.float32), tl.broadcast_to(scales[:, None], x.shape))
     if KIND == tl.int8:
-        q = (q + 12582912.0) - 12582912.0  # 1.5 * 2^23: what has no room for a fraction rounds half to even
+        q = (q + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum has no bits for a fraction, so it rounds half to even
     return q.to(KIND)
 
 
 @triton.jit
 def _attend(q_left, q_right, k_left, k_right, v, k_scales, v_scales, seen, peak, total, sums, scale):
-    """A softmax so far, its peak and total `[R]` and sums `[R, D]`, with L slots more, of which `seen [R, L]` count.
+    """Add L slots, masked by `seen [R, L]`, to an online softmax: its peak and total `[R]` and its sums `[R, D]`.
 
-    Of a quantised cache come the stored bytes: keys are exact in q's type, their scales multiply the scores; values
-    are multiplied by theirs before they are rounded to it, for a weight times a scale may be too small for float16.
+    A quantised cache is passed as stored: keys are exact in q's type, and their scales multiply the scores; values are
+    multiplied by theirs before they are rounded to that type, because weight times scale may underflow in float16.
     """
     dtype = q_left.dtype
     scores = tl.dot(q_left, tl.trans(k_left.to(dtype)))
@@ -102,18 +102,18 @@ def _attend_share(
     n_slots,  # L
     S,
     KV: tl.constexpr,
-    HEADS: tl.constexpr,  # query heads of a key head
+    HEADS: tl.constexpr,  # query heads per key head
     D: tl.constexpr,
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
-    NEW: tl.constexpr,  # S at most
+    NEW: tl.constexpr,  # the largest S
     BLOCK_D: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The softmax, over a share of the valid slots, of all queries that look at one key head: HEADS times S rows."""
+    """Attention of all queries of one key head, HEADS times S rows, to this program's share of the valid slots."""
     HALF: tl.constexpr = D // 2
     WIDTH: tl.constexpr = (HEADS + 2) * KV * D
     KIND: tl.constexpr = k_ptr.dtype.element_ty
@@ -186,7 +186,7 @@ def _attend_share(
     found = (tl.program_id(0) * SPLITS + split) * (HEADS * S) + row
     tl.store(peaks_ptr + found, peak, mask=row_ok)
     tl.store(totals_ptr + found, total, mask=row_ok)
-    if (first < end) | (split == SPLITS - 1):  # of no slots there are no sums
+    if (first < end) | (split == SPLITS - 1):  # an empty share stores only its total, 0, and its peak
         tl.store(sums_ptr + found[:, None] * D + d[None, :], sums, mask=row_ok[:, None] & d_ok[None, :])
 
 
@@ -204,7 +204,7 @@ def _join_shares(
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One row of the result, from what every share found for it."""
+    """Combine the results of all shares for one row."""
     group, row = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     at = (group * SPLITS + tl.arange(0, SPLITS)) * (HEADS * S) + row
@@ -218,8 +218,8 @@ def _join_shares(
     tl.store(y_ptr + y_row * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
 
-# Before 2.14 a region that is compiled once cannot hold an operator that says what it writes to. There it goes unsaid:
-# a compiled step touches the caches by this alone, and a call's arguments come from the one before it.
+# Before torch 2.14 a nested_compile_region cannot contain an operator that declares what it mutates. There nothing is
+# declared. That is safe: a compiled step uses the caches only here, and each call's inputs depend on the call before.
 STORED = ("k", "v", "k_scales", "v_scales") if torch.__version__ >= (2, 14) else ()
 
 
@@ -240,11 +240,11 @@ def decode_attention(
 ) -> Tensor:
     """Attention, `[B, S, H * D]`, of `qkv [B, S, (H + 2 KV) * D]`: every head's query, then the keys, then the values.
 
-    They are of S <= 16 `positions [B, S]`, consecutive along S, and RoPE turns them by `cos` and `sin`, float32
-    `[B, S, D / 2]`; with `q_norm` and `k_norm` `[D]` the heads are normed before. Keys and values are stored at their
-    positions in the whole cache, `k`, `v` `[B or more, KV, L, D]` of qkv's type, or of int8 or fp8 with float32 scales
-    `[B or more, KV, L]`. A query sees the slots up to its position, with a `window` only so many of them.
-    Nothing checks that positions lie in the cache.
+    `positions [B, S]`, S <= 16, are consecutive along S. RoPE rotates queries and keys by `cos` and `sin`, float32
+    `[B, S, D / 2]`, after RMSNorm with the weights `q_norm` and `k_norm` `[D]`, if given. Keys and values are stored at
+    their positions in the whole cache, `k`, `v` `[B or more, KV, L, D]` of qkv's type, or int8 or fp8 with float32
+    scales `[B or more, KV, L]`. A query sees the slots up to its position; with a `window`, only so many of them.
+    Positions are not checked against the cache's size.
     """
     (B, S, width), (_, KV, L, D) = qkv.shape, k.shape
     assert S <= MAX_POSITIONS
@@ -252,11 +252,11 @@ def decode_attention(
     assert v.is_contiguous()
     H = width // D - 2 * KV
     rows = H // KV * S
-    block = BLOCK if rows <= 128 else BLOCK // 2  # or with D = 128 it does not fit the shared memory of every GPU
+    block = BLOCK if rows <= 128 else BLOCK // 2  # more would not fit every GPU's shared memory at D = 128
     ways = ways_of(B * KV, multiprocessors(qkv.device), block)
 
     def at_the_end() -> Tensor:
-        """Where it takes longest. What it stores there, later positions store anew."""
+        """The call at the end of the cache, where it takes longest. Later tokens overwrite what it stores there."""
         last = positions + (L - S - positions[:, :1])
         return decode_attention(qkv, cos, sin, last, window, q_norm, k_norm, eps, k, v, k_scales, v_scales)
 
@@ -286,9 +286,9 @@ def _fake(qkv, cos, sin, positions, window, q_norm, k_norm, eps, k, *others):
 
 @functools.cache
 def ways_of(n_heads: int, multiprocessors: int, block: int) -> dict[str, tuple[int, int]]:
-    """By name, programs that share a key head's slots and slots that each takes at a time: all that is worth a try.
+    """By name, the ways worth timing: programs that share a key head's slots, and slots that each takes at a time.
 
-    n_heads: in all rows. The first is reasoned, not measured: four programs for a multiprocessor.
+    n_heads: key heads of all rows. The first way, the default, is not measured: four programs per multiprocessor.
     """
     shares = [min(64, 1 << max(0, (n * multiprocessors // n_heads).bit_length() - 1)) for n in (4, 2, 8)]
     every = [(splits, size) for size in (block, block // 2) for splits in shares]

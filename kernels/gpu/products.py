@@ -2,18 +2,18 @@
 
     y = torch.ops.fast_gpu.linear(x, weight, scales)
 
-Weights are taken as files have them, but for scales and zeros of int4, which become pairs. One kernel reads each once
-and multiplies on the tensor cores. More rows are a prefill: there quantised weights are written out as numbers for
-`F.linear`, as for less than 16 outputs. Which tiles the kernel takes, or whether Inductor's product of float weights is
-faster, `choice.py` measures. No sum depends on which program comes first: equal inputs give equal bits.
+Weights stay as files store them, except that int4's scales and zeros become pairs. One kernel reads each weight once
+and multiplies on the tensor cores. With more rows (prefill) or fewer than 16 outputs, quantised weights are dequantised
+to memory for `F.linear`. `choice.py` measures which tiles are fastest, and whether Inductor's product of float weights
+is faster than the kernel. No sum depends on the order in which programs run: equal inputs give equal bits.
 
-They also do what surrounds a product (`kernels.Product`): a layer of 7B int4 weights is read in some 25 us, and a
-kernel of its own for norm, gates or residual costs one or two. Bias, gates and residual join the sums where these end.
-Up to 8 rows, RMSNorm: inputs are scaled by its weight when loaded; 1/rms multiplies the finished sum.
+The kernel also does what surrounds a product (`kernels.Product`), because a separate one for norm, gates or residual
+would cost one or two microseconds. Bias, gates and residual are applied to the finished sums. RMSNorm, up to 8 rows:
+inputs are scaled by its weight when loaded; 1/rms multiplies the finished sum.
 
-Worth knowing: on an H100 warps wait for memory most of the time (`docs/gpu.md` has what products take). Holding a turn
-of weights in registers ahead gained nothing there. With norm, float16 inputs overflow where an input times the norm's
-weight is beyond 65504.
+Worth knowing: on an H100 warps wait for memory most of the time (`docs/gpu.md` has the times). Loading the weights of
+the next iteration into registers ahead gained nothing there. With norm, float16 overflows where an input times the
+norm's weight exceeds 65504.
 """
 
 import functools
@@ -30,28 +30,28 @@ from torch import Tensor
 from kernels import gpu
 from kernels.gpu.choice import INDUCTOR, fastest
 
-MAX_ROWS = 16  # of x; above it is a prefill
-LEAST_OUTPUTS = 16  # of a program
-NORM_ROWS = 8  # of x, up to which a kernel applies the norm's weight
-# Warps of a program, outputs that it makes, turns unrolled: what was fastest for some product of an H100, best first.
+MAX_ROWS = 16  # rows of x; more are a prefill
+LEAST_OUTPUTS = 16  # outputs of a program, at least
+NORM_ROWS = 8  # rows of x up to which the kernel applies RMSNorm
+# (warps of a program, its outputs, iterations unrolled): each was fastest for some product on an H100; best first.
 MANY_OUTPUTS = ((4, 64, 1), (4, 32, 1), (2, 32, 2), (2, 32, 1), (4, 64, 2), (4, 16, 2))
 FEW_OUTPUTS = ((8, 16, 2), (16, 16, 1), (8, 16, 1), (4, 16, 2), (4, 16, 1), (8, 32, 1))
-SMS = 132  # multiprocessors of an H100, where there is none to ask
-ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}  # its bits
+SMS = 132  # multiprocessors of an H100, assumed without a GPU
+ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}  # the bits of 1.0
 
-# Of dimensions alike, Triton gives threads to the last ones first, registers to what is left; 3.6 began with the first.
+# Triton after 3.6 distributes threads over the last dimensions first, up to 3.6 over the first; registers get the rest.
 LAST_TO_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6))
 
 
 @triton.jit
 def _registers(index):
-    """Of a tensor to load, the dimension along which a thread has a register for each element."""
+    """`index` along the dimension of a loaded tensor whose elements lie in registers of the same thread."""
     return index[:, None, None] if LAST_TO_FIRST else index[None, :, None]
 
 
 @triton.jit
 def _threads(index):
-    """Of a tensor to load, the dimension along which each element has a thread."""
+    """`index` along the dimension of a loaded tensor whose elements lie in different threads."""
     return index[None, :, None] if LAST_TO_FIRST else index[:, None, None]
 
 
@@ -62,10 +62,10 @@ def _threads_first(loaded):
 
 @triton.jit
 def _nibbles(words, first: tl.constexpr, J: tl.constexpr, exponent, UP: tl.constexpr, dtype: tl.constexpr):
-    """J of the nibbles in both halves of the words `[S, 8, 4, B / 8, WORDS]`, as numbers `[S, B, 8 * WORDS * J]`.
+    """J nibbles of each half of the words `[S, 8, 4, B / 8, WORDS]`, as floats `[S, B, 8 * WORDS * J]`.
 
-    These are all four, or every second from `first` on. A nibble becomes a number without a conversion: it is put at
-    the top of the mantissa, UP bits from the end, under an exponent.
+    J = 4 is all of them, J = 2 every second one from `first` on. No conversion is needed: a nibble is shifted to the
+    top of the mantissa, UP bits from its end, and XORed with `exponent`, the bits of a float like 16.0.
     """
     S: tl.constexpr = words.shape[0]
     EIGHTS: tl.constexpr = words.shape[3]
@@ -80,7 +80,7 @@ def _nibbles(words, first: tl.constexpr, J: tl.constexpr, exponent, UP: tl.const
 
 @triton.jit
 def _halves(words, dtype: tl.constexpr):
-    """Both halves of the words `[S, 8, 4, B / 8, WORDS]` as they are, `[S, B, 8 * WORDS]`."""
+    """Both halves of the words `[S, 8, 4, B / 8, WORDS]`, which are floats already, `[S, B, 8 * WORDS]`."""
     S: tl.constexpr = words.shape[0]
     EIGHTS: tl.constexpr = words.shape[3]
     WORDS: tl.constexpr = words.shape[4]
@@ -92,7 +92,7 @@ def _halves(words, dtype: tl.constexpr):
 
 @triton.jit
 def _for_columns(loaded, S: tl.constexpr, COLUMNS: tl.constexpr):
-    """The float32 whose bits belong to a chunk of each of B outputs, beside the chunk's sums, `[S, B, COLUMNS]`."""
+    """A float32, given as bits, for a chunk of each of B outputs, broadcast to the chunk's sums, `[S, B, COLUMNS]`."""
     t = _threads_first(loaded.to(tl.float32, bitcast=True))
     B: tl.constexpr = 8 * t.shape[1]
     t = tl.reshape(tl.permute(tl.reshape(t, (S, 8, 4, B // 8)), (0, 3, 1, 2)), (S, B, 1, 4, 1))
@@ -101,9 +101,9 @@ def _for_columns(loaded, S: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def let_overlap(OVERLAP: tl.constexpr):
-    """Programmatic dependent launch: the next kernel may start; here what earlier ones wrote is waited for.
+    """Programmatic dependent launch: let the next kernel start, and wait for the results of the kernels before.
 
-    What a kernel reads or writes that another one writes or reads comes after this.
+    A kernel must call this before it reads what another one writes, and before it writes what another one reads.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -111,7 +111,7 @@ def let_overlap(OVERLAP: tl.constexpr):
 
 
 def overlapping() -> dict[str, bool]:
-    """The arguments of a launch for a kernel that calls `let_overlap`."""
+    """Launch arguments for a kernel that calls `let_overlap`."""
     return {"OVERLAP": gpu.OVERLAP, "launch_pdl": gpu.OVERLAP}
 
 
@@ -128,34 +128,34 @@ def _multiply(
     bias_ptr,  # [N] or None
     norm_ptr,  # [K] or None
     residual_ptr,  # like y, or None
-    y_ptr,  # [rows, N], or of gates and what they let through [rows, N / 2]
+    y_ptr,  # [rows, N], or [rows, N / 2] if gated
     rows,
     n_out,
-    exponent,  # the bits of x's 1.0, twice
+    exponent,  # the bits of 1.0 in x's type, in both halves of the word
     eps,
     n_in: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    GATED: tl.constexpr,  # 1: N is N, 2: every second of a program's outputs belongs to the gate before it
+    GATED: tl.constexpr,  # 2: a program's outputs alternate between gate and up projection; 1: no gates
     ROWS: tl.constexpr,  # rows, rounded up to a power of two
-    WORDS: tl.constexpr,  # of an output's weights, that a thread reads at a time
+    WORDS: tl.constexpr,  # words of an output's weights that a thread loads at a time
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,  # warps of a program, that share K
-    UNROLL: tl.constexpr,  # turns of the loop that the compiler has before it at once
+    SPLITS: tl.constexpr,  # warps of a program, which divide K
+    UNROLL: tl.constexpr,  # iterations of the loop that the compiler unrolls
     OVERLAP: tl.constexpr,
 ):
-    """`y = x W^T`: a program makes BLOCK_N outputs for all rows of x, a thread reads a chunk of WORDS at a time.
+    """`y = x W^T`: a program computes BLOCK_N outputs for all rows of x; a thread loads a chunk of WORDS at a time.
 
-    Each warp multiplies four chunks of K at once, on the tensor cores, which ask of a thread to have the weights of one
-    output at one of four places in K. It has those that it has read: the order of K does not matter, as long as x is
-    brought into the same. So no weight changes hands.
+    Each warp multiplies four chunks of K at once on the tensor cores, which expect a thread to hold the weights of one
+    output at one of four places in K. The order of K does not matter if x has the same one: so a thread keeps the
+    weights that it loaded, and x is permuted to match. No weights are exchanged between threads.
 
-    The four chunks may be of PARTS groups. To sum each on its own, the inputs of one part are in columns of their own,
-    which are zero for the others: of 8 columns the first EACH are for as many rows of x and the first part.
+    The four chunks may span PARTS quantisation groups. To sum these separately, the inputs of each have columns of
+    their own, which are zero for the others: of 8 columns, the first EACH hold EACH rows of x for the first group.
 
-    A stored nibble u of int4 becomes 16 + u; the two of an int8 weight, the sign turned, 24 + upper and 1 + lower / 16.
-    What that adds, and the zero, the sum of the inputs takes off. The exponent is an argument because the compiler
-    spends two instructions on masking with one constant and merging with another.
+    An int4 nibble u becomes the float 16 + u; an int8 weight's become 24 + upper (signed) and 1 + lower / 16. Multiples
+    of the sum of the inputs remove these offsets and add the zero. The exponent is an argument because with a constant
+    the compiler spends two instructions, one to mask and one to merge.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     UP: tl.constexpr = 3 if dtype == tl.bfloat16 else 6  # bits in the mantissa below a nibble
@@ -164,21 +164,21 @@ def _multiply(
     PARTS: tl.constexpr = max(1, 4 * CHUNK // GROUP)
     EACH: tl.constexpr = 8 // PARTS
     COLUMNS: tl.constexpr = max(8, PARTS * ROWS)
-    LOADS: tl.constexpr = CHUNK // 8  # of 16 bytes, for the inputs of a chunk
+    LOADS: tl.constexpr = CHUNK // 8  # loads of 16 bytes for the inputs of a chunk
     n_chunks: tl.constexpr = n_in // CHUNK
     exponent = exponent.to(tl.uint32, bitcast=True)
-    top = exponent + ((64 if BITS == 4 else 72) << UP) * 0x10001  # of 16; of 24, which turns the sign
+    top = exponent + ((64 if BITS == 4 else 72) << UP) * 0x10001  # bits of 16; for int8 of 24, which flips the sign bit
     n_y = n_out // GATED
     first_n = tl.minimum(tl.program_id(0) * (BLOCK_N // GATED), n_y - BLOCK_N // GATED).to(tl.int64)
     thread, eights = _threads(tl.arange(0, 32 * SPLITS)), _registers(tl.arange(0, BLOCK_N // 8))
     eighth, fourth = thread // 4 % 8, thread % 4
     n = first_n + eights * (8 // GATED) + eighth // GATED + eighth % GATED * n_y
-    part = _registers(tl.arange(0, COLUMNS // 8 * LOADS))  # of a chunk, for EACH rows of x after the other
+    part = _registers(tl.arange(0, COLUMNS // 8 * LOADS))  # a chunk's LOADS, for every EACH rows of x
     row = part // LOADS * EACH + eighth % EACH
     ones = tl.full((SPLITS, 16, 4 * CHUNK), 1.0, tl.float32).to(dtype)
     totals = tl.zeros((SPLITS, BLOCK_N, COLUMNS), tl.float32)
     place = thread // 32 * 4 + fourth
-    if BITS == 4:  # read a turn ahead: the compiler puts late what is used late, and a warp would wait a second time
+    if BITS == 4:  # loaded an iteration ahead: the compiler would load late, at the use, and a warp would wait twice
         groups = n * (n_in // GROUP)
         next_scales = tl.load(scales_ptr + groups + tl.minimum(place, n_chunks - 1) * CHUNK // GROUP)
     let_overlap(OVERLAP)
@@ -255,7 +255,7 @@ def _dequantize(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Write the weights out as numbers."""
+    """Write the dequantised weights to memory."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     first = tl.program_id(1) * BLOCK_K
     at = first * BITS // 8 + tl.arange(0, BLOCK_K * BITS // 8)[None, :]
@@ -284,10 +284,10 @@ def linear(
     residual: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """`x W^T`, `[M, N]`, for x `[M, K]` in bfloat16 or float16; what surrounds it as in `kernels.Product`.
+    """`x W^T`, `[M, N]`, for x `[M, K]` in bfloat16 or float16; other arguments as in `kernels.Product`.
 
-    The weight is of x's type, `[N, K]`; or int8 `[N, K]` with `scales [N]`; or 4-bit `[N, K / 2]` with a scale and a
-    zero for each group, bfloat16 `[N, K / G, 2]`. K is a multiple of 32. Raises ValueError for sizes that do not fit.
+    The weight is of x's type, `[N, K]`; or int8 `[N, K]` with `scales [N]`; or 4-bit `[N, K / 2]` with `scales`, pairs
+    of scale and zero, bfloat16 `[N, K / G, 2]`. K is a multiple of 32. Raises ValueError for sizes that do not fit.
     """
     again = functools.partial(linear, x, weight, scales, bias, norm, eps, residual, gated)
     (rows, n_in), n_out, bits = x.shape, weight.shape[0], 8 * weight.element_size()
@@ -333,9 +333,9 @@ def _linear_fake(x, weight, scales=None, bias=None, norm=None, eps=0.0, residual
 def ways_of(
     rows: int, n_in: int, n_out: int, bits: int, group: int, multiprocessors: int
 ) -> dict[str, tuple[int, int, int] | None]:
-    """By name, what is worth a try: warps of a program, its outputs, turns unrolled; None: Inductor's product.
+    """By name, the ways worth timing: (warps of a program, its outputs, iterations unrolled); None: Inductor's product.
 
-    The first is taken where nothing was timed. No warp is without a chunk, and none has more sums than registers.
+    The first is the default where nothing was timed. Ways with too many warps for K or too many sums are left out.
     """
     n_chunks = n_in * bits // (32 * chunk_words(rows, bits, group))
     most = 1 << (-(-n_chunks // 4) - 1).bit_length()
@@ -347,32 +347,32 @@ def ways_of(
 
 
 def chunk_words(rows: int, bits: int, group: int) -> int:
-    """The words of 32 bits that a thread reads at a time. Fewer are of fewer groups, which makes fewer columns."""
+    """The 32-bit words that a thread loads at a time. Fewer span fewer groups, and so need fewer columns."""
     return 4 if bits == 16 or 8 * rows <= group else 2
 
 
 def constants_of(
     rows: int, n_in: int, bits: int, group: int, gates: int, warps: int, outputs: int, unroll: int
 ) -> dict[str, int]:
-    """What `_multiply` is compiled for."""
+    """The constants for which `_multiply` is compiled."""
     shape = {"n_in": n_in, "BITS": bits, "GROUP": group, "GATED": gates, "ROWS": 1 << (rows - 1).bit_length()}
     blocks = {"WORDS": chunk_words(rows, bits, group), "BLOCK_N": outputs, "SPLITS": warps, "UNROLL": unroll}
-    # Copies into shared memory that run ahead of the loop (num_stages) took 2 to 8 times as long on an H100.
+    # Prefetching into shared memory (num_stages above 1) took 2 to 8 times as long on an H100.
     return {**shape, **blocks, "num_warps": warps, "num_stages": 1}
 
 
 def registers_of(warps: int, programs: int, multiprocessors: int) -> dict[str, int]:
-    """The most registers of a thread with which all programs run at once, where that leaves enough to each.
+    """The most registers per thread with which all programs still run at once, if that is enough for a thread.
 
-    Told so, the compiler does not save registers that nobody needs: on an H100 products of few outputs took 5 to 10 %
-    less time.
+    With this limit the compiler need not save registers that nobody else uses: on an H100 products of few outputs took
+    5 to 10 % less time.
     """
     most = min(255, 65536 // (32 * warps * -(-programs // multiprocessors)) // 8 * 8)
     return {"maxnreg": most} if most >= 48 else {}
 
 
 def _written_out(x: Tensor, weight: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
-    """Quantised weights as numbers of x's type, `[N, K]`."""
+    """The weights dequantised to x's type, `[N, K]`."""
     n_out, n_in = weight.shape[0], x.shape[1]
     w = x.new_empty(n_out, n_in)
     _dequantize[-(-n_out // 16), -(-n_in // 256)](weight, scales, w, n_out, n_in, bits, group, 16, 256)
@@ -390,13 +390,13 @@ def _plain(x, weight, bias, norm, eps, residual, gated):
 
 @functools.cache
 def _compiled(key: str) -> Callable[..., Tensor]:
-    """`_plain`, compiled for one product alone: its code is copied, as torch.compile counts what it compiles of one."""
+    """`_plain`, compiled for one product alone: from a copy of its code, as recompilations are limited per code."""
     one = types.FunctionType(_plain.__code__.replace(), globals())
     return torch.compile(one, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True})
 
 
 def float_linear(x: Tensor, weight: Tensor, *around: Any) -> Tensor:
-    """`linear` for a float weight. Many rows are left to cuBLAS, and what surrounds them to whoever traces this."""
+    """`linear` for a float weight. Many rows are plain PyTorch: a product by cuBLAS, and the rest for torch.compile."""
     if x.shape[0] > MAX_ROWS:
         return _plain(x, weight, *around)
     return torch.ops.fast_gpu.linear(x, weight, None, *around)

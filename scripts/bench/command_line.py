@@ -1,10 +1,10 @@
-"""What the command lines of the benchmarks share: flags, checks, and how they report.
+"""The flags, the checks and the report that the benchmarks' command lines share.
 
     parser = build_parser(__doc__)
     args = parser.parse_args(argv)
     report(args, figures, print_table)
 
-A report is a line that says what was measured on, a table, and as the last line every figure as JSON.
+A report is a line with the model, the hardware and torch's version, a table, and a last line with all figures as JSON.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from fast.metrics import hardware
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
-    """A parser of the flags that all of them have. description: a module's docstring, for its first line."""
+    """A parser with the flags that all benchmarks have. description: a module's docstring; its first line is used."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, help="a preset of fast/families.py, such as tinyllama-1.1b")

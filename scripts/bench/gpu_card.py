@@ -1,10 +1,10 @@
-"""The first step of `gpu_report.py`: what the card itself can do. Also the report's rows and its predictions.
+"""The first step of `gpu_report.py`, the card's own speed; and what all steps share: rows and predictions.
 
     card = Card("cuda", torch.bfloat16, out=Path("gpu_report"))
     for row in card_rows(card): print(row.what, row.measured, row.unit)
 
-Worth knowing: a decode step is predicted to take the time of its bytes at the bandwidth of a plain read, plus the time
-of a tiny kernel inside a CUDA graph for each of its launches.
+Worth knowing: the predicted time of a decode step is its bytes over the bandwidth of a plain read, plus the number of
+its launches times what a tiny kernel takes inside a CUDA graph.
 """
 
 import dataclasses
@@ -46,13 +46,13 @@ class Row:
 
 
 def within(what: str, unit: str, limit: float, measured: float, **more: Any) -> Row:
-    """A check that is right below the limit; NaN is wrong."""
+    """A check that passes below the limit; NaN fails."""
     return Row(what, unit, limit, measured, measured < limit, more)
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """The device, and what the first step measured: bytes per second, operations per second, seconds of a launch."""
+    """The device, and what the first step measured: bytes/s (`read`), operations/s (`rate`), seconds per launch."""
 
     device: str
     dtype: torch.dtype
@@ -63,7 +63,7 @@ class Card:
     launch: float | None = None
 
     def step_seconds(self, n_bytes: float, n_launches: float) -> float | None:
-        """The predicted time of a decode step; None before the first step."""
+        """The predicted time of a decode step; None unless the first step has measured the card."""
         return n_bytes / self.read + n_launches * self.launch if self.read and self.launch else None
 
 
@@ -75,13 +75,13 @@ def inverse(seconds: float | None, n: float = 1) -> float | None:
 
 
 def make_headroom(card: Card) -> None:
-    """Reserve 1 GB in the allocator: without it Inductor, tuning a kernel that writes, copies its output to the CPU."""
+    """Raise peak memory by 1 GB: Inductor's tuning copies outputs to the CPU where clones would exceed the peak."""
     if card.device.startswith("cuda"):
         torch.empty(1 << 30, dtype=torch.uint8, device=card.device)
 
 
 def card_rows(card: Card) -> Iterator[Row]:
-    """Bandwidth, product rate, launches and clocks; predicted from what the driver reports of the chip."""
+    """Bandwidth, rate of products, time of a launch, clocks; predicted from the chip's properties in the driver."""
     yield from clocks("as found")
     props = torch.cuda.get_device_properties(card.device)
     width, memory_clock = (getattr(props, name, 0) for name in ("memory_bus_width", "memory_clock_rate"))
@@ -89,7 +89,7 @@ def card_rows(card: Card) -> Iterator[Row]:
     source = memory_to_read(card.device)
     yield Row(READ, "GB/s", nominal / 1e9 or None, source.nbytes / replay_seconds(card.device, source.sum) / 1e9)
     a, b = (torch.randn(8192, 8192, device=card.device, dtype=card.dtype) for _ in range(2))
-    per_clock = {(8, 0): 2048, (9, 0): 4096}.get((props.major, props.minor), 0)  # bf16 operations of an SM
+    per_clock = {(8, 0): 2048, (9, 0): 4096}.get((props.major, props.minor), 0)  # bf16 operations per SM
     peak = per_clock * props.multi_processor_count * clock_rate(props)
     yield Row(PRODUCT, "TFLOP/s", peak / 1e12 or None, 2 * 8192**3 / replay_seconds(card.device, torch.mm, a, b) / 1e12)
     yield from clocks("after products")
@@ -103,7 +103,7 @@ def card_rows(card: Card) -> Iterator[Row]:
 
 
 def clocks(when: str) -> Iterator[Row]:
-    """The clocks at this moment beside the highest."""
+    """The current clocks; the highest possible ones are the prediction."""
     found = nvidia_smi("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem")
     if all(number.isdigit() for number in found) and found:
         sm, most_sm, memory, most_memory = map(float, found)
@@ -112,7 +112,7 @@ def clocks(when: str) -> Iterator[Row]:
 
 
 def nvidia_smi(*names: str) -> list[str]:
-    """What nvidia-smi reports of the first GPU for these names; empty without nvidia-smi."""
+    """nvidia-smi's values of these properties of the first GPU; empty if it does not give them."""
     command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
     if shutil.which(command[0]) is None:
         return []
@@ -121,5 +121,5 @@ def nvidia_smi(*names: str) -> list[str]:
 
 
 def clock_rate(props: Any) -> float:
-    """The highest clock of the multiprocessors in Hz; 0 if this torch does not report it."""
+    """The highest SM clock in Hz; 0 if this version of torch does not report it."""
     return getattr(props, "clock_rate", 0) * 1e3

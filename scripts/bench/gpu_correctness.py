@@ -1,9 +1,9 @@
-"""The second step of `gpu_report.py`: is what this GPU computes right?
+"""The second step of `gpu_report.py`: does this GPU compute correctly?
 
     for row in kernel_rows(card): print(row.what, row.is_right)
 
-Worth knowing: the reference is float32 arithmetic in plain PyTorch on the same weights; limits are in units of the
-result's rounding, or of the error that a CPU makes.
+Worth knowing: the reference is float32 arithmetic in plain PyTorch on the same weights. Most limits are multiples of
+the result dtype's eps, or of the error that a CPU makes in the same dtype.
 """
 
 import copy
@@ -40,7 +40,7 @@ from scripts.bench.random_models import SHAPES, build_model, meta_model
 
 
 class Surrounded(nn.Module):
-    """One of a layer's products with what surrounds it in the model: a norm before, gates or a residual after."""
+    """A Linear with the operations around it in the model: a norm before; gates (SwiGLU) or a residual after."""
 
     def __init__(self, name: str, linear: nn.Module, device: str, dtype: torch.dtype):
         super().__init__()
@@ -59,7 +59,7 @@ class Surrounded(nn.Module):
 
 
 def product_error(run: Surrounded, x: Tensor, residual: Tensor, y: Tensor) -> float:
-    """The error of `y` against `run` with a textbook Linear in float32, in units of the rounding of x's dtype."""
+    """The error of `y` against the same product with `model.Linear` in float32, in units of the eps of x's dtype."""
     linear, is_quantized = run.linear, isinstance(run.linear, QuantizedLinear)
     with torch.device("meta"):
         plain = Linear(linear.in_features, linear.out_features, False, Sharding())
@@ -72,7 +72,7 @@ def product_error(run: Surrounded, x: Tensor, residual: Tensor, y: Tensor) -> fl
 
 
 def vector_error(y: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    """The largest relative error of the vectors `y [..., D]`, by their norms, in units of the rounding of `dtype`."""
+    """The largest relative error (L2 norm) of the vectors `y [..., D]`, in units of the eps of `dtype`."""
     return float(((y.float() - exact).norm(dim=-1) / exact.norm(dim=-1)).max()) / torch.finfo(dtype).eps
 
 
@@ -91,7 +91,7 @@ def random_product(name: str, mode: str, args: ModelArgs, device: str, dtype: to
 
 
 def product_errors(mode: str, args: ModelArgs, device: str, dtype: torch.dtype, all_rows: Iterable[int]) -> list[float]:
-    """Errors of the GPU's kernels, for each number of rows: a product with norm and gates, one with a residual."""
+    """Errors of our kernels for each number of rows, for a product with norm and gates and one with a residual."""
     errors = []
     for name in ("w13", "w2"):
         run = random_product(name, mode, args, device, dtype)
@@ -106,12 +106,12 @@ def product_errors(mode: str, args: ModelArgs, device: str, dtype: torch.dtype, 
 def attention_error(
     args: ModelArgs, positions: Tensor, n_slots: int, kv_dtype: torch.dtype, device: str, dtype: torch.dtype
 ) -> float:
-    """The error of the GPU's attention at `positions [B, S]`, and of what it stores, against `model.Attention.attend`.
+    """The largest error of our attention kernel at `positions [B, S]` and of what it caches, in units of `dtype`'s eps.
 
-    The reference attends in float32 to what the kernel has stored, for a GPU's PyTorch divides by 448 less exactly, and
-    an element halfway between two of fp8 falls to the other side. The error is in units of the rounding of `dtype`. The
-    cache holds NaN from the new positions on. Values are so small that a weight times a quantised value's scale may
-    underflow in float16.
+    The reference attends in float32 to what the kernel has cached, not to what PyTorch would cache: in fp8 the two may
+    round an element differently, since PyTorch divides by 448 less exactly on a GPU. Before the call, the cache holds
+    NaN from the new positions on, to reveal a wrong slot. Values are so small that float16 would underflow in a kernel
+    that multiplies attention weights by the scales of quantised values.
     """
     B, S = positions.shape
     attention = Attention(args).to(device, dtype).requires_grad_(False)
@@ -142,7 +142,7 @@ def attention_error(
             return torch.inf  # stored too few positions, or too many
         difference = torch.where(is_valid, ours - theirs, 0).norm() / torch.where(is_valid, theirs, 0).norm()
         errors.append(float(difference) / torch.finfo(dtype).eps)
-    return float(torch.tensor(errors).max())  # NaN if one is
+    return float(torch.tensor(errors).max())  # torch's max returns NaN if one is NaN, Python's may not
 
 
 def numbers(cache: KVCache) -> list[Tensor]:
@@ -152,7 +152,7 @@ def numbers(cache: KVCache) -> list[Tensor]:
 
 
 def kernel_rows(card: Card) -> Iterator[Row]:
-    """Every kernel against plain PyTorch in float32, at the 8B shape; the limit is twice the rounding of the result."""
+    """Every kernel against plain PyTorch in float32, at the 8B shape; the limit is 2 eps of the result's dtype."""
     if reason := kernels_missing(card.device, card.dtype):
         yield Row(reason, "", None, None)
         return
@@ -160,7 +160,7 @@ def kernel_rows(card: Card) -> Iterator[Row]:
     for mode, all_rows in (("bf16", some), ("int8", some), ("int4", some), ("int4 g128", (1, 6))):
         errors = product_errors(mode, MODELS["8B"], card.device, card.dtype, all_rows)
         yield error_row(f"{mode} products, {all_rows[0]} to {all_rows[-1]} rows", errors)
-    first = torch.tensor([[0], [2730], [8186]], device=card.device)  # the first position of each row
+    first = torch.tensor([[0], [2730], [8186]], device=card.device)  # the first new position of each row
     args, normed = MODELS["8B"], dataclasses.replace(MODELS["8B"], qk_norm=True, sliding_window=1000)
     has_fp8 = torch.cuda.get_device_capability(card.device) >= (8, 9)
     for kv_dtype in (card.dtype, *KV_DTYPES[: 2 if has_fp8 else 1]):
@@ -172,7 +172,7 @@ def kernel_rows(card: Card) -> Iterator[Row]:
 
 
 def error_row(what: str, errors: list[float]) -> Row:
-    worst = float(torch.tensor(errors).max())  # NaN if one is
+    worst = float(torch.tensor(errors).max())  # torch's max returns NaN if one is NaN, Python's may not
     return within(f"{what}: worst error", "eps", 2.0, worst, errors=errors)
 
 
@@ -191,7 +191,7 @@ def cached_logits(model: Transformer, idx: Tensor, n_prefilled: int) -> Tensor:
 
 
 def logits_rows(card: Card) -> Iterator[Row]:
-    """A tiny model's logits through the cache, on the device against float32 on the CPU: relative errors."""
+    """Relative errors of a tiny model's logits, computed with the cache on the device, against float32 on the CPU."""
     float32 = build_model(TINY, "cpu", torch.float32)
     idx = torch.randint(TINY.vocab_size, (2, 40))
 
@@ -218,7 +218,7 @@ def logits_rows(card: Card) -> Iterator[Row]:
 
 
 def greedy_rows(card: Card) -> Iterator[Row]:
-    """The demo's greedy tokens in float32 must be the same compiled as eager, and speculating as plain."""
+    """The demo's greedy tokens in float32: compiled and speculative decoding must give the same as eager decoding."""
     n, greedy, prompts = 100, Sampling(temperature=0), [load_tokenizer(DEMO).encode("The module")]
     model = load_model(DEMO, card.device, torch.float32)
     model.setup_caches(1, 256, spare=SPARE)

@@ -1,8 +1,8 @@
-"""The fourth step of `gpu_report.py`: single products and attention, by every kernel that can compute them.
+"""The fourth step of `gpu_report.py`: times single products and attention with every kernel that can compute them.
 
     for row in product_rows(card, "8B", ["int4"], rows=1): print(row.what, row.predicted, row.measured, row.unit)
 
-Worth knowing: how many launches attention has was counted in the generated code (`COUNTED_...`). Weights are random.
+Worth knowing: weights are random. The result of every product is also compared with float32 arithmetic.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -27,18 +27,18 @@ COUNTED_ATTENTION = 2  # launches of kernels/gpu/flash_decoding.py
 
 
 def kernels_of(card: Card) -> ModuleType | None:
-    """Our kernels, if the device is a GPU that can run them."""
+    """The module of our GPU kernels, if the device can run them."""
     return gpu if card.device.startswith("cuda") and kernels_missing(card.device, card.dtype) is None else None
 
 
 def by_inductor(card: Card, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function` compiled as it is where there are no kernels of ours: tuned."""
+    """`function` compiled with Inductor's tuning, like a model for which our kernels do not run."""
     tuned = {"coordinate_descent_tuning": True}
     return torch.compile(function, fullgraph=True, dynamic=False, options=tuned) if card.compile else function
 
 
 class Int4Pack(nn.Module):
-    """The product by PyTorch's own int4 operator, which has the same formula: w = (q - 8) scale + zero."""
+    """The product with PyTorch's own int4 operator, whose formula is ours: w = (q - 8) * scale + zero."""
 
     def __init__(self, linear: Int4Linear):
         super().__init__()
@@ -60,7 +60,7 @@ def call(run: Surrounded, x: Tensor, residual: Tensor) -> Tensor:
 
 
 def taking(way: str) -> Call:
-    """A call in which the operator uses this tile and not the one it would choose."""
+    """A call that makes the operator use this variant instead of choosing one."""
 
     def run_with_way(run: Surrounded, x: Tensor, residual: Tensor) -> Tensor:
         with trying(way):
@@ -73,9 +73,9 @@ Candidates = dict[str, tuple[str, list[nn.Module], Call]]
 
 
 def candidates(card: Card, name: str, linears: list[nn.Module], rows: int, others: bool) -> Candidates:
-    """Ways to compute the product `name`, by label: the one that the model uses, or all of them (`others`).
+    """Ways to compute the product `name`, by label: the one that the model uses, or with `others` the alternatives.
 
-    Each is the product's name, without one for the bare product, the modules, and how they are called.
+    Each is (name, modules, call). An empty name is the bare product: no norm, gates or residual.
     """
     plain, bare = {"Inductor": (name, linears, by_inductor(card, call))}, {"F.linear, bare": ("", linears, call)}
     if (backend := kernels_of(card)) is None:
@@ -96,9 +96,9 @@ def call_all(run: Callable[..., Tensor], each: list[nn.Module], *args: Any) -> l
 
 
 def time_each(ways: dict[str, Callable[[], float]], otherwise: str) -> tuple[str, dict[str, float], dict[str, str]]:
-    """The label of the fastest, the seconds of each, and why others failed. Raises RuntimeError if all failed.
+    """The label of the fastest, the seconds of each, and the errors of those that failed.
 
-    One that does not compile here is a finding: the others are timed all the same.
+    Raises RuntimeError, beginning with `otherwise`, if all failed.
     """
     seconds, failed = {}, {}
     for label, time_it in ways.items():
@@ -113,7 +113,7 @@ def time_each(ways: dict[str, Callable[[], float]], otherwise: str) -> tuple[str
 
 
 def product_row(card: Card, model: str, name: str, mode: str, rows: int, others: bool) -> Row:
-    """The fastest candidate for one product; copies of the weight take turns, so that no cache holds them."""
+    """The fastest candidate for one product; copies of the weight take turns, so that no cache holds the next one."""
     linear = SHAPES[name](meta_model(MODELS[model], card.dtype, MODES[mode]))
     rotation = Rotation(linear, card.device, card.dtype, MODES[mode], is_fast=False)
     linears, n_bytes = [one.linear for one in rotation.copies], rotation.nbytes / len(rotation.copies)
@@ -145,7 +145,7 @@ def product_rows(
 
 
 def attention_rows(card: Card, batch: int) -> Iterator[Row]:
-    """Attention at one position, by our kernels and by Inductor; copies of the KV cache take turns."""
+    """Attention of one new position per row, with our kernel and with Inductor; 8 KV caches take turns."""
     make_headroom(card)
     args, kernels = MODELS["8B"], {"Inductor": None}
     if backend := kernels_of(card):
@@ -178,7 +178,7 @@ def attention_rows(card: Card, batch: int) -> Iterator[Row]:
 
 
 QUANTIZED = ("int4", "int8", "int4 g128")
-# What decides most comes first: kernels must be compiled, and time may run out.
+# The most important parts come first: compiling takes long, and the step may run out of time.
 PRODUCTS: list[Part] = [
     partial(product_rows, model="8B", modes=QUANTIZED, rows=1),
     partial(product_rows, model="8B", modes=QUANTIZED, rows=6),

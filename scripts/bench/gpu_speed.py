@@ -1,9 +1,9 @@
-"""Steps 3 and 5 to 7 of `gpu_report.py`: the demo, whole decode steps, what a user waits for, start-up.
+"""Steps 3 and 5 to 7 of `gpu_report.py`: the demo, whole decode steps, a user's waiting times, start-up.
 
     for row in demo_rows(card, "bf16"): print(row.what, row.predicted, row.measured, row.unit)
 
-Worth knowing: how many launches a step has was counted in the generated code, on a machine without a GPU
-(`COUNTED_...`). Weights are random, but for the demo's.
+Worth knowing: the numbers of launches (`COUNTED_...`) were counted in the code that Inductor generates, on a machine
+without a GPU. Weights are random, except the demo's.
 """
 
 import contextlib
@@ -57,10 +57,10 @@ NEW_TOKENS = 32
 PROMPT_LENGTHS = (200, 517, 1111)
 
 # Launches of a compiled step of Llama-3.1-8B in every mode, counted on 2026-11-26 with torch 2.14.1 in the code that
-# Inductor writes for an H100: (for each layer, around the layers), by batch size. Of one row's topk an H100 showed 17
-# kernels (torch 2.11), which the code calls as one; more rows' count as one.
+# Inductor writes for an H100: (per layer, outside the layers), by batch size. That code calls topk once. For one row an
+# H100 ran it as 17 kernels (torch 2.11); for more rows it is counted as one.
 COUNTED_LAUNCHES = {1: (6, 7 + 17), 8: (6, 7)}
-COUNTED_VERIFY = 65  # the pass over 6 rows, 8 layers; 2 more with torch 2.11
+COUNTED_VERIFY = 65  # the verify pass over 6 rows, 8 layers; torch 2.11 has 2 more
 COUNTED_DEMO = 36  # a greedy decode step of the demo
 
 
@@ -85,7 +85,7 @@ def trace_tokens(steps: Steps, prompts: list[list[int]], cached: int, path: Path
 
 
 def recorded_graphs() -> int:
-    """How many CUDA graphs torch.compile has recorded so far in this process."""
+    """The number of CUDA graphs that torch.compile has recorded so far in this process."""
     from torch._inductor.cudagraph_trees import get_manager
 
     manager = get_manager(0, create_if_none_exists=False)
@@ -93,7 +93,7 @@ def recorded_graphs() -> int:
 
 
 def regret(model: Transformer, prompt: list[int], tokens: list[int]) -> float:
-    """The largest gap between the highest logit and the chosen token's, by `model`, in standard deviations."""
+    """The largest gap between `model`'s highest logit and its logit of the chosen token, in standard deviations."""
     idx = torch.tensor([prompt + tokens], device=model.tok_embeddings.weight.device)
     logits = model(idx)[0, len(prompt) - 1 : -1].float()
     chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
@@ -138,14 +138,14 @@ DEMO_PARTS: list[Part] = [partial(demo_rows, mode=mode) for mode in WHOLE_MODELS
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """A decode step of a model: its bytes, and its seconds on the GPU in back-to-back replays of its graph."""
+    """A decode step of a model: its bytes, and its seconds on the GPU when its graph is replayed back to back."""
 
     n_bytes: float
     seconds: float
 
 
 def time_replays(card: Card, model: Transformer, batch: int, context: int) -> Timed:
-    """Time the step's graph, captured by hand and replayed without the host in between."""
+    """Time the step's graph, captured outside torch.compile and replayed without work on the host in between."""
     step = build_steps(model, Sampling()).decode
     step = compile_step(step, dynamic_dims=(None, None, 0)) if card.compile else step
     tokens, position = torch.zeros(2, batch, 1, dtype=torch.long, device=card.device)
@@ -155,7 +155,7 @@ def time_replays(card: Card, model: Transformer, batch: int, context: int) -> Ti
 
 
 def time_stream(steps: Steps, yardstick: Yardstick, mode: str, batch: int, context: int) -> tuple[float, float]:
-    """Seconds of a step in the loop that generates, and its share of the bandwidth of plain reads beside it."""
+    """Seconds per step in the generation loop, and its bandwidth as a share of that of plain reads beside it."""
     point = Decode(mode, steps, yardstick, batch, context, NEW_TOKENS)
     record(steps, batch, range(context, context + NEW_TOKENS))
     for _ in range(5):
@@ -171,9 +171,9 @@ def predicted_rate(card: Card, batch: int, n_layers: int, n_bytes: float) -> flo
 
 
 def layer_rows(card: Card, what: str, batch: int, looped: float, deep: Timed, shallow: Timed) -> Iterator[Row]:
-    """The time of a layer, from models of two depths without the host; from it, the speed of 32 layers in the loop."""
+    """The time of a layer, from the graphs of models of two depths; from it, the speed of 32 layers in the loop."""
     n = N_LAYERS - FEWER_LAYERS
-    seconds, n_bytes = (deep.seconds - shallow.seconds) / n, (deep.n_bytes - shallow.n_bytes) / n  # of a layer
+    seconds, n_bytes = (deep.seconds - shallow.seconds) / n, (deep.n_bytes - shallow.n_bytes) / n  # per layer
     predicted = predicted_rate(card, batch, N_LAYERS, deep.n_bytes)
     yield Row(f"{what}: {N_LAYERS} layers, the graph alone", "tokens/s", predicted, inverse(deep.seconds, batch))
     if card.read and card.launch:
@@ -212,7 +212,7 @@ def decode_rows(card: Card, mode: str, batch: int) -> Iterator[Row]:
 
 
 def overlap_rows(card: Card, mode: str) -> Iterator[Row]:
-    """The model's kernels in a graph, with and without programmatic dependent launch."""
+    """Tokens/s of the model's graph with programmatic dependent launch; as the prediction, without it."""
     if card.device.startswith("cuda") and torch.cuda.get_device_capability(card.device) < (9, 0):
         return
     (model,) = with_caches(build(card, mode, N_LAYERS), 1, [CONTEXTS[0] + 1])
@@ -234,11 +234,11 @@ DECODES += [partial(overlap_rows, mode="int4")]
 DECODES += [partial(decode_rows, mode=mode, batch=8) for mode in WHOLE_MODELS]
 
 
-# ---- Step 6: what a user waits for.
+# ---- Step 6: a user's waiting times.
 
 
 def verify_rows(card: Card, mode: str) -> Iterator[Row]:
-    """The pass that verifies five drafts, beside a decoded token."""
+    """The time of the pass that verifies five drafts, compared with that of a decoded token."""
     model = build(card, mode, N_LAYERS)
     prompts = [torch.randint(model.args.vocab_size, (128,)).tolist()]
     model.setup_caches(1, 128 + NEW_TOKENS, spare=SPARE)
@@ -259,7 +259,7 @@ def verify_rows(card: Card, mode: str) -> Iterator[Row]:
 def first_token_rows(card: Card, how: str) -> Iterator[Row]:
     """Time to the first token of prompts of new lengths, and of the same lengths again.
 
-    On Hopper SDPA would prefer cuDNN's attention, which builds a plan for each new length: `how` compares it.
+    how: "eager", "compiled", or "eager with cuDNN", whose attention builds a plan for every new length.
     """
     model, is_compiled = build(card, "bf16", N_LAYERS), how == "compiled"
     every = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -281,7 +281,7 @@ def first_token_rows(card: Card, how: str) -> Iterator[Row]:
 
 
 def chat_rows(card: Card) -> Iterator[Row]:
-    """A turn of 40 tokens after a history of 300, and its answer, warmed up as `--interactive` does."""
+    """A turn of 40 tokens after a history of 300, and its answer, after a warm-up like that of `--interactive`."""
     model = build(card, "bf16", N_LAYERS)
     model.setup_caches(1, 2048)
     steps, blank = build_steps(model, Sampling(), card.compile), [[0] * 64]

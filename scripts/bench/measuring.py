@@ -1,4 +1,4 @@
-"""What is measured: a prefill, a decode step, one product; each beside what the device itself can do at that moment.
+"""Timing a prefill, a decode step or one product, compared with the device's own speed at that moment.
 
     yardstick = Yardstick(args, device, dtype)
     point = Decode("bf16", steps, yardstick, batch_size=1, context_length=128, new_tokens=32)
@@ -29,7 +29,7 @@ from kernels.gpu import choice
 from model import ModelArgs, Transformer
 from scripts.bench.random_models import fill_weights
 
-MAX_COPIES = 128  # of a weight in a `Rotation`: each copy is a call in one compiled graph
+MAX_COPIES = 128  # in a `Rotation`: each copy is a call in one compiled graph
 
 
 def replay_seconds(device: str, function: Callable[..., Any], *args: Any) -> float:
@@ -47,7 +47,7 @@ def _elapsed(function: Callable[..., Any], *args: Any) -> float:
 
 
 def timed(items: Iterable[Any]) -> tuple[list[Any], float]:
-    """All items after the first one, and the seconds until the last."""
+    """All items after the first, and the seconds from the first to the last."""
     iterator = iter(items)
     next(iterator)
     start = time.perf_counter()
@@ -56,7 +56,7 @@ def timed(items: Iterable[Any]) -> tuple[list[Any], float]:
 
 
 class Yardstick:
-    """What the device can do at this moment: memory bandwidth, and the rate of matrix products."""
+    """The device's own speed at this moment: memory bandwidth, and the rate of matrix products."""
 
     def __init__(self, args: ModelArgs, device: str, dtype: torch.dtype):
         self.is_cuda, self.device, self.dtype = device.startswith("cuda"), device, dtype
@@ -66,14 +66,14 @@ class Yardstick:
         self.bandwidth()  # the first read is slow
 
     def seconds(self, function: Callable[..., Any], *args: Any) -> float:
-        """Seconds of a call. GPU: the mean over about 5 ms of calls, by CUDA events, since the host runs ahead."""
+        """Seconds of a call. GPU: the mean over about 5 ms of calls, by CUDA events, because the host runs ahead."""
         if not self.is_cuda:
             return _elapsed(function, *args)
         n = 1 + int(5e-3 / choice.seconds_by_events(1, function, *args))
         return choice.seconds_by_events(n, function, *args)
 
     def bandwidth(self) -> float:
-        """Bytes per second of a plain read, on a GPU of the fastest of 5."""
+        """Bytes per second of a plain read; on a GPU the best of 5."""
         return self.source.nbytes / min(self.seconds(self.source.sum) for _ in range(5 if self.is_cuda else 1))
 
     def matmul_rates(self, n_tokens: int) -> dict[str, float]:
@@ -87,9 +87,9 @@ class Yardstick:
 
 
 def operations(args: ModelArgs, batch_size: int, tokens: int, pairs: float) -> float:
-    """Operations of a pass over `tokens` of each row: 2 per token and weight of the layers, 2 per weight of the output
-    projection (only a row's last token goes through it), and attention's two products for `pairs` of a query and a key
-    it attends to. Norms, RoPE and softmax are not counted.
+    """Operations of a pass over `tokens` tokens of each row: 2 per token and weight of the layers, 2 per weight of the
+    output projection (computed for a row's last token only), and those of attention's two products. pairs: a row's
+    pairs of a query and a key it attends to. Norms, RoPE and softmax are not counted.
     """
     with torch.device("meta"):
         blocks = Transformer(args).layers
@@ -99,7 +99,7 @@ def operations(args: ModelArgs, batch_size: int, tokens: int, pairs: float) -> f
 
 
 def spread(values: list[float], outside: int) -> list[float]:
-    """The median, the lowest and the highest value, after dropping one in `outside` at either end."""
+    """The median, and the lowest and highest value after dropping 1 / `outside` of the values at either end."""
     ordered = sorted(values)
     cut = len(ordered) // outside
     return [median(ordered), ordered[cut], ordered[-1 - cut]]
@@ -107,7 +107,7 @@ def spread(values: list[float], outside: int) -> list[float]:
 
 @dataclasses.dataclass
 class Prefill:
-    """Prefills, timed until the first token's id is on the host. `share`: of the fastest product beside it."""
+    """Prefills, timed until the first token's id is on the host. `share`: of the rate of the fastest `F.linear`."""
 
     mode: str
     steps: Steps
@@ -147,9 +147,9 @@ class Prefill:
 
 @dataclasses.dataclass
 class Decode:
-    """Decode steps, timed in stretches of at least 50 ms between two plain reads; on a GPU a run is one stretch.
+    """Decode steps, timed in stretches of about 50 ms between two plain reads; on a GPU a run is one stretch.
 
-    The first `context_length` positions of the cache are noise: what is there does not change the time.
+    The cache holds noise before the first token: its contents do not change the time.
     """
 
     mode: str
@@ -161,11 +161,11 @@ class Decode:
     stretches: list[tuple[float, float, float]] = dataclasses.field(default_factory=list)  # see `add`
 
     def measure(self) -> None:
-        """One run of `stream`, stopped between two tokens to time a plain read."""
+        """One run of `stream`, paused between two tokens to time a plain read."""
         is_cuda, before = self.yardstick.is_cuda, self.yardstick.bandwidth()
         tokens = stream(self.steps, [[1]] * self.batch_size, self.new_tokens, cached=self.context_length - 1)
         next(tokens)
-        if not is_cuda:  # a GPU already computes the next token
+        if not is_cuda:  # a GPU is already computing the next token
             before = self.yardstick.bandwidth()
         n, valid, start = 0, self.context_length, time.perf_counter()
         for i, _ in enumerate(tokens, start=2):
@@ -176,14 +176,14 @@ class Decode:
                 n, before, start = 0, after, time.perf_counter()
 
     def add(self, seconds: float, positions: float, bandwidth: float) -> None:
-        """Add a stretch: seconds per step, mean positions attended to, bytes per second of the reads beside it."""
+        """Add a stretch: seconds per step, mean positions attended to, bytes per second of plain reads around it."""
         self.stretches.append((seconds, bytes_per_step(self.steps.model, self.batch_size, positions), bandwidth))
 
     def figures(self) -> dict[str, Any]:
-        """Medians over the stretches; `share` has the range of the middle 80 %.
+        """Medians over the stretches; `share` has the range of the middle 80 % too.
 
-        A step's time is that of its bytes at the bandwidth of the moment, and the rest; both are divided by the number
-        of layers, the output projection's part with them.
+        A step's time is split into reading its bytes at the bandwidth of that moment and the rest. Both are divided by
+        the number of layers, although they include the output projection.
         """
         args = self.steps.model.args
         seconds, nbytes, bandwidths = (median(column) for column in zip(*self.stretches, strict=True))
@@ -207,7 +207,7 @@ class Decode:
 
 
 class Copy(nn.Module):
-    """One of the copies that take turns."""
+    """One of the copies in a `Rotation`."""
 
     def __init__(self, linear: nn.Module):
         super().__init__()
@@ -219,12 +219,12 @@ class Copy(nn.Module):
 
 
 class Rotation(nn.Module):
-    """Copies of one Linear, more than the CPU's or GPU's caches hold, multiplied in turn, as a decode step would."""
+    """Copies of one Linear, more than the caches hold, used in turn: as in a decode step, none is found in a cache."""
 
     def __init__(
         self, linear: nn.Module, device: str, dtype: torch.dtype, scheme: dict[str, Any] | None, is_fast: bool = True
     ):
-        """linear: on `meta`, as in `meta_model`. is_fast: use the backend's kernel, if it has one."""
+        """linear: on `meta`, as from `meta_model`. is_fast: use the backend's kernel, if it has one."""
         super().__init__()
         nbytes = sum(t.nbytes for t in linear.state_dict().values())
         n = min(MAX_COPIES, max(2, -(-past_the_caches(device) // nbytes)))
@@ -239,7 +239,7 @@ class Rotation(nn.Module):
 
 
 def past_the_caches(device: str) -> int:
-    """The least number of bytes of a `Rotation`: four times the last-level cache, and at least 256 MB."""
+    """The least number of bytes of a `Rotation`: four times the largest cache, and at least 256 MiB."""
     if device.startswith("cuda"):
         return max(1 << 28, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -266,7 +266,7 @@ class Product:
             self.yardstick.seconds(self.run, self.x)
 
     def measure(self) -> None:
-        """Five passes over all copies, a plain read between two of them."""
+        """Five passes over all copies, with a plain read before and after each."""
         reads, seconds = [self.yardstick.bandwidth()], []
         for _ in range(5):
             seconds.append(self.yardstick.seconds(self.run, self.x))

@@ -1,4 +1,4 @@
-"""What quantising costs in quality: size, perplexity and task accuracies of checkpoints, as one table.
+"""What quantisation costs in quality: size, perplexity and task accuracies of checkpoints, as one table.
 
     python -m scripts.bench.quality --every_mode
     python -m scripts.bench.quality --every_mode --checkpoint_path DIR --calibration_file train.txt --perplexity test
@@ -34,9 +34,9 @@ EVERY_MODE = ["--mode int8"] + [
 
 
 def quantised(source: Path, calibration: Path | None, device: str) -> Iterator[tuple[str, Path]]:
-    """Yield `source`, then a file of it quantised in every way, each with the flags that made it.
+    """Yield (label, path): `source` itself, then `source` quantised in every way, labelled with quantize.py's flags.
 
-    A file is gone when the next one is asked for. calibration: the text for GPTQ, None for the demo's.
+    Each quantised file overwrites the one before. calibration: the text for GPTQ, None for the demo's.
     """
     yield "as they are", source
     directory = source if source.is_dir() else source.parent
@@ -55,14 +55,14 @@ def quantised(source: Path, calibration: Path | None, device: str) -> Iterator[t
 
 
 def row_of(name: str, path: Path, args: argparse.Namespace) -> dict[str, str]:
-    """Evaluate one checkpoint as the flags say; its cells by column."""
+    """Evaluate one checkpoint as the flags say; return its row of the table, cells by column."""
     args = argparse.Namespace(**{**vars(args), "checkpoint_path": path})
     sizes = (torch.Size(t.shape).numel() * t.dtype.itemsize for t in open_checkpoint(path).tensors.values())
     row = {"weights": name, "MB": f"{sum(sizes) / 1e6:.1f}"}
     with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
         found = eval_cli.run(args)
     if score := found.get("perplexity"):
-        row |= {"perplexity": f"{score.token_perplexity:.3f}", "lost, %": ""}  # see print_table
+        row |= {"perplexity": f"{score.token_perplexity:.3f}", "lost, %": ""}  # filled in by print_table
         row["bits per byte"] = f"{score.bits_per_byte:.4f}"
     for task, metrics in found.get("tasks", {}).get("results", {}).items():
         for metric, value in metrics.items():
@@ -77,7 +77,7 @@ def row_of(name: str, path: Path, args: argparse.Namespace) -> dict[str, str]:
 
 
 def print_table(rows: list[dict[str, str]]) -> None:
-    """A Markdown table. "lost": how far the perplexity is above the first row's."""
+    """Print a Markdown table. "lost": by how much the perplexity exceeds the first row's."""
     for row in rows if "perplexity" in rows[0] else []:
         row["lost, %"] = f"{100 * (float(row['perplexity']) / float(rows[0]['perplexity']) - 1):+.2f}"
     columns = list(rows[0])
@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         parents=[eval_cli.build_parser()],
-        conflict_handler="resolve",  # --checkpoint_path below takes the place of eval.py's
+        conflict_handler="resolve",  # --checkpoint_path below replaces eval.py's
         allow_abbrev=False,
     )
     add = parser.add_argument

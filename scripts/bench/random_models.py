@@ -1,10 +1,10 @@
-"""Models with random weights, at the shape of a real one: what the benchmarks run.
+"""The models that the benchmarks run: random weights at the shape of a real model.
 
     model = build_model(preset("llama-3.1-8b"), "cuda", torch.bfloat16, {"mode": "int4", "groupsize": 32})
     (model,) = with_caches(model, batch_size=1, capacities=[2048])
 
-Worth knowing: all pages of memory that was never written are one page of zeros, which the CPU's caches hold. So weights
-and KV caches are filled with noise, or reading them would cost nothing.
+Worth knowing: pages of memory that were never written are all the same page of zeros, which stays in the CPU's caches,
+so reading them would cost nothing. Weights and KV caches are therefore filled with noise.
 """
 
 import copy
@@ -19,7 +19,7 @@ from fast.layers import speed_up
 from fast.quantized import swap_linears
 from model import ModelArgs, Transformer
 
-STD = 0.02  # of all weights, and of what KV caches hold
+STD = 0.02  # standard deviation of all weights, and of the noise in KV caches
 
 # The products of a decode step, by name.
 SHAPES: dict[str, Callable[[Transformer], nn.Module]] = {
@@ -37,18 +37,18 @@ def scheme_of(mode: str, groupsize: int = 32) -> dict[str, Any] | None:
 
 
 def noise_block(device: str | torch.device, dtype: torch.dtype) -> Tensor:
-    """Noise of an odd length, so that no two rows of a weight filled with it are equal."""
+    """Noise, of an odd length so that no two rows of a weight that repeats it are equal."""
     return (STD * torch.randn((1 << 22) + 15, device=device)).to(dtype)
 
 
 def fill(tensor: Tensor, noise: Tensor) -> None:
-    """Fill a contiguous tensor with `noise` over and over."""
+    """Fill a contiguous tensor with `noise`, repeated."""
     for piece in tensor.view(-1).split(len(noise)):
         piece.copy_(noise[: len(piece)])
 
 
 def fill_weights(module: nn.Module, dtype: torch.dtype, scheme: dict[str, Any] | None) -> None:
-    """Random weights for all of `module`, norms at one. scheme: how its Linears are quantised, None if they are not."""
+    """Fill `module` with random weights, norms with 1. scheme: how its Linears are quantised, None if they are not."""
     noise = noise_block(next(iter(module.state_dict().values())).device, dtype)
     whole = torch.randint(-127, 128, noise.shape, device=noise.device, dtype=torch.int8)
     for name, parameter in module.named_parameters():
@@ -61,13 +61,13 @@ def fill_weights(module: nn.Module, dtype: torch.dtype, scheme: dict[str, Any] |
             fill(buffer.view(torch.int8), whole)
         elif name.endswith("zeros"):
             buffer.zero_()
-        else:  # the scale at which the weights, which take every whole number equally often, get the deviation STD
+        else:  # the scale that gives integers, uniform over n_levels values, the standard deviation STD
             n_levels = 255 if scheme["mode"] == "int8" else 16
             buffer.fill_(STD / ((n_levels**2 - 1) / 12) ** 0.5)
 
 
 def meta_model(args: ModelArgs, dtype: torch.dtype, scheme: dict[str, Any] | None) -> Transformer:
-    """The model without memory. scheme: how the Linears are quantised, as a checkpoint records it."""
+    """The model on `meta`, without memory. scheme: how the Linears are quantised, as a checkpoint records it."""
     if scheme is not None:
         args = dataclasses.replace(args, tie_embeddings=False)  # a quantised output projection has its own weight
     with torch.device("meta"):
@@ -82,11 +82,11 @@ def meta_model(args: ModelArgs, dtype: torch.dtype, scheme: dict[str, Any] | Non
 def textbook_model(
     args: ModelArgs, device: str, dtype: torch.dtype, scheme: dict[str, Any] | None = None
 ) -> Transformer:
-    """A model with random weights, made on the device, of the textbook's layers. scheme: as for `meta_model`."""
+    """A model with random weights, made on the device, of `model.py`'s layers. scheme: as for `meta_model`."""
     model = meta_model(args, dtype, scheme)
     tied = model.args.tie_embeddings
     if tied:
-        model.output.weight = None  # else to_empty gives it memory of its own
+        model.output.weight = None  # otherwise to_empty gives it memory of its own
     model = model.to_empty(device=device)
     if tied:
         model.output.weight = model.tok_embeddings.weight
@@ -95,7 +95,7 @@ def textbook_model(
 
 
 def build_model(args: ModelArgs, device: str, dtype: torch.dtype, scheme: dict[str, Any] | None = None) -> Transformer:
-    """The same, as fast as a loaded one."""
+    """`textbook_model` with the fast layers that a loaded model has."""
     model = textbook_model(args, device, dtype, scheme)
     speed_up(model, dtype)
     return model
@@ -104,7 +104,7 @@ def build_model(args: ModelArgs, device: str, dtype: torch.dtype, scheme: dict[s
 def with_caches(
     model: Transformer, batch_size: int, capacities: list[int], kv_dtype: torch.dtype | None = None
 ) -> list[Transformer]:
-    """For each capacity a model on the same weights, its KV cache written all over: with noise, int8 with zeros."""
+    """For each capacity a model that shares the weights; its KV cache is filled with noise, which is 0 in int8."""
     twins, weights = [], [*model.parameters(), *model.buffers()]
     noise = noise_block(model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype)
     for capacity in capacities:

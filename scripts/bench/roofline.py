@@ -1,9 +1,9 @@
-"""A roofline of what `speed.py` measured (Williams et al. 2009): speed over operations per byte, both measured.
+"""A roofline plot (Williams et al. 2009) of what `speed.py` measured: GFLOP/s against operations per byte.
 
     draw(result, Path("roofline.png"))
 
-Worth knowing: the sloping roof is the plain read of the same run, the flat one its fastest product. Under the slope a
-point's distance from the roof is its share of the bandwidth, under the flat roof its share of the product's rate.
+Worth knowing: the sloping roof is the bandwidth of plain reads in the same run, the flat roof the rate of its fastest
+product. A point's height as a share of the roof above it is its share of that bandwidth or rate.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ def roof(result: dict[str, Any]) -> tuple[float, float]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw the prefills and decodes of `result`, the benchmark's JSON, into the PNG `path`: whole or not at all."""
+    """Draw the prefills and decodes of `result`, the benchmark's JSON, to the PNG file `path`, written atomically."""
     bandwidth, peak = roof(result)
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)

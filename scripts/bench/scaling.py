@@ -1,4 +1,4 @@
-"""How fast decoding is in tensor parallelism: a model, compared with gpt-fast's published figures.
+"""A cost model of decoding with tensor parallelism, compared with gpt-fast's published figures.
 
     python -m scripts.bench.scaling
 
@@ -6,9 +6,9 @@ A token at batch size 1 takes the sum of three terms:
 
     weights of a rank / bandwidth  +  layers * overhead  +  collectives * (base + hop * log2(ranks) + bytes / link)
 
-Worth knowing: four numbers describe a machine in bf16, fitted to Llama-2-7B on 1, 2, 4 and 8 GPUs. The 70B rows are
-then predictions. int8 and int4 have their own bandwidth and overhead, fitted to two one-GPU rows each; their eight-GPU
-rows are predictions. The figures for H100s rest on the assumptions in `h100`, and are unmeasured.
+Worth knowing: four numbers describe a machine in bf16. They are fitted to Llama-2-7B on 1, 2, 4 and 8 GPUs, and then
+predict the 70B rows. int8 and int4 have their own bandwidth and overhead, each fitted to two one-GPU rows; their
+eight-GPU rows are predictions. The figures for H100s follow from the assumptions in `h100` and were not measured.
 """
 
 import math
@@ -20,7 +20,7 @@ from fast.families import preset
 from model import ModelArgs, Transformer
 from tp import divided
 
-# Tokens per second at batch size 1 on 8 A100-80GB (330 W, hybrid cube mesh), by GPUs: the README of gpt-fast at
+# Tokens per second at batch size 1 on 8 A100-80GB (330 W, hybrid cube mesh), by number of GPUs: gpt-fast's README at
 # https://github.com/pytorch-labs/gpt-fast, commit 0f925b5.
 PUBLISHED: dict[tuple[str, str], dict[int, float]] = {
     ("llama-2-7b", "bf16"): {1: 104.9, 2: 168.84, 4: 254.02, 8: 328.43},
@@ -35,16 +35,16 @@ WEIGHT_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.625}  # int4: a scale and a 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the model knows of a machine. `bandwidth` (bytes/s) and `overhead` (seconds a layer) are by format."""
+    """A machine in the cost model. `bandwidth` (bytes/s) and `overhead` (seconds per layer) are by weight format."""
 
     bandwidth: dict[str, float]
     overhead: dict[str, float]
-    base: float  # seconds of a collective, without the hops
+    base: float  # seconds per collective, without the hops
     hop: float  # seconds added by each doubling of the ranks
     link: float  # bytes/s that a GPU sends within its node
-    node: int = 8  # GPUs
-    internode: float = 0.0  # seconds added by a collective between nodes
-    memory: float = 80e9  # bytes of a GPU
+    node: int = 8  # GPUs per node
+    internode: float = 0.0  # seconds added to a collective between nodes
+    memory: float = 80e9  # bytes per GPU
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Cost:
 
 
 def weight_bytes(args: ModelArgs, n_ranks: int, kind: str, shard_vocabulary: bool) -> float:
-    """Bytes of weights that a rank reads per token. gpt-fast keeps the whole output projection on every rank."""
+    """Bytes of weights that a rank reads per token. gpt-fast does not shard the vocabulary (the output projection)."""
     with torch.device("meta"):
         share = Transformer(replace(divided(args, n_ranks), n_layers=1))
     layer = sum(p.numel() for p in share.layers.parameters())
@@ -76,7 +76,7 @@ def collective_bytes(args: ModelArgs, n_ranks: int) -> float:
 
 
 def predict(machine: Machine, model: str, n_ranks: int, kind: str = "bf16", shard_vocabulary: bool = True) -> Cost:
-    """The cost of a token of `model`, a preset, in weights of `kind` on `n_ranks` GPUs."""
+    """The cost of a token of the preset `model` with weights of `kind` on `n_ranks` GPUs."""
     args = preset(model)
     nbytes = weight_bytes(args, n_ranks, kind, shard_vocabulary)
     collectives = 0.0
@@ -88,7 +88,7 @@ def predict(machine: Machine, model: str, n_ranks: int, kind: str = "bf16", shar
 
 
 def fit(models: list[str], link: float = 300e9) -> Machine:
-    """Fit a machine to the published bf16 rows of `models`, by least squares of the relative errors."""
+    """Fit bf16 to the published rows of `models` by least squares of the relative errors, int8 and int4 exactly."""
     rows, seconds = [], []
     for model in models:
         args = preset(model)
@@ -113,8 +113,8 @@ def fit(models: list[str], link: float = 300e9) -> Machine:
 def h100(a100: Machine) -> Machine:
     """An H100, assumed to be an A100 with faster memory (3350 instead of 2039 GB/s) and links (450 GB/s).
 
-    The same share of the memory's rate, the same overhead of a layer and latency of a collective; between nodes, over
-    InfiniBand, 20 us more.
+    It is assumed to reach the same share of its nominal bandwidth, with the same overhead per layer and latency per
+    collective. Between nodes, over InfiniBand, a collective is assumed to take 20 us more.
     """
     bandwidth = {kind: value * 3350 / 2039 for kind, value in a100.bandwidth.items()}
     return replace(a100, bandwidth=bandwidth, link=450e9, internode=20e-6)

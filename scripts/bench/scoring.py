@@ -1,10 +1,10 @@
-"""Items per second that eval.py scores, beside the harness's own HFLM at batch size 1 on the same weights and items.
+"""Items per second that eval.py scores, compared with the harness's HFLM at batch size 1 on the same weights and items.
 
     python -m scripts.bench.scoring --model tinyllama-1.1b
 
-The items are made up in hellaswag's shape: a context of 40 to 110 random tokens and four answers of 10 to 45. The
-weights are random. The two take turns, a few items at a time, so that a drift of the machine affects both. Needs
-lm_eval and transformers.
+The items imitate hellaswag's sizes: a context of 40 to 110 random tokens and four answers of 10 to 45. The weights are
+random. The two take turns, a few items at a time, so that a drift in the machine's speed affects both. Needs lm_eval
+and transformers.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from model import Transformer
 from scripts.bench.command_line import build_parser, check_files, report
 from scripts.bench.random_models import textbook_model
 
-Item = list[tuple[None, list[int], list[int]]]  # four requests as the harness makes them, without texts
+Item = list[tuple[None, list[int], list[int]]]  # four requests in the harness's form, without texts
 
 
 def make_items(n: int, vocab_size: int) -> list[Item]:
@@ -38,7 +38,7 @@ def make_items(n: int, vocab_size: int) -> list[Item]:
 
 
 def to_transformers(model: Transformer):
-    """A textbook model as transformers' Llama, on the same memory."""
+    """A model of `model.py`'s layers as transformers' Llama, sharing its weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

@@ -3,8 +3,8 @@
     python -m scripts.bench.speculation --model tinyllama-1.1b --draft stories-15m --speculate_k 5 --accept 0 2 5
 
 Worth knowing: the speed-up follows from three costs, that of a decoded token, of k drafts and of the pass that verifies
-them: tokens per step * decode / (draft + verify). The table prints this beside what was measured end to end. Plain and
-speculative decoding take turns, since a rented machine's bandwidth drifts; figures are medians over the turns.
+them: tokens per step * decode / (draft + verify). The table has this prediction and what was measured end to end. Plain
+and speculative decoding take turns, since a rented machine's bandwidth drifts; figures are medians over the turns.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from scripts.bench.random_models import build_model, scheme_of
 
 
 def forcing(n: int):
-    """`speculative.decide`, doing all its work, but always accepting the first `n` drafts."""
+    """A `speculative.decide` that does all its work, but always accepts the first `n` drafts."""
 
     def forced(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         new, accepted = decide(sampling, logits, drafts, q)
@@ -58,7 +58,7 @@ def model_of(name: str, scheme: dict[str, Any] | None, args: argparse.Namespace,
 
 
 def measure(plain: Steps, by_n: dict[int, SpeculativeSteps], prompts: list[list[int]], args) -> list[dict[str, Any]]:
-    """For each forced acceptance: the costs in seconds, the speed-up they predict, and the measured one."""
+    """For each forced acceptance: the costs in seconds, the speed-up they predict, and the measured speed-up."""
     turns: dict[int, list[tuple[float, ...]]] = {n: [] for n in by_n}
     for _ in range(args.repeats):
         for n, steps in by_n.items():

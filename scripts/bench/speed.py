@@ -1,4 +1,4 @@
-"""Speed at a real model's shape, with random weights, beside what the device itself can do at that moment.
+"""Speed at a real model's shape, with random weights, compared with the device's own speed at that moment.
 
     python -m scripts.bench.speed --model tinyllama-1.1b --mode bf16 int8 int4
     python -m scripts.bench.speed --model tinyllama-1.1b --context_length 128 512 --batch_size 1 4 16 --plot roof.png
@@ -6,9 +6,9 @@
     python -m scripts.bench.speed --model tinyllama-1.1b --mode bf16 int8 int4 --shapes --batch_size 1 6 16
 
 Worth knowing: a machine's bandwidth may halve within seconds, so tokens/s alone say little. A plain read is timed
-before and after every stretch of decoding, a plain product before and after every prefill. A share compares a figure
-with these two neighbours; the table gives medians; all points take turns within a run. A flag with several values is an
-axis: each value is measured with the first value of the other flags, and in every mode.
+before and after every stretch of decoding, `F.linear` before and after every prefill. A share compares a figure with
+these two; the table gives medians; all points take turns within a run. A flag with several values is an axis: each
+value is measured with the first value of the other flags, and in every mode.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from scripts.bench.random_models import SHAPES, build_model, meta_model, scheme_
 
 
 def capacities_of(args: argparse.Namespace) -> list[int]:
-    """The capacities of the KV cache. Raises ValueError for one that is too small for the lengths asked for."""
+    """The capacities of the KV cache. Raises ValueError for one that is too small for the given lengths."""
     needed = max(*args.prompt_length, max(args.context_length) + args.new_tokens - 1)
     if args.max_seq_length and min(args.max_seq_length) < needed:
         raise ValueError(f"--max_seq_length {min(args.max_seq_length)} is less than the {needed} these lengths take")
@@ -50,7 +50,7 @@ def capacities_of(args: argparse.Namespace) -> list[int]:
 
 
 def prepare(args: argparse.Namespace, mode: str) -> list[Steps]:
-    """The compiled steps for each capacity of the KV cache, sharing the weights."""
+    """The steps, compiled if asked, for each capacity of the KV cache; they share the weights."""
     capacities, shape = capacities_of(args), preset(args.model)
     shape = dataclasses.replace(shape, context_length=max(shape.context_length, *capacities))
     model = build_model(shape, *resolve_device(args), scheme_of(mode, args.groupsize))
@@ -83,7 +83,7 @@ def fresh_process(argv: list[str], mode: str, env: dict[str, str]) -> dict[str, 
 def measure_startup(args: argparse.Namespace, argv: list[str]) -> list[dict[str, Any]]:
     """Compile times and peak memory of every mode, in fresh processes.
 
-    `first` finds no cache, `cold` finds only the CPU's kernels built (a GPU has none to build), `warm` all of `cold`'s.
+    `first`: empty caches. `cold`: only the CPU's kernels are built (a GPU has none to build). `warm`: all is cached.
     """
     alone, names = [], ["first", "cold", "warm"] if resolve_device(args)[0] == "cpu" else ["cold", "warm"]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
@@ -93,7 +93,7 @@ def measure_startup(args: argparse.Namespace, argv: list[str]) -> list[dict[str,
                 print(f"{mode} in a fresh process{f', {name}' if name else ''} ...", file=sys.stderr)
                 if name:
                     folder = f"{cache}/{mode}_{'first' if name == 'first' else 'later'}"
-                    os.makedirs(folder, exist_ok=True)  # it holds precompiled headers; a missing TMPDIR is ignored
+                    os.makedirs(folder, exist_ok=True)  # for precompiled headers; a TMPDIR that is missing is ignored
                     env = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TMPDIR"), folder)
                     env["TORCH_EXTENSIONS_DIR"] = f"{cache}/{mode}_kernels"
                 run = fresh_process(argv, mode, env)
@@ -210,7 +210,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for what cannot be measured."""
+    """Raise ValueError for flags that cannot be measured."""
     check_at_least(args, 1, "prompt_length", "context_length", "batch_size", "repeats")
     check_at_least(args, 2, "new_tokens")
     preset(args.model)
