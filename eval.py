@@ -93,15 +93,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_fewshot", type=int, help="examples before each question (default: as the task says)")
     add("--limit", type=float, help="take only the first N items of a task, or below 1 that share of them")
     add("--apply_chat_template", action="store_true", help="put the prompts into the model's chat template")
-    add("--fewshot_as_multiturn", action="store_true", help="there, each example is a turn of the conversation")
+    add(
+        "--fewshot_as_multiturn",
+        action="store_true",
+        help="each example becomes a turn of the chat template",
+    )
     add("--max_seq_length", type=int, help="cut contexts on the left to this length (default: the context length)")
     add("--output_path", type=Path, metavar="DIR", help="write the harness's results file here")
-    add("--log_samples", action="store_true", help="there too: every item with its prompts and answers")
-    add("--seed", type=int, help="for what the harness draws, examples among it (default: the harness's own seeds)")
+    add("--log_samples", action="store_true", help="write every item with its prompts and answers to --output_path too")
+    add("--seed", type=int, help="seed of the harness, which draws the examples (default: the harness's own seeds)")
     add("--perplexity", type=Path, metavar="FILE", help="sliding-window perplexity of this text file")
     add("--window", type=int, help="tokens a window of --perplexity spans (default: the context length, at most 2048)")
     add("--stride", type=int, help="tokens between the windows' starts (default: half the window)")
-    add("--batch_size", default="auto", help="texts that go through the model together, or auto (default)")
+    add("--batch_size", default="auto", help="texts that are computed together, or auto (default)")
     add("--compile", action="store_true", help="compile the model for --tasks")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
@@ -126,11 +130,11 @@ def check_args(args: argparse.Namespace) -> None:
         if getattr(args, name) and not getattr(args, needed):
             raise ValueError(f"--{name} needs --{needed}")
     if args.output_path is not None and args.tasks is None:
-        raise ValueError("--output_path holds the results of --tasks, and there are none")
+        raise ValueError("--output_path needs --tasks, whose results it holds")
     if args.output_path is not None:
         args.output_path.mkdir(parents=True, exist_ok=True)
     if args.compile and args.tasks is None:
-        print("--compile is for --tasks: --perplexity goes without", file=sys.stderr)
+        print("--compile is for --tasks: --perplexity runs uncompiled", file=sys.stderr)
         args.compile = False
     drop_compile(args, "compile")
 

@@ -40,8 +40,8 @@ from fast.speculative import (
     Acceptance,
     SpeculativeSteps,
     Step,
-    candidates,
-    choose,
+    candidate_steps,
+    choose_fastest,
     load_draft,
     speculate,
     warm_up_speculation,
@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_samples", type=int, default=1)
     add("--max_new_tokens", type=int, default=200)
     add("--max_seq_length", type=int, help="capacity of the KV cache in tokens (default: what the prompts need)")
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    add("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     add("--top_k", type=int, default=200)
     add("--top_p", type=float)
     add("--min_p", type=float)
@@ -71,12 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=1234)
     add("--chat", action="store_true", help="put the prompt into the model's chat template")
     add("--system", help="the system message of --chat and --interactive")
-    add("--interactive", action="store_true", help="a conversation: Ctrl-C stops an answer, Ctrl-D ends")
+    add("--interactive", action="store_true", help="a conversation: Ctrl-C stops an answer, Ctrl-D ends it")
     add("--speculate_k", type=_number_or_auto, metavar="K", help=f"drafts per step, 1 to {MAX_K} (default 5), or auto")
     add("--draft_checkpoint_path", type=Path, help="speculative decoding: the model that drafts")
-    add("--replicate_draft", action="store_true", help="under torchrun: the draft whole on every rank, not divided")
+    add("--replicate_draft", action="store_true", help="under torchrun: keep the whole draft on every rank")
     add("--prompt_lookup", action="store_true", help="speculative decoding: draft what followed in the text so far")
-    add("--compare", action="store_true", help="time plain decoding too, beside the speculative one")
+    add("--compare", action="store_true", help="also time plain decoding")
     add("--compile", action="store_true", help="compile the decode step")
     add("--compile_prefill", action="store_true", help="compile the prefill")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -113,7 +113,7 @@ def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: i
         else:
             prompts.append(tokenizer.encode(text))
     if not all(prompts):
-        raise ValueError("the prompt is empty and this model has no token to begin with: give at least one word")
+        raise ValueError("the prompt is empty and this model has no begin-of-text token: give at least one word")
     if (longest := max(map(len, prompts))) > limit:
         raise ValueError(f"the prompt has {longest} tokens, but there is room for {limit}: shorten it")
     return prompts
@@ -176,7 +176,7 @@ def set_up(
         if part is not None:
             part.setup_caches(max(map(len, batches)), room, spare, kv_dtype)
     plain = build_steps(model, sampling, args.compile, args.compile_prefill)
-    all_steps = candidates(args.speculate_k, plain, draft, sampling, args.compile) if args.speculate_k else []
+    all_steps = candidate_steps(args.speculate_k, plain, draft, sampling, args.compile) if args.speculate_k else []
     seconds = 0.0
     if args.compile or args.compile_prefill:
         print("compiling ...", file=sys.stderr)
@@ -187,10 +187,10 @@ def set_up(
             seconds += sum(warm_up_speculation(steps, batch, new_tokens) for steps in all_steps)
     if args.speculate_k != "auto":
         return all_steps[0] if all_steps else plain, seconds
-    steps, words = choose(all_steps, batches[0], args.max_new_tokens)
+    steps, words = choose_fastest(all_steps, batches[0], args.max_new_tokens)
     print(words)
-    chosen = ranks.share(lambda: str(steps.k if isinstance(steps, SpeculativeSteps) else 0))  # rank 0's choice
-    torch.manual_seed(args.seed)  # `choose` has used random numbers
+    chosen = ranks.from_rank_0(lambda: str(steps.k if isinstance(steps, SpeculativeSteps) else 0))  # rank 0's choice
+    torch.manual_seed(args.seed)  # `choose_fastest` has used random numbers
     return next((steps for steps in all_steps if steps.k == int(chosen)), plain), seconds
 
 
@@ -280,7 +280,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     longest = max(map(len, prompts))
     if longest + args.max_new_tokens - 1 > limit:  # the last token is not cached
         args.max_new_tokens = limit - longest + 1
-        print(f"{args.max_new_tokens} new tokens fit behind the prompt's {longest}: stopping there", file=sys.stderr)
+        print(f"only {args.max_new_tokens} new tokens fit after the prompt's {longest}", file=sys.stderr)
     size = args.batch_size or len(prompts)
     batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     room = args.max_seq_length or longest + args.max_new_tokens - 1
@@ -309,10 +309,10 @@ def report_ranks(
     """Print and return the bytes that a rank holds, and the time of the collectives over a few more tokens."""
 
     def decode() -> int:
-        return sum(len(step.ids[0]) if isinstance(step, Step) else 1 for step in brought)
+        return sum(len(step.ids[0]) if isinstance(step, Step) else 1 for step in outputs)
 
-    brought = (speculate if isinstance(steps, SpeculativeSteps) else stream)(steps, prompts, min(9, max_new_tokens))
-    next(brought)  # the prefill is not counted
+    outputs = (speculate if isinstance(steps, SpeculativeSteps) else stream)(steps, prompts, min(9, max_new_tokens))
+    next(outputs)  # the prefill is not counted
     costs = measure_collectives(decode, str(steps.model.slots.device)) if max_new_tokens > 1 else {}
     nbytes = parameter_bytes(steps.model)
     line = f"{ranks.world_size} ranks, {nbytes / 1e6:.1f} MB of parameters each"

@@ -47,7 +47,7 @@ def quantize(
             modules = rounded_linears(checkpoint, scheme, names, device)
         else:
             modules = gptq_linears(checkpoint, scheme, chunks, device)
-        source = InTurn(checkpoint, names, modules, bar)
+        source = TensorSource(checkpoint, names, modules, bar)
         tensors = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             dtype = torch.bfloat16 if isinstance(tensor, nn.Parameter) else tensor.dtype
@@ -67,7 +67,7 @@ def rounded_linears(
         yield name, None, LINEARS[scheme["mode"]].from_float(weight, bias, **scheme)
 
 
-class InTurn:
+class TensorSource:
     """Fills the new checkpoint's tensors; ask for them in the order in which `modules` yields the Linears."""
 
     def __init__(self, checkpoint: Checkpoint, names: list[str], modules: Iterator[tuple], bar: tqdm):
@@ -149,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpoint_path", type=Path, default=DEMO, help="a .pth of ours or a Hugging Face directory (default: demo)")
     add("--mode", choices=LINEARS, default="int8")
     add("--groupsize", type=int, choices=GROUP_SIZES, default=32, help="inputs that share a scale in int4")
-    add("--scale_search", action="store_true", help="int4: search each group's scale for the least squared error")
+    add("--scale_search", action="store_true", help="int4: choose each group's scale for the least squared error")
     add("--skip", nargs="+", default=[], metavar="NAME", help="Linears to leave in bf16, as in `output w2 layers.0.wo`")
     add("--output_path", type=Path, help="default: model_MODE.pth beside the input")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -157,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     gptq(
         "--calibration_tasks", nargs="+", default=["wikitext"], metavar="TASK", help="lm_eval tasks (default: wikitext)"
     )
-    gptq("--calibration_file", type=Path, metavar="TEXT", help="a text file instead")
+    gptq("--calibration_file", type=Path, metavar="TEXT", help="calibrate on a text file instead")
     gptq("--calibration_limit", type=int, default=128, help="sequences at most (default: 128)")
     gptq("--calibration_seq_length", type=int, help="tokens in each (default: 2048, or what the model was made for)")
     gptq("--percdamp", type=float, default=0.01, help="damping, as a share of the Hessian's mean diagonal")
@@ -217,7 +217,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(args.checkpoint_path)
     if checkpoint.quantization is not None:
         mode = checkpoint.quantization["mode"]
-        raise ValueError(f"{args.checkpoint_path} is quantised already ({mode}): give the checkpoint it was made from")
+        raise ValueError(f"{args.checkpoint_path} is quantised already ({mode}): give the unquantised checkpoint")
     scheme = make_scheme(args, checkpoint.args)
     directory = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent
     group = f".g{args.groupsize}" if "groupsize" in scheme else ""

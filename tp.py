@@ -222,8 +222,8 @@ class Ranks:
             if isinstance(error, dist.DistError) or "gloo" in reason:
                 reason = re.sub(r"^\[\S+\] |\. This is .*", "", reason)  # without Gloo's source line and advice
                 raise ConnectionError(f"another process is gone: {reason}") from error
-            self.complain(traceback.format_exc())
-            self.leave(1)
+            self.report_error(traceback.format_exc())
+            self.exit(1)
 
     def _enable_one_shot(self, device: str) -> None:
         """If asked for, let Inductor use the one-shot all-reduce over symmetric memory, for messages up to 128 KB.
@@ -241,7 +241,7 @@ class Ranks:
             _symmetric_memory.enable_symm_mem_for_group(GROUP)
         torch._inductor.config._collective.auto_select = True
 
-    def complain(self, message: str) -> None:
+    def report_error(self, message: str) -> None:
         """Print `message` on stderr unless another rank already has: only the first to fail knows the cause.
 
         An empty message prints nothing and silences the other ranks.
@@ -256,7 +256,7 @@ class Ranks:
         if message and is_first:  # past the muted sys.stderr
             print(f"{message} (rank {self.rank} of {self.world_size})", file=sys.__stderr__, flush=True)
 
-    def leave(self, code: int) -> int:
+    def exit(self, code: int) -> int:
         """Exit at once with `code`, without waiting for ranks that wait for this one; a single process returns it."""
         if self.world_size == 1:
             return code
@@ -264,7 +264,7 @@ class Ranks:
             sys.stdout.flush()
         os._exit(code)
 
-    def share(self, make: Callable[[], str | None]) -> str | None:
+    def from_rank_0(self, make: Callable[[], str | None]) -> str | None:
         """Return rank 0's `make()` on every rank. Waits as long as it takes, because a person may be typing."""
         if self.world_size == 1:
             return make()

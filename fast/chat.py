@@ -39,10 +39,10 @@ def chat(
     if not tokenizer.has_chat_template:
         if system is not None:
             raise ValueError("--system needs a chat template, and this model has none")
-        print("this model has no chat template: it goes on from what you write")
+        print("this model has no chat template: it continues your text")
     beginning = [{"role": "system", "content": system}] if system is not None else []
     history, text, cached = beginning, "", []  # text: used if there is no template; cached: the ids in the KV cache
-    while (line := ranks.share(lambda: ask(caught))) is not None:
+    while (line := ranks.from_rank_0(lambda: ask(caught))) is not None:
         if not line.strip():
             continue
         if tokenizer.has_chat_template:

@@ -60,7 +60,7 @@ def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> t
 def drop_compile(args: argparse.Namespace, *flags: str) -> None:
     """Turn these flags off where this machine lacks a compiler, and say so on stderr."""
     if any(getattr(args, flag) for flag in flags) and (lacking := missing_compiler()):
-        print(f"{lacking}: going on without --compile", file=sys.stderr)
+        print(f"{lacking}: not compiling", file=sys.stderr)
         for flag in flags:
             setattr(args, flag, False)
 
@@ -124,12 +124,12 @@ def exit_code(work: Callable[[], Any], ranks: Ranks = ALONE, stopped: str = "sto
         work()
     except BrokenPipeError:  # the reader of our output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        ranks.complain("")
-        return ranks.leave(141) if ranks.world_size > 1 else 0  # exiting with 0 would not end the other ranks
+        ranks.report_error("")
+        return ranks.exit(141) if ranks.world_size > 1 else 0  # exiting with 0 would not end the other ranks
     except (ValueError, OSError, ImportError) as error:
-        ranks.complain(f"error: {error}")
-        return ranks.leave(2)
+        ranks.report_error(f"error: {error}")
+        return ranks.exit(2)
     except KeyboardInterrupt:
-        ranks.complain(f"\n{stopped}")
-        return ranks.leave(130)
+        ranks.report_error(f"\n{stopped}")
+        return ranks.exit(130)
     return 0

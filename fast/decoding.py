@@ -134,13 +134,13 @@ def copy_to_host(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 def _read_behind(copies: Iterator[tuple[Tensor, Any]], depth: int) -> Iterator[Tensor]:
     """Yield each copy, finished, once `depth` later ones have been started."""
-    under_way: deque = deque()
+    in_flight: deque = deque()
     for copy in copies:
-        under_way.append(copy)
-        if len(under_way) > depth:
-            yield wait(*under_way.popleft())
-    while under_way:
-        yield wait(*under_way.popleft())
+        in_flight.append(copy)
+        if len(in_flight) > depth:
+            yield wait(*in_flight.popleft())
+    while in_flight:
+        yield wait(*in_flight.popleft())
 
 
 def wait(host: Tensor, event: torch.cuda.Event | None) -> Tensor:

@@ -75,16 +75,16 @@ def gptq(
             if not act_order and i % groupsize == 0:
                 columns = slice(start + i, start + i + groupsize)
                 scales[:, g], zeros[:, g] = int4_scales(w[:, columns], True, importance[columns])
-            column, at = block[:, i, None], (scales[:, g], zeros[:, g])
-            rounded = int4_round(column, *at)
+            column, group = block[:, i, None], (scales[:, g], zeros[:, g])
+            rounded = int4_round(column, *group)
             q[:, start + i] = rounded[:, 0]
-            values = int4_values(rounded, at[0][:, None], at[1][:, None])
+            values = int4_values(rounded, *(x[:, None] for x in group))
             errors[:, i] = ((column - values) / factor[i, i])[:, 0]
             block[:, i:] -= errors[:, i, None] * factor[i, i:]
         w[:, start + blocksize :] -= errors @ spread[start : start + blocksize, start + blocksize :]
     q = torch.empty_like(q).index_copy_(1, order, q)
-    lost = int4_values(q, scales, zeros) - weight
-    error = ((lost @ hessian * lost).sum() / (weight @ hessian * weight).sum()).sqrt()
+    weight_error = int4_values(q, scales, zeros) - weight
+    error = ((weight_error @ hessian * weight_error).sum() / (weight @ hessian * weight).sum()).sqrt()
     return q, scales, zeros, float(error)
 
 

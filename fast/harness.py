@@ -59,7 +59,7 @@ class FastLM(TemplateLM):
         self._device = self.scorer.device
         self._steps: dict[Sampling, Steps] = {}
         if self.prefix_token_id is None:
-            raise ValueError("this tokenizer names neither a beginning-of-text nor an end-of-text token")
+            raise ValueError("scoring needs a begin-of-text or an end-of-text token, and this tokenizer has neither")
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> "FastLM":
@@ -70,9 +70,11 @@ class FastLM(TemplateLM):
         if device.startswith("cuda") and not torch.cuda.is_available():  # the default, as in HFLM: no error
             device = "cpu"
         where = argparse.Namespace(device=device, dtype=given.pop("dtype", None))
-        options = {name: given.pop(name) for name in ("batch_size", "max_length", "compile") if name in given}
+        names = ("batch_size", "max_length", "compile")
+        options = {name: given.pop(name) for name in names if name in given}
         if unknown := given.keys() - {"max_batch_size"}:
-            raise ValueError(f"--model_args: unknown {', '.join(sorted(unknown))}; known: checkpoint_path, dtype, ...")
+            known = ", ".join(("checkpoint_path", "pretrained", "device", "dtype", *names))
+            raise ValueError(f"--model_args: unknown {', '.join(sorted(unknown))}; known: {known}")
         if options.get("compile"):
             set_compile_flags(device)
         return cls(*load(path, *resolve_device(where)), name=str(path), **options)

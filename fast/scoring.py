@@ -4,7 +4,7 @@
     for log_likelihood, is_greedy in scorer.score([(context_ids, continuation_ids), ...]): ...
 
 The answers to one question share a prefix, and so do questions after the same few-shot examples. Texts with a common
-prefix form a group: the prefix goes through the model once, its keys and values (`beginnings`) are copied to the rows
+prefix form a group: the prefix goes through the model once, its keys and values (`prefixes`) are copied to the rows
 of the KV cache, and only the rest of each text is computed per row. Texts that share nothing need no cache.
 """
 
@@ -40,18 +40,18 @@ class Text:
 
 @dataclass
 class Group:
-    """Texts whose first `shared` tokens are the same; the logits to score all come after them."""
+    """Texts whose first `n_shared` tokens are the same; the logits to score all come after them."""
 
     texts: list[Text]
-    shared: int
+    n_shared: int
 
     @property
-    def longest_rest(self) -> int:
-        return max(len(text.ids) for text in self.texts) - self.shared
+    def longest_suffix(self) -> int:
+        return max(len(text.ids) for text in self.texts) - self.n_shared
 
 
 @dataclass(frozen=True)
-class Rest:
+class Suffix:
     """The part of a text after the `start` tokens that its group shares; `source`: the group's index in the batch."""
 
     text: Text
@@ -92,16 +92,16 @@ def to_groups(texts: list[Text], max_rows: int) -> list[Group]:
         if groups and len(groups[-1].texts) < max_rows:
             group = groups[-1]
             n = len(group.texts)
-            common = min(group.shared, own, common_prefix(group.texts[-1].ids, text.ids))
+            common = min(group.n_shared, own, common_prefix(group.texts[-1].ids, text.ids))
             following = common_prefix(text.ids, texts[i + 1].ids) if i + 1 < len(texts) else 0
-            if n * common >= (n - 1) * group.shared + MIN_SHARED and 2 * common >= min(own, following):
+            if n * common >= (n - 1) * group.n_shared + MIN_SHARED and 2 * common >= min(own, following):
                 group.texts.append(text)
-                group.shared = common
+                group.n_shared = common
                 continue
         groups.append(Group([text], own))
     for group in groups:
         if len(group.texts) == 1:
-            group.shared = 0
+            group.n_shared = 0
     return groups
 
 
@@ -133,7 +133,7 @@ class Scorer:
         self.model, self.batch_size, self.max_length, self.compile = model, batch_size, max_length, compile
         self.device, self.kv_dtype = model.tok_embeddings.weight.device, kv_dtype
         self.pass_tokens = PASS_TOKENS.get(self.device.type, 256)
-        self._at_least = 2 if compile else 1  # torch.compile specialises on size 1
+        self._min_size = 2 if compile else 1  # torch.compile specialises on size 1
 
         def whole(idx: Tensor, logits_at: Tensor) -> Tensor:
             slots = None if kv_dtype is None else model.slots[: idx.shape[1]]
@@ -151,7 +151,7 @@ class Scorer:
 
     def reserve(self, rows: int, length: int) -> None:
         """Make sure that the model has a KV cache of `rows` rows of at least `length` positions."""
-        rows = max(rows, self._at_least)
+        rows = max(rows, self._min_size)
         if self.model.max_batch_size != rows or self.model.max_seq_length < length:
             for layer in self.model.layers:
                 layer.attention.kv_cache = None  # free the old cache before allocating
@@ -175,7 +175,7 @@ class Scorer:
                 if rows == 1 or torch.distributed.is_initialized():  # the other ranks would not retry
                     raise
                 rows = self.batch_size = rows // 2
-                print(f"out of memory: going on with batches of {rows}", file=sys.stderr)
+                print(f"out of memory: continuing with batches of {rows}", file=sys.stderr)
                 waiting = by_length([part for group in waiting + batch for part in split(group, rows)])
                 continue
             for i, result in found:
@@ -186,34 +186,34 @@ class Scorer:
 
     def _score_batch(self, groups: list[Group], rows: int) -> list[tuple[int, tuple[float, bool]]]:
         """(index of the request, result) for every continuation in the groups."""
-        rests = [Rest(text, group.shared, source) for source, group in enumerate(groups) for text in group.texts]
-        rests.sort(key=lambda rest: rest.length, reverse=True)
-        beginnings = None
-        if groups[0].shared or self.kv_dtype is not None:
-            self.reserve(rows, max(len(rest.text.ids) for rest in rests))
-        if groups[0].shared:
-            beginnings = self._compute_beginnings(groups)
+        suffixes = [Suffix(text, group.n_shared, source) for source, group in enumerate(groups) for text in group.texts]
+        suffixes.sort(key=lambda suffix: suffix.length, reverse=True)
+        prefixes = None
+        if groups[0].n_shared or self.kv_dtype is not None:
+            self.reserve(rows, max(len(suffix.text.ids) for suffix in suffixes))
+        if groups[0].n_shared:
+            prefixes = self._compute_prefixes(groups)
         found = []
-        while rests:  # rows of similar length share a pass, whatever their group, to pad little
-            n = max(1, self.pass_tokens // rests[0].length)
-            found += self._score_rests(rests[:n], beginnings)
-            rests = rests[n:]
+        while suffixes:  # rows of similar length share a pass, whatever their group, to pad little
+            n = max(1, self.pass_tokens // suffixes[0].length)
+            found += self._score_suffixes(suffixes[:n], prefixes)
+            suffixes = suffixes[n:]
         return found
 
-    def _compute_beginnings(self, groups: list[Group]) -> list[list[Tensor]]:
+    def _compute_prefixes(self, groups: list[Group]) -> list[list[Tensor]]:
         """By layer, the cache contents for each group's shared prefix, `[len(groups), n_kv_heads, longest, ...]`."""
         caches = [layer.attention.kv_cache for layer in self.model.layers]
-        longest = max(group.shared for group in groups)
+        longest = max(group.n_shared for group in groups)
         kept = [
             [t.new_zeros(len(groups), t.shape[1], longest, *t.shape[3:]) for t in cache.buffers()] for cache in caches
         ]
         begin = 0
         while begin < len(groups):
-            part = groups[begin : begin + max(1, self.pass_tokens // groups[begin].shared)]
-            S = min(self._padded(max(group.shared for group in part)), self.model.max_seq_length)
-            idx = torch.zeros(max(self._at_least, len(part)), S, dtype=torch.long)
+            part = groups[begin : begin + max(1, self.pass_tokens // groups[begin].n_shared)]
+            S = min(self._padded(max(group.n_shared for group in part)), self.model.max_seq_length)
+            idx = torch.zeros(max(self._min_size, len(part)), S, dtype=torch.long)
             for row, group in enumerate(part):
-                idx[row, : group.shared] = torch.tensor(group.texts[0].ids[: group.shared])
+                idx[row, : group.n_shared] = torch.tensor(group.texts[0].ids[: group.n_shared])
             idx, slots = idx.to(self.device), self.model.slots[:S]
             self._cached(idx, slots.clone(), slots, idx.new_zeros(len(idx), 1))  # its logits are not used
             rows, n = slice(begin, begin + len(part)), min(S, longest)
@@ -223,30 +223,30 @@ class Scorer:
             begin += len(part)
         return kept
 
-    def _score_rests(
-        self, rests: list[Rest], beginnings: list[list[Tensor]] | None
+    def _score_suffixes(
+        self, suffixes: list[Suffix], prefixes: list[list[Tensor]] | None
     ) -> list[tuple[int, tuple[float, bool]]]:
-        """One forward pass over `rests`, behind their shared prefixes if there are any; returns as `_score_batch`."""
-        S, starts = self._padded(rests[0].length), [rest.start for rest in rests]
-        if beginnings is not None:  # padding must fit the cache too: some rows start earlier and recompute a little
+        """One forward pass over `suffixes`, behind their shared prefixes, if any; returns as `_score_batch`."""
+        S, starts = self._padded(suffixes[0].length), [suffix.start for suffix in suffixes]
+        if prefixes is not None:  # padding must fit the cache too: some rows start earlier and recompute a little
             starts = [min(start, self.model.max_seq_length - S) for start in starts]
-        n = max(self._at_least, max(rest.text.n_scored for rest in rests))
-        idx = torch.zeros(max(self._at_least, len(rests)), S, dtype=torch.long)
+        n = max(self._min_size, max(suffix.text.n_scored for suffix in suffixes))
+        idx = torch.zeros(max(self._min_size, len(suffixes)), S, dtype=torch.long)
         logits_at = torch.zeros(len(idx), n, dtype=torch.long)
         requests, row_of, targets = [], [], []
-        for row, (rest, start) in enumerate(zip(rests, starts, strict=True)):
-            end = len(rest.text.ids) - start
-            idx[row, :end] = torch.tensor(rest.text.ids[start:])
+        for row, (suffix, start) in enumerate(zip(suffixes, starts, strict=True)):
+            end = len(suffix.text.ids) - start
+            idx[row, :end] = torch.tensor(suffix.text.ids[start:])
             logits_at[row] = torch.arange(end - n, end).clamp(min=0)
-            for request, ids in rest.text.continuations:
+            for request, ids in suffix.text.continuations:
                 requests.append(request)
                 row_of.append(row)
                 targets.append([-100] * (n - len(ids)) + ids)
         idx, logits_at = idx.to(self.device), logits_at.to(self.device)
-        if beginnings is None:
+        if prefixes is None:
             logits = self._whole(idx, logits_at)
         else:
-            self._copy_beginnings(beginnings, [rest.source for rest in rests])
+            self._copy_prefixes(prefixes, [suffix.source for suffix in suffixes])
             first = torch.tensor(starts + [0] * (len(idx) - len(starts)), device=self.device)
             input_pos = first[:, None] + torch.arange(S, device=self.device)  # [B, S]
             n_slots = min(self._padded(max(starts) + S), self.model.max_seq_length)
@@ -258,10 +258,10 @@ class Scorer:
         greedy = ((logits.argmax(-1) == wanted) | (wanted == -100)).all(1)
         return list(zip(requests, zip((-nll).tolist(), greedy.tolist(), strict=True), strict=True))
 
-    def _copy_beginnings(self, beginnings: list[list[Tensor]], sources: list[int]) -> None:
+    def _copy_prefixes(self, prefixes: list[list[Tensor]], sources: list[int]) -> None:
         """Copy to the cache's row i the keys and values of beginning `sources[i]`."""
         rows = torch.tensor(sources, device=self.device)
-        for layer, tensors in zip(self.model.layers, beginnings, strict=True):
+        for layer, tensors in zip(self.model.layers, prefixes, strict=True):
             places = layer.attention.kv_cache.stored(len(rows), tensors[0].shape[2])
             for place, tensor in zip(places, tensors, strict=True):
                 place.copy_(tensor[rows])
@@ -285,13 +285,13 @@ def by_length(groups: list[Group]) -> list[Group]:
 
     So the progress bar overestimates the time left, and memory runs out at once or not at all.
     """
-    return sorted(groups, key=lambda group: (group.shared, group.longest_rest))
+    return sorted(groups, key=lambda group: (group.n_shared, group.longest_suffix))
 
 
 def take_batch(waiting: list[Group], rows: int) -> list[Group]:
     """Pop groups from the end of `waiting` until `rows` are full; all of them have a shared prefix, or none has."""
-    batch, sharing = [], bool(waiting[-1].shared)
-    while waiting and bool(waiting[-1].shared) == sharing and len(waiting[-1].texts) <= rows:
+    batch, sharing = [], bool(waiting[-1].n_shared)
+    while waiting and bool(waiting[-1].n_shared) == sharing and len(waiting[-1].texts) <= rows:
         rows -= len(waiting[-1].texts)
         batch.append(waiting.pop())
     return batch
@@ -300,4 +300,4 @@ def take_batch(waiting: list[Group], rows: int) -> list[Group]:
 def split(group: Group, rows: int) -> list[Group]:
     """The group in pieces of at most `rows` texts; one text alone shares nothing."""
     pieces = [group.texts[i : i + rows] for i in range(0, len(group.texts), rows)]
-    return [Group(piece, group.shared if len(piece) > 1 else 0) for piece in pieces]
+    return [Group(piece, group.n_shared if len(piece) > 1 else 0) for piece in pieces]

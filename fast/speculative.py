@@ -39,7 +39,7 @@ from tp import ALONE, Ranks
 
 MAX_K = 15  # with the token before them 16 rows, the most that the kernels for few rows take
 SPARE = MAX_K + 1  # extra cache slots, for drafts past `max_seq_length`
-AUTO_K = (2, 4, 7)  # the k that `choose` times; each is compiled
+AUTO_K = (2, 4, 7)  # the k that `choose_fastest` times; each is compiled
 
 
 class DraftModel(nn.Module):
@@ -52,13 +52,13 @@ class DraftModel(nn.Module):
     def prefill(self, idx: Tensor, input_pos: Tensor, kv_pos: Tensor, last: Tensor) -> None:
         self.model(idx, input_pos, kv_pos, logits_at=last[:, :0])
 
-    def forward(self, new: Tensor, new_pos: Tensor, pair: Tensor, input_pos: Tensor, kv_pos: Tensor):
+    def forward(self, new_ids: Tensor, new_pos: Tensor, last_two: Tensor, input_pos: Tensor, kv_pos: Tensor):
         """The drafts, int `[B, k]`, and the distributions they were drawn from, float32 `[B, k, V]`.
 
-        new `[B, k+1]`: the last step's tokens, the first at position `new_pos [B, 1]`; pair `[B, 2]`: the text's last
-        two, the second at `input_pos [B, 1]`. At temperature 0 the distributions are left out, `[B, k, 0]`.
+        new_ids `[B, k+1]`: the last step's tokens, the first at position `new_pos [B, 1]`. last_two `[B, 2]`: those of
+        the text, the second at `input_pos [B, 1]`. At temperature 0 the distributions are left out, `[B, k, 0]`.
         """
-        tokens, pos = pair, torch.cat((input_pos - 1, input_pos), 1)  # draft k, if accepted, was not read yet
+        tokens, pos = last_two, torch.cat((input_pos - 1, input_pos), 1)  # draft k, if accepted, was not read yet
         drafts, probs = [], []
         for _ in range(self.k):
             logits = self.model(tokens, pos, kv_pos, logits_at=torch.full_like(tokens[:, :1], tokens.shape[1] - 1))
@@ -87,12 +87,12 @@ class PromptLookup(nn.Module):
     def prefill(self, idx: Tensor, input_pos: Tensor, kv_pos: Tensor, last: Tensor) -> None:
         self.history[: len(idx), input_pos] = idx
 
-    def forward(self, new: Tensor, new_pos: Tensor, pair: Tensor, input_pos: Tensor, kv_pos: Tensor):
+    def forward(self, new_ids: Tensor, new_pos: Tensor, last_two: Tensor, input_pos: Tensor, kv_pos: Tensor):
         """As `DraftModel.forward`; the distributions are one-hot."""
-        B, ahead = new.shape[0], torch.arange(self.k + 1, device=new.device)
-        self.history[torch.arange(B, device=new.device)[:, None], new_pos + ahead] = new
+        B, ahead = new_ids.shape[0], torch.arange(self.k + 1, device=new_ids.device)
+        self.history[torch.arange(B, device=new_ids.device)[:, None], new_pos + ahead] = new_ids
         history = self.history[:B]
-        at = torch.arange(history.shape[1], device=new.device)
+        at = torch.arange(history.shape[1], device=new_ids.device)
         same, length = at < input_pos, 0  # [B, C]: the tokens that end at `at` equal those that end at `input_pos`
         for i in range(self.longest):
             shifted = F.pad(history, (i, 0), value=-1)[:, : len(at)]
@@ -103,7 +103,7 @@ class PromptLookup(nn.Module):
         # Past the end of the text, drafts start over at the token after the match.
         drafts = history.gather(1, found + 1 + ahead[:-1] % (input_pos - found).clamp(min=1))
         if self.sampling.temperature == 0:
-            return drafts, torch.empty(B, self.k, 0, device=new.device)
+            return drafts, torch.empty(B, self.k, 0, device=new_ids.device)
         return drafts, F.one_hot(drafts, self.vocab_size).float()
 
     def bytes_per_step(self, batch_size: int, positions: float) -> float:
@@ -133,11 +133,11 @@ def load_draft(
         own = load_tokenizer(path)
         probe = "The quick brown fox: jumps_over(13) lazy dogs? \u00dcn\u00efcode, 42.\n"
         if own.encode(probe) != tokenizer.encode(probe):
-            raise ValueError(f"{path} numbers its tokens otherwise than the target: a draft needs the same tokenizer")
+            raise ValueError(f"{path} has other token ids than the target: a draft needs the same tokenizer")
     return draft
 
 
-def decide(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+def accept(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """A step's tokens, int `[B, k+1]`, and n, the number of drafts accepted, int `[B, 1]`.
 
     logits: the target's `[B, k+1, V]`; drafts `[B, k]`, drawn from q `[B, k, V]`. Only the first n + 1 tokens count: n
@@ -161,9 +161,9 @@ def decide(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor) -> tup
 class SpeculativeSteps:
     """The target's plain steps, and the two functions of a speculative step.
 
-    draft(new, new_pos, pair, input_pos, kv_pos) -> (drafts, q), see `DraftModel.forward`
-    verify(pair, input_pos, drafts, q, kv_pos, last_pos [B, 1])
-        -> (new [B, k+1], n [B, 1], the next pair, its input_pos, clamped to last_pos)
+    draft(new_ids, new_pos, last_two, input_pos, kv_pos) -> (drafts, q), see `DraftModel.forward`
+    verify(last_two, input_pos, drafts, q, kv_pos, last_pos [B, 1])
+        -> (new_ids [B, k+1], n [B, 1], the next last_two and input_pos, clamped to last_pos)
     """
 
     plain: Steps
@@ -185,23 +185,23 @@ def build_speculative_steps(
     drafter: DraftModel | PromptLookup,
     sampling: Sampling,
     compile: bool = False,
-    decide: Callable = decide,
+    accept: Callable = accept,
 ) -> SpeculativeSteps:
-    """Compile the steps as asked: the k steps of the draft are one graph, the target's pass and `decide` another.
+    """Compile the steps as asked: the k steps of the draft are one graph, the target's pass and `accept` another.
 
     The caches of the target and of a draft model must be set up with `spare=SPARE`.
-    decide: the acceptance rule; a benchmark without trained weights passes its own. ValueError for k out of range.
+    accept: the acceptance rule; a benchmark without trained weights passes its own. ValueError for k out of range.
     """
     if not 1 <= drafter.k <= MAX_K:
         raise ValueError(f"speculate_k {drafter.k} must be 1 to {MAX_K}")
     model = plain.model
     ahead = torch.arange(drafter.k + 1, device=model.tok_embeddings.weight.device)
 
-    def verify(pair: Tensor, input_pos: Tensor, drafts: Tensor, q: Tensor, kv_pos: Tensor, last_pos: Tensor):
-        idx = torch.cat((pair[:, 1:], drafts), 1)  # [B, k+1]
-        new, n = decide(sampling, model(idx, input_pos + ahead, kv_pos), drafts, q)
-        pair = torch.cat((idx.gather(1, n), new.gather(1, n)), 1)
-        return new, n, pair, torch.minimum(input_pos + n + 1, last_pos)
+    def verify(last_two: Tensor, input_pos: Tensor, drafts: Tensor, q: Tensor, kv_pos: Tensor, last_pos: Tensor):
+        idx = torch.cat((last_two[:, 1:], drafts), 1)  # [B, k+1]
+        new_ids, n = accept(sampling, model(idx, input_pos + ahead, kv_pos), drafts, q)
+        last_two = torch.cat((idx.gather(1, n), new_ids.gather(1, n)), 1)
+        return new_ids, n, last_two, torch.minimum(input_pos + n + 1, last_pos)
 
     draft = drafter.forward
     if compile:
@@ -211,7 +211,7 @@ def build_speculative_steps(
     return SpeculativeSteps(plain, drafter, together(drafting, draft), together(model, verify))
 
 
-def candidates(
+def candidate_steps(
     k: int | str, plain: Steps, draft: Transformer | None, sampling: Sampling, compile: bool
 ) -> list[SpeculativeSteps]:
     """Steps that draft `k` tokens with `draft`, or by prompt lookup if it is None; for "auto" one per k in AUTO_K."""
@@ -244,29 +244,29 @@ def speculate(
     token, input_pos = steps.plain.prefill(*layout), cached + layout[-1] + 1
     steps.drafter.prefill(*layout)
     last_pos = input_pos + max_new_tokens - 1  # a finished row stays there until all have finished
-    new, n, new_pos = F.pad(token, (0, k)), torch.zeros_like(token), input_pos
-    pair = torch.cat((layout[0].gather(1, layout[-1]), token), 1)
-    under_way = deque([(copy_to_host(torch.cat((new, n), 1)), [])])  # steps whose ids the host has not read yet
+    new_ids, n, new_pos = F.pad(token, (0, k)), torch.zeros_like(token), input_pos
+    last_two = torch.cat((layout[0].gather(1, layout[-1]), token), 1)
+    in_flight = deque([(copy_to_host(torch.cat((new_ids, n), 1)), [])])  # steps whose ids the host has not read yet
     lengths, produced = [cached + len(prompt) for prompt in prompts], [0] * len(prompts)
     while True:
         # On a CPU the host reads a step before the next one begins; a GPU runs a step ahead.
-        while len(under_way) < 1 + on_gpu and min(produced) + len(under_way) < max_new_tokens:
-            known = max(length + min(has, max_new_tokens) for length, has in zip(lengths, produced, strict=True))
-            kv_pos = model.slots[: kv_slots(known + len(under_way) * (k + 1) + k, len(model.slots))]
+        while len(in_flight) < 1 + on_gpu and min(produced) + len(in_flight) < max_new_tokens:
+            known = max(length + min(done, max_new_tokens) for length, done in zip(lengths, produced, strict=True))
+            kv_pos = model.slots[: kv_slots(known + len(in_flight) * (k + 1) + k, len(model.slots))]
             marks = [_mark(on_gpu)]
-            drafts, q = steps.draft(new, new_pos, pair, input_pos, kv_pos)
+            drafts, q = steps.draft(new_ids, new_pos, last_two, input_pos, kv_pos)
             marks.append(_mark(on_gpu))
             new_pos = input_pos + 1
-            new, n, pair, input_pos = steps.verify(pair, input_pos, drafts, q, kv_pos, last_pos)
+            new_ids, n, last_two, input_pos = steps.verify(last_two, input_pos, drafts, q, kv_pos, last_pos)
             marks.append(_mark(on_gpu))
-            under_way.append((copy_to_host(torch.cat((new, n), 1)), marks))
-        if not under_way:
+            in_flight.append((copy_to_host(torch.cat((new_ids, n), 1)), marks))
+        if not in_flight:
             return
-        copy, marks = under_way.popleft()
+        copy, marks = in_flight.popleft()
         rows = wait(*copy).tolist()
-        ids = [row[: row[-1] + 1] if has < max_new_tokens else [] for row, has in zip(rows, produced, strict=True)]
-        produced = [has + len(row) for has, row in zip(produced, ids, strict=True)]
-        yield Step(ids, *(_seconds(*pair) for pair in pairwise(marks)))
+        ids = [row[: row[-1] + 1] if done < max_new_tokens else [] for row, done in zip(rows, produced, strict=True)]
+        produced = [done + len(row) for done, row in zip(produced, ids, strict=True)]
+        yield Step(ids, *(_seconds(*span) for span in pairwise(marks)))
 
 
 def _mark(on_gpu: bool) -> Any:
@@ -287,18 +287,18 @@ def warm_up_speculation(steps: SpeculativeSteps, prompts: list[list[int]], max_n
     start, model, k = time.perf_counter(), steps.model, steps.k
     time_kernels(model, len(prompts), k + 1)
     if isinstance(steps.drafter, DraftModel):
-        for n in (2, 1):  # the pair first, then token by token
+        for n in (2, 1):  # two tokens first, then token by token
             time_kernels(steps.drafter.model, len(prompts), n)
     if not steps.plain.prefill_is_compiled and not model.slots.is_cuda:
         prompts = [prompt[:2] for prompt in prompts]  # a longer prompt would compile nothing more
     deque(speculate(steps, prompts, min(2 * k + 3, max_new_tokens)), maxlen=0)  # two steps at least
     if model.slots.is_cuda and max_new_tokens > 1:
         zeros = torch.zeros(len(prompts), 1, dtype=torch.long, device=model.slots.device)
-        new, longest = zeros.expand(-1, k + 1).clone(), max(map(len, prompts)) + k + 1
+        new_ids, longest = zeros.expand(-1, k + 1).clone(), max(map(len, prompts)) + k + 1
         for slots in sorted({kv_slots(longest + n, len(model.slots)) for n in range(max_new_tokens + k + 2)}):
             for _ in range(3):  # warm-up, recording, replay
-                drafts, q = steps.draft(new, zeros, new[:, :2].clone(), zeros + 1, model.slots[:slots])
-                steps.verify(new[:, :2].clone(), zeros + 1, drafts, q, model.slots[:slots], zeros)
+                drafts, q = steps.draft(new_ids, zeros, new_ids[:, :2].clone(), zeros + 1, model.slots[:slots])
+                steps.verify(new_ids[:, :2].clone(), zeros + 1, drafts, q, model.slots[:slots], zeros)
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
@@ -352,7 +352,7 @@ class Acceptance:
         return figures
 
 
-def choose(
+def choose_fastest(
     all_steps: list[SpeculativeSteps], prompts: list[list[int]], max_new_tokens: int
 ) -> tuple[SpeculativeSteps | Steps, str]:
     """Time all steps and plain decoding briefly on these prompts; return the fastest of them, and a report.

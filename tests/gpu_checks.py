@@ -133,7 +133,7 @@ def test_a_prefill(dtype, n, k):
         (20, 40, 96),
     ],
 )
-def test_what_surrounds_a_product(rows, n, k, gated):
+def test_fused_norm_bias_gates_and_residual(rows, n, k, gated):
     """Norm, bias, gates and residual inside the kernels, against plain PyTorch in float32."""
     x, bias, around = 30 * normal(rows, k).half(), normal(n).half(), {"gated": True} if gated else {}
     norm = RMSNorm(k, eps=1.0).to(DEVICE).requires_grad_(False)
@@ -151,11 +151,11 @@ def test_what_surrounds_a_product(rows, n, k, gated):
         assert float((y.float() - exact).norm() / exact.norm()) < 2 * torch.finfo(x.dtype).eps
 
 
-def test_large_offsets_do_not_cancel():
-    """Weights around 100 with a spread of 1: subtracting the offset of the nibbles costs no precision."""
+def test_large_zeros_cancel_exactly():
+    """Weights around 100 with a spread of 1, the inputs' second half is the first one negated: the spread remains."""
     for rows in (2, 6):
-        x = normal(rows, 512).half()
-        assert is_right(Int4Linear.from_float(100 + normal(16, 512), groupsize=32), x)
+        half = normal(rows, 256).half()
+        assert is_right(Int4Linear.from_float(100 + normal(16, 512), groupsize=32), torch.cat((half, -half), 1))
 
 
 def test_a_bias_a_batch_and_a_view():
@@ -235,9 +235,9 @@ def test_the_report_times_every_way(monkeypatch, kind):
     found = gpu_products.candidates(card, "w13", [linear], 1, others=True)
     launched.clear()
     for label, (name, modules, call) in found.items():
-        run = gpu_correctness.Surrounded(name, modules[0], DEVICE, torch.float16)
+        run = gpu_correctness.FusedProduct(name, modules[0], DEVICE, torch.float16)
         x, residual = run.inputs(1, DEVICE, torch.float16)
-        exact = gpu_correctness.Surrounded(name, linear, DEVICE, torch.float16)
+        exact = gpu_correctness.FusedProduct(name, linear, DEVICE, torch.float16)
         assert gpu_correctness.product_error(exact, x, residual, call(run, x, residual)) < 2, label
     names = [f"kernels/gpu, {name_of(way)}" for way in launched]
     others = ["kernels/gpu, Inductor", "F.linear, bare"] if kind == "float" else ["Inductor"]
@@ -290,7 +290,7 @@ def test_loaded_for_a_gpu_it_has_the_kernel():
 
 
 @pytest.fixture
-def mended(monkeypatch):
+def patched_interpreter(monkeypatch):
     """Work around two faults of Triton's interpreter.
 
     In 3.6, `range` up to a computed number needs numpy before 2.4. Up to 3.9, what rounds up to 32 in fp8 becomes 16.
@@ -320,7 +320,7 @@ def attention_args(heads: int, kv_heads: int, D: int, **others) -> ModelArgs:
     ("heads", "kv_heads", "S", "D", "window", "qk_norm"),
     [(4, 4, 1, 64, 100, False), (6, 2, 1, 80, None, True), (2, 1, 5, 32, 3, False), (4, 2, 16, 48, None, True)],
 )
-def test_attention_over_a_cache(monkeypatch, mended, heads, kv_heads, S, D, window, qk_norm, kv_dtype):
+def test_attention_over_a_cache(monkeypatch, patched_interpreter, heads, kv_heads, S, D, window, qk_norm, kv_dtype):
     """Rows of different lengths: one with nothing cached, one up to the cache's end; 2 to 8 programs share a head."""
     set_multiprocessors(monkeypatch, 6)
     args = attention_args(heads, kv_heads, D, sliding_window=window, qk_norm=qk_norm)
@@ -330,7 +330,7 @@ def test_attention_over_a_cache(monkeypatch, mended, heads, kv_heads, S, D, wind
 
 
 @pytest.mark.parametrize("best", [0, -1])
-def test_the_fastest_attention_is_taken(monkeypatch, mended, best):
+def test_the_fastest_attention_is_taken(monkeypatch, patched_interpreter, best):
     """Each way is right; it is timed at the cache's last slot, and the other slots keep what they hold."""
     set_multiprocessors(monkeypatch, 2)
     args, shape = attention_args(4, 2, 32), (2, 2, 150, 32)
@@ -362,7 +362,7 @@ def test_the_fastest_attention_is_taken(monkeypatch, mended, best):
     assert [f"{way['SPLITS']} programs a head, {way['BLOCK']} slots at a time" for way in launched] == [names[best]]
 
 
-def test_the_report_times_both_attentions(monkeypatch, mended):
+def test_the_report_times_both_attentions(monkeypatch, patched_interpreter):
     """Plain PyTorch, which Inductor would compile, and our kernel are both timed; neither fails."""
     monkeypatch.setattr(gpu_products, "kernels_of", lambda card: gpu)
     monkeypatch.setattr(gpu_products, "CONTEXTS", [100])
@@ -377,7 +377,7 @@ def test_the_report_times_both_attentions(monkeypatch, mended):
 
 
 @pytest.mark.parametrize("wrong", ["a slot less", "no new key", "another angle"])
-def test_the_report_sees_wrong_attention(mended, monkeypatch, wrong):
+def test_the_report_sees_wrong_attention(patched_interpreter, monkeypatch, wrong):
     """Also where only the longest row is wrong, or only what is stored in the cache."""
     attend = torch.ops.fast_gpu.decode_attention
 
@@ -396,7 +396,7 @@ def test_the_report_sees_wrong_attention(mended, monkeypatch, wrong):
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.float16, torch.int8])
-def test_attention_keeps_pytorchs_rules(mended, kv_dtype):
+def test_attention_keeps_pytorchs_rules(patched_interpreter, kv_dtype):
     qkv, positions = normal(1, 1, 4 * 32).half(), torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
     cache, (cos, sin) = KVCache((1, 1, 5, 32), DEVICE, kv_dtype), rope_table(REPORTED, positions)
     rules = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -408,7 +408,7 @@ def test_attention_keeps_pytorchs_rules(mended, kv_dtype):
 
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_model_attends_with_the_kernel(mended, compiled, kv_dtype):
+def test_the_model_attends_with_the_kernel(patched_interpreter, compiled, kv_dtype):
     """Two decode steps that write the cache, with rows of different lengths, against plain PyTorch."""
     sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "hidden_dim": 32}
     with torch.device(DEVICE):

@@ -149,8 +149,8 @@ def test_weights_and_cache_are_noise(decode):
 
 
 def test_shapes(monkeypatch):
-    assert measuring.past_the_caches("cpu") >= 256e6
-    monkeypatch.setattr(measuring, "past_the_caches", lambda device: 4 << 20)
+    assert measuring.rotation_bytes("cpu") >= 256e6
+    monkeypatch.setattr(measuring, "rotation_bytes", lambda device: 4 << 20)
     lines, figures = run_of("--shapes", "--mode", "bf16", "int4", "--batch_size", "1", "3", "--repeats", "1")
     sizes = {"wqkv": (864, 288), "wo": (288, 288), "w13": (1536, 288), "w2": (288, 768), "output": (32000, 288)}
     expected = [

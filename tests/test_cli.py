@@ -246,7 +246,7 @@ def test_chat_and_system_fill_the_template(main, figures, checkpoint):
 def test_max_new_tokens_is_cut_to_what_fits(main, checkpoint):
     n = len(load_tokenizer(checkpoint).encode("The module"))
     code, _, err = main("--max_seq_length", n + 4, "--max_new_tokens", 9)
-    assert (code, err) == (0, f"5 new tokens fit behind the prompt's {n}: stopping there\n")  # the last is not cached
+    assert (code, err) == (0, f"only 5 new tokens fit after the prompt's {n}\n")  # the last is not cached
     assert main("--max_seq_length", n + 4, "--max_new_tokens", 5)[2] == ""
 
 
@@ -269,7 +269,7 @@ def test_compile_without_a_compiler_goes_on(main, monkeypatch, tmp_path, lacking
     code, out, err = main("--compile", "--compile_prefill")
     assert code == 0
     assert err.count("\n") == 1
-    assert err.endswith("going on without --compile\n")
+    assert err.endswith("not compiling\n")
     assert ("Python.h" if lacking == "Python.h" else "no C++ compiler") in err
     assert out.split("\n\n")[1] == plain
 
@@ -328,7 +328,7 @@ def test_without_a_template_it_goes_on_from_what_is_written(converse, copy):
     (copy / "chat_template.jinja").unlink()
     out, calls = converse(["The list", " is sorted"], checkpoint_path=copy)
     tokenizer = load_tokenizer(copy)
-    assert out.startswith("this model has no chat template: it goes on from what you write\n")
+    assert out.startswith("this model has no chat template: it continues your text\n")
     assert calls[0] == (tokenizer.encode("The list"), 0)
     answer = out.split("\n")[1]
     assert calls[1][1] >= len(tokenizer.encode("The list"))
@@ -461,7 +461,7 @@ def test_an_error_is_one_line_and_exit_code_2():
     assert run.stderr.count("\n") == 1
 
 
-def test_a_reader_may_leave_early(checkpoint):
+def test_a_closed_stdout_is_no_error(checkpoint):
     with subprocess.Popen(
         **command("--checkpoint_path", checkpoint, "--max_new_tokens", 100),
         stdout=subprocess.PIPE,
@@ -573,7 +573,7 @@ def change_json(path: Path, **change) -> None:
         (
             lambda d: change_json(d / "tokenizer_config.json", add_bos_token=False),
             ["--prompt", ""],
-            "the prompt is empty and this model has no token to begin with: give at least one word",
+            "the prompt is empty and this model has no begin-of-text token: give at least one word",
         ),
     ],
 )

@@ -278,7 +278,7 @@ print(len(started), early, headers(), threading.active_count() - before)
 
 @pytest.mark.skipif(missing_compiler() is not None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("openssl", [True, False])
-def test_the_first_compile_finds_its_header_under_way(tmp_path, monkeypatch, openssl):
+def test_the_first_compile_uses_the_precompiled_header(tmp_path, monkeypatch, openssl):
     """Inductor uses the precompiled header; for other flags it would build another. Without openssl there is none."""
     if not openssl:
         for program in [p for folder in os.get_exec_path() for p in Path(folder).glob("*") if p.name != "openssl"]:
@@ -329,7 +329,7 @@ def test_on_a_gpu_decoding_never_waits_and_equals_eager(ours, rows):
 # --- bounds ----------------------------------------------------------------------------------------------------------
 
 
-def untouchable(*args):
+def must_not_run(*args):
     raise AssertionError("a step ran")
 
 
@@ -346,7 +346,7 @@ def untouchable(*args):
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_an_error_before_anything_runs(ours, prompts, n, cached, message):
-    steps = Steps(ours(rows=2), prefill=untouchable, decode=untouchable, prefill_is_compiled=False)
+    steps = Steps(ours(rows=2), prefill=must_not_run, decode=must_not_run, prefill_is_compiled=False)
     with pytest.raises(ValueError, match=message):
         next(stream(steps, prompts, n, cached))
 

@@ -219,13 +219,13 @@ def test_without_the_harness_the_error_names_the_package(monkeypatch, capsys):
     assert "pip install 'lm_eval>=0.4.9,<0.5'" in capsys.readouterr().err
 
 
-def test_a_continued_message_ends_where_it_ends(both):
+def test_without_a_generation_prompt_the_last_message_stays_open(both):
     history = [{"role": "user", "content": "Name it."}, {"role": "assistant", "content": "It is"}]
     for lm in both:
         assert lm.apply_chat_template(history, add_generation_prompt=False).endswith("<assistant>It is")
 
 
-def test_text_that_begins_like_a_document_gets_no_second_beginning(both):
+def test_bos_is_not_added_twice(both):
     theirs, ours = both
     for text in ("<s>The list", "The list", ""):
         assert ours.tok_encode(text) == theirs.tok_encode(text)
@@ -259,7 +259,7 @@ def test_new_tokens_that_leave_no_room_are_refused(both):
         ("--tasks next_words --fewshot_as_multiturn", "--fewshot_as_multiturn needs --apply_chat_template"),
         ("--tasks next_words --include_path own --max_seq_length 513", "max_seq_length 513 must be 1 to 512"),
         ("--tasks next_words --include_path own --apply_chat_template", "the model has no chat template"),
-        ("--perplexity own/items.jsonl --output_path results", "--output_path holds the results of --tasks"),
+        ("--perplexity own/items.jsonl --output_path results", "--output_path needs --tasks"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(manager, capsys, flags, message):

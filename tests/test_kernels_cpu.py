@@ -130,7 +130,7 @@ def test_products(variant, rows, threads):
 
 @pytest.mark.parametrize("rows", [1, 6, 40])
 @pytest.mark.parametrize("gated", [False, True])
-def test_what_surrounds_a_product(variant, rows, gated):
+def test_fused_norm_bias_gates_and_residual(variant, rows, gated):
     """Norm, bias, gating and residual inside the kernels, against plain PyTorch in float32."""
     x, weight, bias = 30 * normal(rows, 200).bfloat16(), normal(88, 200).bfloat16(), normal(88).bfloat16()
     weight, x = F.pad(weight, (0, 24)), F.pad(x, (0, 24))  # to 224 inputs, a multiple of the group size 32
@@ -138,11 +138,11 @@ def test_what_surrounds_a_product(variant, rows, gated):
     norm.weight.data = normal(224).bfloat16().float()
     residual = None if gated else normal(rows, 88).bfloat16()
     int8, int4 = Int8Linear.from_float(weight), Int4Linear.from_float(weight, groupsize=32)
-    around = bias, norm.weight.bfloat16(), norm.eps, residual, gated
+    surroundings = bias, norm.weight.bfloat16(), norm.eps, residual, gated
     for exact, y in (
-        (weight.float(), torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight), 88, *around)),
-        (int8.dequantize(torch.float32), torch.ops.fast.int8_linear(x, pack(int8), 88, *around)),
-        (int4.dequantize(torch.float32), torch.ops.fast.int4_linear(x, pack(int4), 88, 32, *around)),
+        (weight.float(), torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight), 88, *surroundings)),
+        (int8.dequantize(torch.float32), torch.ops.fast.int8_linear(x, pack(int8), 88, *surroundings)),
+        (int4.dequantize(torch.float32), torch.ops.fast.int4_linear(x, pack(int4), 88, 32, *surroundings)),
     ):
         linear = Linear(224, 88, True, Sharding()).requires_grad_(False)
         linear.weight.data, linear.bias.data = exact, bias.float()
@@ -159,7 +159,7 @@ def test_gates_far_from_zero(variant):
     assert torch.allclose(y[0].float(), F.silu(gates.float()), rtol=0.01, atol=1e-7)
 
 
-def test_rows_are_what_they_are_alone(variant):
+def test_batched_rows_equal_single_rows(variant):
     """A row of a batch, or of a verified draft, gives what it gives alone, up to rounding."""
     x, weight = normal(6, 256).bfloat16(), normal(48, 256)
     for multiply in (
@@ -171,16 +171,17 @@ def test_rows_are_what_they_are_alone(variant):
         assert torch.allclose(multiply(x).float(), alone.float(), rtol=0.008, atol=0.02)
 
 
-def test_large_offsets_do_not_cancel(variant):
-    """Weights around 100 with a spread of 1: `zeros` dominates the result, which must still be accurate."""
-    x, weight = normal(2, 512).bfloat16(), 100 + normal(16, 512)
+def test_large_zeros_cancel_exactly(variant):
+    """Weights around 100 with a spread of 1, the inputs' second half is the first one negated: the spread remains."""
+    half, weight = normal(2, 256).bfloat16(), 100 + normal(16, 512)
+    x = torch.cat((half, -half), 1)
     module = Int4Linear.from_float(weight, groupsize=32)
     y = torch.ops.fast.int4_linear(x, pack(module), 16, 32)
     assert close(y, x.float() @ module.dequantize(torch.float32).T)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_no_number_stays_in_its_row_and_is_seen(variant, bad):
+def test_nan_and_inf_stay_in_their_row(variant, bad):
     """int8 and int4 products round inputs to integers, which have no NaN; no output of that row may be finite."""
     x, weight = normal(3, 512).bfloat16(), normal(16, 512)
     x[1, 300] = bad
@@ -215,7 +216,7 @@ def test_a_weight_of_another_type_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("around", "message"),
+    ("surroundings", "message"),
     [
         ({"norm": torch.ones(63).bfloat16()}, "the norm must be bfloat16 [64], contiguous, not BFloat16 [63]"),
         ({"bias": torch.ones(40)}, "the bias must be bfloat16 [40], contiguous, not Float [40]"),
@@ -223,15 +224,16 @@ def test_a_weight_of_another_type_is_refused():
         ({"residual": torch.ones(1, 20).bfloat16(), "gated": True}, "with no residual"),
     ],
 )
-def test_surroundings_that_do_not_fit_are_refused(around, message):
+def test_surroundings_that_do_not_fit_are_refused(surroundings, message):
+    weight = packing.pack_bf16(normal(40, 64).bfloat16())
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        torch.ops.fast.bf16_linear(normal(1, 64).bfloat16(), packing.pack_bf16(normal(40, 64).bfloat16()), 40, **around)
+        torch.ops.fast.bf16_linear(normal(1, 64).bfloat16(), weight, 40, **surroundings)
 
 
 @pytest.mark.parametrize(("n_in", "groupsize"), [(96, 0), (96, 64), (1024, 512), (96, 96)])
 def test_groups_that_do_not_fit_are_refused(n_in, groupsize):
     packed = pack(Int4Linear.from_float(normal(40, n_in), groupsize=32))
-    with pytest.raises(RuntimeError, match=f"{n_in} inputs do not fall into groups of {groupsize}, which must be"):
+    with pytest.raises(RuntimeError, match=f"{n_in} inputs cannot be divided into groups of {groupsize}, which"):
         torch.ops.fast.int4_linear(normal(1, n_in).bfloat16(), packed, 40, groupsize)
 
 
@@ -340,7 +342,7 @@ def multiply(x, *weights):
     return [torch.ops.fast.bf16_linear(x, packed, 320) for packed in weights]
 
 
-def test_a_team_whose_weights_go(two_threads):
+def test_prefetched_weights_may_be_freed(two_threads):
     """The weight that the threads prefetch, expecting it next, may be freed, even in the middle of a step."""
     x, weights = normal(1, 320).bfloat16(), [normal(320, 320).bfloat16() for _ in range(6)]
     expected = [x.float() @ weight.float().T for weight in weights]
@@ -366,7 +368,7 @@ def test_a_team_inside_a_team_and_beside_another(two_threads):
     assert all(torch.equal(a, b) for results in found for ys in results for a, b in zip(ys, expected, strict=True))
 
 
-def test_a_team_that_waits_naps(two_threads):
+def test_idle_threads_sleep(two_threads):
     x, packed = normal(1, 320).bfloat16(), packing.pack_bf16(normal(320, 320).bfloat16())
 
     def step() -> float:
@@ -401,7 +403,7 @@ def load_in_a_process(folder: Path, **environment: str) -> str:
 
 def test_without_a_compiler_it_says_so(tmp_path):
     found = load_in_a_process(tmp_path, CXX="no-such-compiler")
-    assert found.startswith("the CPU's kernels cannot be built, without them quantised weights run slowly: ")
+    assert found.startswith("the CPU's kernels cannot be built, so quantised weights run slowly: ")
     assert found.endswith("no C++ compiler (no-such-compiler) is installed")
     assert not list(tmp_path.iterdir())
 

@@ -131,7 +131,7 @@ def product_types(bits: int, *present: str) -> tuple[dict[str, str], dict[str, N
         (16, 4096, 16, ("residual_ptr",), 1, 3.5),
     ],
 )
-def test_weights_stay_where_they_are_read(compiled, capability, bits, group, rows, present, gated, most):
+def test_threads_do_not_exchange_weights(compiled, capability, bits, group, rows, present, gated, most):
     """No data passes between threads until the last `mma`; a program issues less than `most` instructions per weight.
 
     An instruction counts once for every thread.
@@ -150,9 +150,9 @@ def test_weights_stay_where_they_are_read(compiled, capability, bits, group, row
     ptx, turns = code.ptx, 4096 * bits // (32 * words) // (4 * warps)
     assert 32 * warps * code.issued(turns) < most * outputs * 4096
     assert len(re.findall(rf"ld\.global\.v{words}\.b32", ptx)) >= outputs // 8
-    products, sums = ptx[: ptx.rindex("mma.sync")], ptx[ptx.rindex("mma.sync") :]
-    assert not re.search("shfl|bar.sync|shared", products[products.index("{") :])
-    assert "bar.sync" in sums
+    end = ptx.rindex("mma.sync")
+    assert not re.search("shfl|bar.sync|shared", ptx[ptx.index("{") : end])
+    assert "bar.sync" in ptx[end:]
 
 
 @pytest.mark.parametrize(("bits", "before"), [(4, 4), (8, 0), (16, 0)])

@@ -119,7 +119,7 @@ def test_the_command_line_prints_tokens_bytes_and_bits(excerpt, capsys, monkeypa
         (["--perplexity", "EMPTY"], "a text of 1 tokens has no perplexity"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_line(excerpt, tmp_path, capsys, argv, message):
+def test_errors_are_one_line(excerpt, tmp_path, capsys, argv, message):
     (tmp_path / "empty.txt").touch()
     names = {"EXCERPT": str(excerpt), "EMPTY": str(tmp_path / "empty.txt")}
     assert eval_cli.main([names.get(word, word) for word in argv]) == 2

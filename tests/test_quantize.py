@@ -318,7 +318,7 @@ def test_too_little_calibration_text(fails, tmp_path):
 
 def test_a_quantised_input_and_the_input_as_output(fails, written):
     path = written / "model_int8.pth"
-    fails("is quantised already (int8): give the checkpoint it was made from", "--checkpoint_path", path)
+    fails("is quantised already (int8): give the unquantised checkpoint", "--checkpoint_path", path)
     size = path.stat().st_size
     bf16 = written / "bf16.pth"
     checkpoint = open_checkpoint(DEMO)

@@ -135,7 +135,7 @@ def test_the_draw_is_unbiased(options):
     assert statistic < critical
 
 
-def test_equals_of_the_last_that_top_k_keeps_compete():
+def test_tokens_tied_with_the_kth_may_be_drawn():
     torch.manual_seed(0)
     logits = torch.zeros(1000)
     logits[[7, 400, 900]] = 2.0

@@ -1,4 +1,4 @@
-"""scoring.py against Hugging Face's logits, one request at a time; shared beginnings, compiling, a full memory.
+"""scoring.py against Hugging Face's logits, one request at a time; shared prefixes, compiling, a full memory.
 
 python -m pytest tests/test_scoring.py
 """
@@ -100,27 +100,27 @@ def test_groups_follow_what_is_shared():
     examples, questions = [1, 2] * 100, [[60 + q] * 20 for q in range(2)]
     requests = [(examples + question, [100 + a, 0]) for question in questions for a in range(3)]
     texts = to_texts(requests, 512)
-    assert [(len(g.texts), g.shared) for g in to_groups(texts, 8)] == [(6, 200)]  # by the examples, the longer part
-    assert [(len(g.texts), g.shared) for g in to_groups(texts, 4)] == [(4, 200), (2, 219)]
-    assert [(len(g.texts), g.shared) for g in to_groups(texts, 1)] == [(1, 0)] * 6
+    assert [(len(g.texts), g.n_shared) for g in to_groups(texts, 8)] == [(6, 200)]  # by the examples, the longer part
+    assert [(len(g.texts), g.n_shared) for g in to_groups(texts, 4)] == [(4, 200), (2, 219)]
+    assert [(len(g.texts), g.n_shared) for g in to_groups(texts, 1)] == [(1, 0)] * 6
     texts = to_texts([([1] * 20 + question * 3, [100 + a, 0]) for question in questions for a in range(3)], 128)
-    assert [(len(g.texts), g.shared) for g in to_groups(texts, 8)] == [(3, 79), (3, 79)]  # by the questions
+    assert [(len(g.texts), g.n_shared) for g in to_groups(texts, 8)] == [(3, 79), (3, 79)]  # by the questions
 
 
 def test_a_full_memory_halves_the_batch(tiny, monkeypatch, capsys):
     hf_model, directory = tiny("llama")
     scorer = Scorer(load_model(directory, dtype=torch.float32), batch_size=16)
-    score_rests = scorer._score_rests
+    score_suffixes = scorer._score_suffixes
 
-    def with_little_memory(rests, beginnings):
-        if len(rests) > 3:
+    def with_little_memory(suffixes, prefixes):
+        if len(suffixes) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return score_rests(rests, beginnings)
+        return score_suffixes(suffixes, prefixes)
 
-    monkeypatch.setattr(scorer, "_score_rests", with_little_memory)
+    monkeypatch.setattr(scorer, "_score_suffixes", with_little_memory)
     assert_as_expected(scorer.score(REQUESTS), hf_model)
     assert scorer.batch_size == 2
-    assert "out of memory: going on with batches of 2" in capsys.readouterr().err
+    assert "out of memory: continuing with batches of 2" in capsys.readouterr().err
 
 
 def test_a_compiled_model_is_compiled_for_all_batches_at_once(tiny, monkeypatch):
@@ -135,7 +135,7 @@ def test_a_compiled_model_is_compiled_for_all_batches_at_once(tiny, monkeypatch)
     sharing = [([1] * 50 + [q], [a, 1]) for q in range(4) for a in range(2, 4)]
     scorer.score(sharing)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs == 3  # whole texts, beginnings, rests
+    assert graphs == 3  # whole texts, prefixes, suffixes
     assert_as_expected(scorer.score(REQUESTS), hf_model)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
@@ -149,7 +149,7 @@ def test_buckets_are_few_and_close():
 def test_a_group_can_be_split():
     texts = [Text([1, 2, 3, n], [(n, [0])]) for n in range(3)]
     (group,) = to_groups([Text([9] * 40 + text.ids, text.continuations) for text in texts], 8)
-    assert [(len(piece.texts), piece.shared) for piece in split(group, 2)] == [(2, 43), (1, 0)]
+    assert [(len(piece.texts), piece.n_shared) for piece in split(group, 2)] == [(2, 43), (1, 0)]
 
 
 def test_what_cannot_be_scored_is_refused(tiny):

@@ -30,8 +30,8 @@ from fast.speculative import (
     PromptLookup,
     SpeculativeSteps,
     build_speculative_steps,
-    candidates,
-    choose,
+    candidate_steps,
+    choose_fastest,
     speculate,
     warm_up_speculation,
 )
@@ -201,7 +201,7 @@ def test_prompt_lookup_drafts_what_followed_the_longest_last_match(ours):
 # --- sampled: the same distribution ----------------------------------------------------------------------------------
 
 
-def log_likelihood_table(model: Transformer, prompt: list[int], sampling: Sampling, n: int) -> torch.Tensor:
+def continuation_probabilities(model: Transformer, prompt: list[int], sampling: Sampling, n: int) -> torch.Tensor:
     """The probability of every continuation of `n` tokens, `[V**n]`, from full forward passes without a cache."""
     V = model.args.vocab_size
     texts, table = torch.tensor([prompt]), torch.ones(1)
@@ -224,7 +224,7 @@ def test_the_first_three_tokens_are_distributed_as_the_target_s(tmp_path, by, sa
     target, draft = (
         with_cache(load_model(tmp_path / name, dtype=torch.float32), rows, 16) for name in ("target", "draft")
     )
-    expected = log_likelihood_table(target, prompt, sampling, 3) * n_samples
+    expected = continuation_probabilities(target, prompt, sampling, 3) * n_samples
     drafter = DraftModel(draft, sampling, 2) if by == "model" else PromptLookup(target, sampling, 2)
     steps = build_speculative_steps(build_steps(target, sampling), drafter, sampling)
     torch.manual_seed(1)
@@ -318,11 +318,11 @@ def test_auto_takes_the_fastest_or_plain_decoding(ours, monkeypatch, draft_s, ch
     target = with_cache(ours())
     draft = with_cache(ours())
     plain = build_steps(target, GREEDY)
-    all_steps = candidates("auto", plain, draft, GREEDY, compile=False)
+    all_steps = candidate_steps("auto", plain, draft, GREEDY, compile=False)
     assert [steps.k for steps in all_steps] == list(AUTO_K)
     real = Acceptance.figures
     monkeypatch.setattr(Acceptance, "figures", lambda self: real(self) | {"draft_s": draft_s, "verify_s": 1e-9})
-    steps, words = choose(all_steps, [PROMPTS[2]], 40)
+    steps, words = choose_fastest(all_steps, [PROMPTS[2]], 40)
     assert steps is plain if chosen is None else steps.k == chosen
     assert words.endswith("k=7" if chosen else "plain decoding")
 
@@ -399,7 +399,7 @@ def test_a_conversation_may_speculate(main, monkeypatch):
         monkeypatch.setattr(chat, "ask", lambda _, lines=lines: next(lines, None))
         code, out, err = main("--interactive", *flags)
         assert (code, err) == (0, "")
-        answers.append(out.partition("what you write\n")[2])
+        answers.append(out.partition("continues your text\n")[2])
     assert answers[0]
     assert all(a == b for a, b in pairwise(answers))
 

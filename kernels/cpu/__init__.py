@@ -29,7 +29,7 @@ def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None =
     n_out, n_in = weight.shape
     if zeros is not None:
         groupsize = 2 * n_in // scales.shape[1]
-        if groupsize % 32 or packing.SCALED % groupsize:
+        if groupsize % 32 or packing.INPUTS_PER_SCALE % groupsize:
             return None
         operator, sizes = torch.ops.fast.int4_linear, (n_out, groupsize)
         packed = packing.pack_int4(weight, scales, zeros)
@@ -39,7 +39,7 @@ def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None =
         operator, sizes, packed = torch.ops.fast.int8_linear, (n_out,), packing.pack_int8(weight, scales)
     else:
         operator, sizes, packed = torch.ops.fast.bf16_linear, (n_out,), packing.pack_bf16(weight)
-    return Product({"packed": packed}, lambda x, packed, *around: operator(x, packed, *sizes, *around))
+    return Product({"packed": packed}, lambda x, packed, *fused: operator(x, packed, *sizes, *fused))
 
 
 def attention(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> Attention | None:

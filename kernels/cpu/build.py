@@ -45,7 +45,7 @@ def load() -> str | None:
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[0])
-        return f"the CPU's kernels cannot be built, without them quantised weights run slowly: {reason}"
+        return f"the CPU's kernels cannot be built, so quantised weights run slowly: {reason}"
     _register_fakes()
     return None
 
@@ -96,5 +96,5 @@ def _register_fakes() -> None:
 
     for name in ("bf16_linear", "int8_linear"):
         torch.library.register_fake(f"fast::{name}", linear)
-    torch.library.register_fake("fast::int4_linear", lambda x, w, n, groupsize, *around: linear(x, w, n, *around))
+    torch.library.register_fake("fast::int4_linear", lambda x, w, n, groupsize, *fused: linear(x, w, n, *fused))
     torch.library.register_fake("fast::decode_attention", lambda q, *others: q.new_empty(q.shape))

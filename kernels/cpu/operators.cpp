@@ -19,7 +19,7 @@ constexpr int64_t MAX_ROWS = 16;       // rows of x; more are a prefill
 constexpr int64_t ROWS_AT_ONCE = 256;  // rows of x in a prefill: as many as the cache holds beside a panel
 constexpr int64_t SCRATCH = 1 << 20;   // elements of the weight that are unpacked at a time for at::mm
 
-Functions chosen = available().front();
+Kernels chosen = available().front();
 
 int64_t panels(int64_t N) { return (N + LANES - 1) / LANES; }
 
@@ -34,7 +34,7 @@ void by_matrices(Kind kind, const Call& c, const at::Tensor& x, at::Tensor& y) {
   for (int64_t p = 0; p < panels(c.N); p += at_once) {
     const int64_t n = std::min(at_once, panels(c.N) - p);
     at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) chosen.values[kind](c.w + (p + i) * bytes, c.K, c.G, rows + i * LANES * c.K);
+      for (int64_t i = begin; i < end; ++i) chosen.unpack[kind](c.w + (p + i) * bytes, c.K, c.G, rows + i * LANES * c.K);
     });
     const int64_t n_rows = std::min(n * LANES, c.N - p * LANES);
     y.narrow(1, p * LANES, n_rows).copy_(x.mm(scratch.narrow(0, 0, n_rows).t()));
@@ -63,7 +63,7 @@ void few_rows(Kind kind, Call c) {
   c.groups = groups.data();
   share_out(panels(c.N), [&](int64_t p) {
     float out[MAX_ROWS * LANES];
-    chosen.few[kind](c, c.w + p * panel_bytes(kind, c.K, c.G), out);
+    chosen.few_rows[kind](c, c.w + p * panel_bytes(kind, c.K, c.G), out);
     store(c, p, out);
   });
 }
@@ -72,7 +72,7 @@ void many_rows(Kind kind, Call c) {
   const int64_t n_rows = c.M;
   for (int64_t first = 0; first < n_rows; first += ROWS_AT_ONCE, c.x += c.M * c.K, c.y += c.M * c.N) {
     c.M = std::min(n_rows - first, ROWS_AT_ONCE);
-    share_out((panels(c.N) + 1) / 2, [&](int64_t i) { chosen.many[kind](c, 2 * i, std::min(2 * i + 2, panels(c.N))); });
+    share_out((panels(c.N) + 1) / 2, [&](int64_t i) { chosen.many_rows[kind](c, 2 * i, std::min(2 * i + 2, panels(c.N))); });
   }
 }
 
@@ -85,7 +85,7 @@ void by_rows(int64_t n_rows, int64_t columns, const Work& work) {
 }
 
 // What an operator does before and after the product; see `Product` in kernels/__init__.py.
-struct Around {
+struct Fused {
   const std::optional<at::Tensor>&bias, &norm;  // [N], [K]
   double eps;
   const std::optional<at::Tensor>& residual;  // [M, N]
@@ -98,19 +98,19 @@ const bf16* bf16_data(const at::Tensor& x, at::IntArrayRef sizes, const char* na
   return static_cast<const bf16*>(x.const_data_ptr());
 }
 
-at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed, int64_t N, int64_t G, const Around& around) {
+at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed, int64_t N, int64_t G, const Fused& fused) {
   TORCH_CHECK(x_any.dim() == 2 && x_any.scalar_type() == at::kBFloat16, "x must be bfloat16 [M, K]");
   const int64_t M = x_any.size(0), K = x_any.size(1), expected = panels(N) * panel_bytes(kind, K, G);
   TORCH_CHECK(packed.scalar_type() == at::kByte, "the weight is ", packed.scalar_type(), ", not packed in bytes");
   TORCH_CHECK(packed.is_contiguous() && int64_t(packed.nbytes()) == expected, "the weight has ", packed.nbytes(),
               " bytes, not ", expected);
-  TORCH_CHECK(!around.gated || (N % 2 == 0 && !around.residual), "gates are as many as what they let through, with no residual");
+  TORCH_CHECK(!fused.gated || (N % 2 == 0 && !fused.residual), "gated needs an even number of outputs, not ", N, ", with no residual");
   at::Tensor x = x_any.contiguous(), y = empty({M, N});
-  if (around.norm) {
-    const bf16 *weight = bf16_data(*around.norm, {K}, "the norm"), *from = static_cast<const bf16*>(x.const_data_ptr());
+  if (fused.norm) {
+    const bf16 *weight = bf16_data(*fused.norm, {K}, "the norm"), *from = static_cast<const bf16*>(x.const_data_ptr());
     x = empty({M, K});
     bf16* to = static_cast<bf16*>(x.data_ptr());
-    by_rows(M, K, [&](int64_t m) { chosen.normalize(from + m * K, weight, float(around.eps), K, to + m * K); });
+    by_rows(M, K, [&](int64_t m) { chosen.normalize(from + m * K, weight, float(fused.eps), K, to + m * K); });
   }
   bf16* out = static_cast<bf16*>(y.data_ptr());
   const Call c{static_cast<const bf16*>(x.const_data_ptr()), static_cast<const uint8_t*>(packed.const_data_ptr()), out,
@@ -118,19 +118,19 @@ at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed
   if (team.size) team.multiplies(packed);
   if (M <= MAX_ROWS)
     few_rows(kind, c);
-  else if (chosen.many[kind])
+  else if (chosen.many_rows[kind])
     many_rows(kind, c);
   else
     by_matrices(kind, c, x, y);
-  if (around.bias) {
-    const bf16* bias = bf16_data(*around.bias, {N}, "the bias");
+  if (fused.bias) {
+    const bf16* bias = bf16_data(*fused.bias, {N}, "the bias");
     by_rows(M, N, [&](int64_t m) { chosen.add(bias, N, out + m * N); });
   }
-  if (around.residual) {
-    const bf16* residual = bf16_data(*around.residual, {M, N}, "the residual");
+  if (fused.residual) {
+    const bf16* residual = bf16_data(*fused.residual, {M, N}, "the residual");
     by_rows(M, N, [&](int64_t m) { chosen.add(residual + m * N, N, out + m * N); });
   }
-  if (!around.gated) return y;
+  if (!fused.gated) return y;
   at::Tensor gated = empty({M, N / 2});
   bf16* to = static_cast<bf16*>(gated.data_ptr());
   by_rows(M, N, [&](int64_t m) { chosen.gate(out + m * N, N / 2, to + m * (N / 2)); });
@@ -145,19 +145,20 @@ at::Tensor bf16_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N,
 at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, const Maybe& bias, const Maybe& norm, double eps,
                        const Maybe& residual, bool gated) {
   TORCH_CHECK(x.size(-1) % 4 == 0, x.size(-1), " inputs are not a multiple of 4");
-  return multiply(INT8, x, packed, N, SCALED, {bias, norm, eps, residual, gated});
+  return multiply(INT8, x, packed, N, INPUTS_PER_SCALE, {bias, norm, eps, residual, gated});
 }
 at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, int64_t G, const Maybe& bias, const Maybe& norm,
                        double eps, const Maybe& residual, bool gated) {
-  TORCH_CHECK(G > 0 && G % 32 == 0 && SCALED % G == 0 && x.size(-1) % G == 0, x.size(-1), " inputs do not fall into groups of ", G,
-              ", which must be a multiple of 32 and divide ", SCALED);
+  TORCH_CHECK(G > 0 && G % 32 == 0 && INPUTS_PER_SCALE % G == 0 && x.size(-1) % G == 0, x.size(-1),
+              " inputs cannot be divided into groups of ", G, ", which must be a multiple of 32 and divide ", INPUTS_PER_SCALE);
   return multiply(INT4, x, packed, N, G, {bias, norm, eps, residual, gated});
 }
 
 // Packs rows of bf16 [N, K] into panels, by transposing squares of 16 x 16 pairs; the last panel is padded with zeros.
 void pack_bf16(const at::Tensor& weight, at::Tensor& out) {
   const int64_t N = weight.size(0), K = weight.size(1), n_pairs = K / 2;
-  TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() && K % 2 == 0, "rows of bfloat16 pairs, please");
+  TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() && K % 2 == 0,
+              "the weight must be contiguous bfloat16 [N, K] with an even K");
   TORCH_CHECK(int64_t(out.nbytes()) == panels(N) * panel_bytes(BF16, K, 1), "the panels have ", out.nbytes(), " bytes");
   const uint32_t* rows = static_cast<const uint32_t*>(weight.const_data_ptr());
   uint32_t* packed = static_cast<uint32_t*>(out.data_ptr());
@@ -207,7 +208,7 @@ void attend(const Attention& c, int64_t B, bool is_int8, bf16* y) {
     const int64_t from = std::max(units[h], units[n_heads] * t / n_pieces);
     return std::pair(from - units[h], std::min(units[h + 1], units[n_heads] * (t + 1) / n_pieces) - units[h]);
   };
-  together(n_pieces, [&](int64_t t) {
+  parallel_for(n_pieces, [&](int64_t t) {
     for (int64_t h = 0; h < n_heads; ++h)
       if (const auto [from, until] = part(t, h); from < until) {
         const int64_t b = h / c.KV, i = (t + h) * c.M;
@@ -260,14 +261,14 @@ at::Tensor decode_attention(const at::Tensor& q_any, const at::Tensor& k, const 
 
 std::vector<std::string> variants() {
   std::vector<std::string> names;
-  for (const Functions& functions : available()) names.push_back(functions.name);
+  for (const Kernels& kernels : available()) names.push_back(kernels.name);
   return names;
 }
 
 void choose_variant(const std::string& name) {
-  for (const Functions& functions : available())
-    if (name == functions.name) {
-      chosen = functions;
+  for (const Kernels& kernels : available())
+    if (name == kernels.name) {
+      chosen = kernels;
       return;
     }
   TORCH_CHECK(false, "this processor does not run ", name);
@@ -277,10 +278,10 @@ void choose_variant(const std::string& name) {
 
 TORCH_LIBRARY(fast, m) {
   m.def("pack_bf16(Tensor weight, Tensor(a!) out) -> ()");
-  const std::string around = ", Tensor? bias=None, Tensor? norm=None, float eps=0, Tensor? residual=None, bool gated=False) -> Tensor";
-  m.def(("bf16_linear(Tensor x, Tensor packed, int n_out" + around).c_str());
-  m.def(("int8_linear(Tensor x, Tensor packed, int n_out" + around).c_str());
-  m.def(("int4_linear(Tensor x, Tensor packed, int n_out, int groupsize" + around).c_str());
+  const std::string fused = ", Tensor? bias=None, Tensor? norm=None, float eps=0, Tensor? residual=None, bool gated=False) -> Tensor";
+  m.def(("bf16_linear(Tensor x, Tensor packed, int n_out" + fused).c_str());
+  m.def(("int8_linear(Tensor x, Tensor packed, int n_out" + fused).c_str());
+  m.def(("int4_linear(Tensor x, Tensor packed, int n_out, int groupsize" + fused).c_str());
   m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor positions, int window=0, Tensor? k_scales=None, "
         "Tensor? v_scales=None) -> Tensor");
   m.def("variants() -> str[]", variants);

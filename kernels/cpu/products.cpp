@@ -215,7 +215,7 @@ struct Portable {
 // converting int8 to bf16. Inputs are quantised to 16 bits, with a scale for each 256. Even if one of these is 16 times
 // their root mean square, the most possible, the relative error is 1.4e-4, a fourteenth of bf16's rounding. Weights are
 // stored with an offset (128 or 8); offset times the sum of the inputs is subtracted afterwards.
-constexpr float GREATEST = 32639;  // 127 * 256 + 127, so that both bytes fit int8
+constexpr float MAX_QUANTIZED_INPUT = 32639;  // 127 * 256 + 127, so that both bytes fit int8
 
 #if defined(__x86_64__)
 #include "products_avx2.h"
@@ -242,9 +242,9 @@ void int4_values_portable(const uint8_t* panel, int64_t K, int64_t G, bf16* out)
 
 }  // namespace
 
-const std::vector<Functions>& available() {
-  static const std::vector<Functions> found = [] {
-    std::vector<Functions> list;
+const std::vector<Kernels>& available() {
+  static const std::vector<Kernels> found = [] {
+    std::vector<Kernels> list;
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))

@@ -9,7 +9,7 @@
 #include <vector>
 
 constexpr int64_t LANES = 16;    // rows of a panel: 32-bit lanes of a 512-bit register
-constexpr int64_t SCALED = 256;  // inputs that are quantised with one scale; group sizes must divide it
+constexpr int64_t INPUTS_PER_SCALE = 256;  // inputs that are quantised with one scale; group sizes must divide it
 constexpr int64_t CHUNK = 256;   // slots of a cache at a time; above 512 the int32 sums over int8 values could overflow
 using bf16 = uint16_t;
 #define INLINE __attribute__((always_inline)) inline
@@ -30,7 +30,7 @@ inline bf16 to_bf16(float x) {  // to nearest, ties to even
 enum Kind { BF16, INT8, INT4 };
 
 struct Group {  // G neighbouring inputs in a row of x
-  float sum;    // of the inputs, or of the integers that `Functions::round` makes of them
+  float sum;    // of the inputs, or of the integers that `Kernels::round` makes of them
   float scale;  // with `round`: input = integer * scale
 };
 
@@ -66,12 +66,12 @@ INLINE void store(const Call& c, int64_t panel, const float* out) {
     for (int64_t r = 0; r < n; ++r) c.y[m * c.N + panel * LANES + r] = to_bf16(out[m * LANES + r]);
 }
 
-struct Functions {  // the kernels for one instruction set
+struct Kernels {  // the kernels for one instruction set
   const char* name;
   int64_t rows_at_once;                                 // rows of x in a block of Call::inputs
-  void (*few[3])(const Call&, const uint8_t*, float*);  // by Kind: few rows of x, one panel
-  void (*many[3])(const Call&, int64_t, int64_t);       // many rows, a range of panels; null: `values`, then at::mm
-  void (*values[3])(const uint8_t*, int64_t, int64_t, bf16*);  // a panel unpacked to rows of bf16
+  void (*few_rows[3])(const Call&, const uint8_t*, float*);  // by Kind: few rows of x, one panel
+  void (*many_rows[3])(const Call&, int64_t, int64_t);       // many rows, a range of panels; null: `unpack`, then at::mm
+  void (*unpack[3])(const uint8_t*, int64_t, int64_t, bf16*);  // a panel unpacked to rows of bf16
   void (*round)(const bf16*, int64_t, int64_t, int64_t, Group*, int8_t*);  // a row of x quantised; null: x stays bf16
   void (*normalize)(const bf16*, const bf16*, float, int64_t, bf16*);
   void (*add)(const bf16*, int64_t, bf16*);
@@ -79,4 +79,4 @@ struct Functions {  // the kernels for one instruction set
   void (*attend[2])(const Attention&, int64_t, int64_t, int64_t, int64_t, float*, float*, float*);  // bf16, int8
 };
 
-const std::vector<Functions>& available();  // the best comes first
+const std::vector<Kernels>& available();  // the best comes first

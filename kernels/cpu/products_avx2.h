@@ -7,20 +7,20 @@
 #define INLINE_AVX2 AVX2 __attribute__((always_inline)) inline
 
 AVX2 void round_avx2(const bf16* x, int64_t K, int64_t G, int64_t rows, Group* groups, int8_t* out) {
-  for (int64_t first = 0; first < K; first += SCALED) {
-    const int64_t last = std::min(K, first + SCALED);
+  for (int64_t first = 0; first < K; first += INPUTS_PER_SCALE) {
+    const int64_t last = std::min(K, first + INPUTS_PER_SCALE);
     bf16 greatest = 0;  // compared as bits: NaN is above every number, so it is kept
     for (int64_t i = first; i < last; ++i) greatest = std::max<bf16>(greatest, x[i] & 0x7FFF);
     const float top = std::max(to_float(greatest), 1e-30f);
-    int32_t q[SCALED];
+    int32_t q[INPUTS_PER_SCALE];
     for (int64_t i = first; i < last; ++i) {
-      const float shifted = to_float(x[i]) * (GREATEST / top) + 12582912.f;  // its low bits are the rounded integer
+      const float shifted = to_float(x[i]) * (MAX_QUANTIZED_INPUT / top) + 12582912.f;  // its low bits are the rounded integer
       q[i - first] = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(12582912.f);
     }
     for (int64_t g = 0; g < last - first; g += G, ++groups) {
       int32_t total = 0;
       for (int64_t i = g; i < std::min(last - first, g + G); ++i) total += q[i];
-      *groups = {float(total), top / GREATEST};
+      *groups = {float(total), top / MAX_QUANTIZED_INPUT};
     }
     for (int64_t i = 0; i < last - first; i += 4) {
       const int16_t four[4] = {int16_t(q[i]), int16_t(q[i + 2]), int16_t(q[i + 1]), int16_t(q[i + 3])};
@@ -71,7 +71,7 @@ INLINE_AVX2 void int4_rows_avx2(const Call& c, const bf16* inputs, const Group* 
   for (int64_t g = 0; g < n;) {
     const Group* first = groups + g;
     __m256 scaled[2][M] = {};  // sums of the groups whose inputs share this scale
-    for (const int64_t end = std::min(n, g + SCALED / c.G); g < end; ++g) {
+    for (const int64_t end = std::min(n, g + INPUTS_PER_SCALE / c.G); g < end; ++g) {
       __m256i sums[2][M] = {};
       for (int64_t i = 0; i < c.G; i += 8, x += 16 * M, panel += 64)
         for (int part = 0; part < 2; ++part) {

@@ -43,8 +43,8 @@ AVX512 void round_avx512(const bf16* x, int64_t K, int64_t G, int64_t rows, Grou
     const __mmask16 lanes = end - i >= LANES ? 0xFFFF : (1 << (end - i)) - 1;
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x + i)), 16));
   };
-  for (int64_t first = 0; first < K; first += SCALED) {
-    const int64_t last = std::min(K, first + SCALED);
+  for (int64_t first = 0; first < K; first += INPUTS_PER_SCALE) {
+    const int64_t last = std::min(K, first + INPUTS_PER_SCALE);
     __m512i greatest = _mm512_setzero_si512();  // compared as bits: NaN is above every number, so it is kept
     for (int64_t i = first; i < last; i += LANES)
       greatest = _mm512_max_epi32(greatest, _mm512_castps_si512(_mm512_abs_ps(inputs(i, last))));
@@ -53,7 +53,7 @@ AVX512 void round_avx512(const bf16* x, int64_t K, int64_t G, int64_t rows, Grou
       const int64_t end = std::min(last, g + G);
       __m512i total = _mm512_setzero_si512();
       for (int64_t i = g; i < end; i += LANES) {
-        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(inputs(i, end), _mm512_set1_ps(GREATEST / top)));
+        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(inputs(i, end), _mm512_set1_ps(MAX_QUANTIZED_INPUT / top)));
         total = _mm512_add_epi32(total, q);
         const __m128i low = _mm512_cvtepi32_epi8(q);
         const __m128i high = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(q, _mm512_cvtepi8_epi32(low)), 8));
@@ -62,7 +62,7 @@ AVX512 void round_avx512(const bf16* x, int64_t K, int64_t G, int64_t rows, Grou
         _mm_store_si128((__m128i*)fours + 1, _mm_unpackhi_epi32(high, low));
         for (int64_t t = 0; t < std::min<int64_t>(4, (end - i) / 4); ++t) std::memcpy(out + 8 * rows * (i / 4 + t), fours + t, 8);
       }
-      *groups = {float(_mm512_reduce_add_epi32(total)), top / GREATEST};
+      *groups = {float(_mm512_reduce_add_epi32(total)), top / MAX_QUANTIZED_INPUT};
     }
   }
 }
@@ -112,7 +112,7 @@ AVX512 void int4_rows(const Call& c, const bf16* inputs, const Group* groups, co
   for (int64_t g = 0; g < n;) {
     const Group* first = groups + g;
     __m512 scaled[M] = {};  // sums of the groups whose inputs share this scale
-    for (const int64_t end = std::min(n, g + SCALED / c.G); g < end; ++g) {
+    for (const int64_t end = std::min(n, g + INPUTS_PER_SCALE / c.G); g < end; ++g) {
       __m512i sums[2][M] = {};
       for (int64_t i = 0; i < c.G; i += 8, x += 16 * M, panel += 64) {
         fetch(panel);

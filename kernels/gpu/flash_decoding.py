@@ -27,7 +27,7 @@ MAX_POSITIONS = 16  # new positions per row
 
 
 @triton.jit
-def _turned(qkv_ptr, at, row_ok, norm_ptr, eps, cos_ptr, sin_ptr, turn, D: tl.constexpr, BLOCK_HALF: tl.constexpr):
+def _rotated(qkv_ptr, at, row_ok, norm_ptr, eps, cos_ptr, sin_ptr, turn, D: tl.constexpr, BLOCK_HALF: tl.constexpr):
     """Both halves, `[R, D / 2]`, of the heads that begin at `at [R]`, after RMSNorm, if there is one, and RoPE."""
     HALF: tl.constexpr = D // 2
     d = tl.arange(0, BLOCK_HALF)
@@ -62,8 +62,8 @@ def _quantized(x, scales, KIND: tl.constexpr):
 
 
 @triton.jit
-def _attend(q_left, q_right, k_left, k_right, v, k_scales, v_scales, seen, peak, total, sums, scale):
-    """Add L slots, masked by `seen [R, L]`, to an online softmax: its peak and total `[R]` and its sums `[R, D]`.
+def _attend(q_left, q_right, k_left, k_right, v, k_scales, v_scales, visible, peak, total, sums, scale):
+    """Add L slots, masked by `visible [R, L]`, to an online softmax: its peak and total `[R]` and its sums `[R, D]`.
 
     A quantised cache is passed as stored: keys are exact in q's type, and their scales multiply the scores; values are
     multiplied by theirs before they are rounded to that type, because weight times scale may underflow in float16.
@@ -74,9 +74,9 @@ def _attend(q_left, q_right, k_left, k_right, v, k_scales, v_scales, seen, peak,
     if k_scales is not None:
         scores *= k_scales[None, :]
         v = v.to(tl.float32) * v_scales[:, None]
-    scores = tl.where(seen, scores, -1e30)
+    scores = tl.where(visible, scores, -1e30)
     higher = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.where(seen, tl.exp(scores - higher[:, None]), 0.0)
+    weights = tl.where(visible, tl.exp(scores - higher[:, None]), 0.0)
     kept = tl.exp(peak - higher)
     total = total * kept + tl.sum(weights, 1)
     return higher, total, tl.dot(weights.to(dtype), v.to(dtype), sums * kept[:, None])
@@ -124,7 +124,7 @@ def _attend_share(
     row_ok, d_ok, half_ok = row < HEADS * S, d < D, half < HALF
     position, token = n_cached + row % S, batch * S + row % S
     q_at = token * WIDTH + (head * HEADS + row // S) * D
-    q_left, q_right = _turned(qkv_ptr, q_at, row_ok, q_norm_ptr, eps, cos_ptr, sin_ptr, token, D, BLOCK_HALF)
+    q_left, q_right = _rotated(qkv_ptr, q_at, row_ok, q_norm_ptr, eps, cos_ptr, sin_ptr, token, D, BLOCK_HALF)
     first = 0
     if WINDOW > 0:
         first = tl.maximum(n_cached - WINDOW + 1, 0)
@@ -147,17 +147,17 @@ def _attend_share(
         if k_scales_ptr is not None:
             k_scales = tl.load(k_scales_ptr + slot_0 + slot, mask=slot_ok, other=0.0)
             v_scales = tl.load(v_scales_ptr + slot_0 + slot, mask=slot_ok, other=0.0)
-        seen = slot_ok[None, :] & row_ok[:, None]
+        visible = slot_ok[None, :] & row_ok[:, None]
         if WINDOW > 0:
-            seen = seen & (slot[None, :] > position[:, None] - WINDOW)
+            visible = visible & (slot[None, :] > position[:, None] - WINDOW)
         peak, total, sums = _attend(
-            q_left, q_right, k_left, k_right, v, k_scales, v_scales, seen, peak, total, sums, scale
+            q_left, q_right, k_left, k_right, v, k_scales, v_scales, visible, peak, total, sums, scale
         )
     if split == SPLITS - 1:
         new = tl.arange(0, NEW)
         new_ok, new_token = new < S, batch * S + new
         new_at = new_token * WIDTH + (KV * HEADS + head) * D
-        new_left, new_right = _turned(
+        new_left, new_right = _rotated(
             qkv_ptr, new_at, new_ok, k_norm_ptr, eps, cos_ptr, sin_ptr, new_token, D, BLOCK_HALF
         )
         new_v = tl.load(

@@ -151,7 +151,7 @@ def _multiply(
     weights that it loaded, and x is permuted to match. No weights are exchanged between threads.
 
     The four chunks may span PARTS quantisation groups. To sum these separately, the inputs of each have columns of
-    their own, which are zero for the others: of 8 columns, the first EACH hold EACH rows of x for the first group.
+    their own, which are zero for the others: of 8 columns the first ROWS_PER_PART hold rows of x for the first group.
 
     An int4 nibble u becomes the float 16 + u; an int8 weight's become 24 + upper (signed) and 1 + lower / 16. Multiples
     of the sum of the inputs remove these offsets and add the zero. The exponent is an argument because with a constant
@@ -162,7 +162,7 @@ def _multiply(
     J: tl.constexpr = 16 // BITS  # weights in half a word
     CHUNK: tl.constexpr = 2 * J * WORDS  # weights
     PARTS: tl.constexpr = max(1, 4 * CHUNK // GROUP)
-    EACH: tl.constexpr = 8 // PARTS
+    ROWS_PER_PART: tl.constexpr = 8 // PARTS
     COLUMNS: tl.constexpr = max(8, PARTS * ROWS)
     LOADS: tl.constexpr = CHUNK // 8  # loads of 16 bytes for the inputs of a chunk
     n_chunks: tl.constexpr = n_in // CHUNK
@@ -170,14 +170,14 @@ def _multiply(
     top = exponent + ((64 if BITS == 4 else 72) << UP) * 0x10001  # bits of 16; for int8 of 24, which flips the sign bit
     n_y = n_out // GATED
     first_n = tl.minimum(tl.program_id(0) * (BLOCK_N // GATED), n_y - BLOCK_N // GATED).to(tl.int64)
-    thread, eights = _threads(tl.arange(0, 32 * SPLITS)), _registers(tl.arange(0, BLOCK_N // 8))
-    eighth, fourth = thread // 4 % 8, thread % 4
-    n = first_n + eights * (8 // GATED) + eighth // GATED + eighth % GATED * n_y
-    part = _registers(tl.arange(0, COLUMNS // 8 * LOADS))  # a chunk's LOADS, for every EACH rows of x
-    row = part // LOADS * EACH + eighth % EACH
+    thread, row_block = _threads(tl.arange(0, 32 * SPLITS)), _registers(tl.arange(0, BLOCK_N // 8))
+    lane_row, lane_column = thread // 4 % 8, thread % 4
+    n = first_n + row_block * (8 // GATED) + lane_row // GATED + lane_row % GATED * n_y
+    part = _registers(tl.arange(0, COLUMNS // 8 * LOADS))  # a chunk's LOADS, for every ROWS_PER_PART rows of x
+    row = part // LOADS * ROWS_PER_PART + lane_row % ROWS_PER_PART
     ones = tl.full((SPLITS, 16, 4 * CHUNK), 1.0, tl.float32).to(dtype)
     totals = tl.zeros((SPLITS, BLOCK_N, COLUMNS), tl.float32)
-    place = thread // 32 * 4 + fourth
+    place = thread // 32 * 4 + lane_column
     if BITS == 4:  # loaded an iteration ahead: the compiler would load late, at the use, and a warp would wait twice
         groups = n * (n_in // GROUP)
         next_scales = tl.load(scales_ptr + groups + tl.minimum(place, n_chunks - 1) * CHUNK // GROUP)
@@ -188,7 +188,7 @@ def _multiply(
             scales = next_scales
             next_chunk = tl.minimum(chunk + 4 * SPLITS, n_chunks - 1)
             next_scales = tl.load(scales_ptr + groups + next_chunk * CHUNK // GROUP)
-        ok = (eighth // EACH == fourth * PARTS // 4) & (row < rows) & (chunk < n_chunks)
+        ok = (lane_row // ROWS_PER_PART == lane_column * PARTS // 4) & (row < rows) & (chunk < n_chunks)
         if n_chunks % (4 * SPLITS) != 0:
             chunk = tl.minimum(chunk, n_chunks - 1)  # beyond the end any weights will do, x is zero
         words = tl.load(words_ptr + (n * n_chunks + chunk) * WORDS + tl.arange(0, WORDS)[None, None, :])
@@ -215,7 +215,7 @@ def _multiply(
             dots = tl.dot(_nibbles(words, 0, J, exponent, UP, dtype), x)
             dots = tl.dot(_nibbles(words, 1, J, top, UP, dtype), x, dots)
             totals += dots - 25 * sums
-    y = tl.sum(tl.reshape(totals, (SPLITS, BLOCK_N, COLUMNS // 8, PARTS, EACH)), 3)
+    y = tl.sum(tl.reshape(totals, (SPLITS, BLOCK_N, COLUMNS // 8, PARTS, ROWS_PER_PART)), 3)
     y = tl.reshape(tl.sum(y, 0), (BLOCK_N, COLUMNS // PARTS))
     row = tl.arange(0, COLUMNS // PARTS)
     if norm_ptr is not None:
@@ -295,9 +295,9 @@ def linear(
         bits, scales = 4, scales.view(torch.int32)
     found = 8 * weight[0].nbytes // bits
     if found != n_in or n_in % 32:
-        raise ValueError(f"x has {n_in} columns, the weight {found}, and 32 must divide them")
+        raise ValueError(f"x has {n_in} columns, the weight {found}: they must be equal and a multiple of 32")
     if gated and n_out % 2:
-        raise ValueError(f"gates are as many as what they let through, not half of {n_out}")
+        raise ValueError(f"gated needs an even number of outputs, not {n_out}")
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     few = rows <= MAX_ROWS and n_out >= LEAST_OUTPUTS
     if norm is not None and few and rows > NORM_ROWS:
@@ -309,8 +309,8 @@ def linear(
             return _plain(x, w, bias, norm, eps, residual, gated)
         ways = ways_of(rows, n_in, n_out, bits, group, multiprocessors(x.device))
         key = f"{rows} x {n_in} to {n_out}, {bits} bits in groups of {group}, {x.dtype}"
-        around = {"bias": bias, "norm": norm, "residual": residual, "gates": gated or None}
-        key += "".join(f", {name}" for name, given in around.items() if given is not None)
+        fused = {"bias": bias, "norm": norm, "residual": residual, "gates": gated or None}
+        key += "".join(f", {name}" for name, given in fused.items() if given is not None)
         way = fastest(key, ways, again)
         if way is None:
             return _compiled(key)(x, weight, bias, norm, eps, residual, gated)
@@ -395,11 +395,11 @@ def _compiled(key: str) -> Callable[..., Tensor]:
     return torch.compile(one, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True})
 
 
-def float_linear(x: Tensor, weight: Tensor, *around: Any) -> Tensor:
+def float_linear(x: Tensor, weight: Tensor, *fused: Any) -> Tensor:
     """`linear` for a float weight. Many rows are plain PyTorch: a product by cuBLAS, and the rest for torch.compile."""
     if x.shape[0] > MAX_ROWS:
-        return _plain(x, weight, *around)
-    return torch.ops.fast_gpu.linear(x, weight, None, *around)
+        return _plain(x, weight, *fused)
+    return torch.ops.fast_gpu.linear(x, weight, None, *fused)
 
 
 @functools.cache

@@ -39,7 +39,7 @@ from scripts.bench.gpu_card import MODELS, MODES, WHOLE_MODELS, Card, Part, Row,
 from scripts.bench.random_models import SHAPES, build_model, meta_model
 
 
-class Surrounded(nn.Module):
+class FusedProduct(nn.Module):
     """A Linear with the operations around it in the model: a norm before; gates (SwiGLU) or a residual after."""
 
     def __init__(self, name: str, linear: nn.Module, device: str, dtype: torch.dtype):
@@ -58,14 +58,14 @@ class Surrounded(nn.Module):
         return fused(self.linear, x, self.norm, residual, gated=self.name == "w13")
 
 
-def product_error(run: Surrounded, x: Tensor, residual: Tensor, y: Tensor) -> float:
+def product_error(run: FusedProduct, x: Tensor, residual: Tensor, y: Tensor) -> float:
     """The error of `y` against the same product with `model.Linear` in float32, in units of the eps of x's dtype."""
     linear, is_quantized = run.linear, isinstance(run.linear, QuantizedLinear)
     with torch.device("meta"):
         plain = Linear(linear.in_features, linear.out_features, False, Sharding())
     weight = linear.dequantize(torch.float32) if is_quantized else linear.weight.float()
     plain.weight = nn.Parameter(weight, requires_grad=False)
-    exact = Surrounded(run.name, plain, str(x.device), torch.float32)
+    exact = FusedProduct(run.name, plain, str(x.device), torch.float32)
     if run.norm is not None:
         exact.norm.weight.copy_(run.norm.weight)
     return vector_error(y, exact(x.float(), residual.float()), x.dtype)
@@ -76,7 +76,7 @@ def vector_error(y: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
     return float(((y.float() - exact).norm(dim=-1) / exact.norm(dim=-1)).max()) / torch.finfo(dtype).eps
 
 
-def random_product(name: str, mode: str, args: ModelArgs, device: str, dtype: torch.dtype) -> Surrounded:
+def random_product(name: str, mode: str, args: ModelArgs, device: str, dtype: torch.dtype) -> FusedProduct:
     """A product with random weights, scaled so that norm, gates and residual matter to the result."""
     linear, scheme = SHAPES[name](meta_model(args, dtype, None)), MODES[mode]
     weight = torch.randn(linear.out_features, linear.in_features, device=device) / linear.in_features**0.5
@@ -84,7 +84,7 @@ def random_product(name: str, mode: str, args: ModelArgs, device: str, dtype: to
         linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     else:
         linear = LINEARS[scheme["mode"]].from_float(weight, **scheme)
-    run = Surrounded(name, linear, device, dtype)
+    run = FusedProduct(name, linear, device, dtype)
     if run.norm is not None:
         run.norm.weight.uniform_(0.5, 2)
     return run
@@ -95,7 +95,7 @@ def product_errors(mode: str, args: ModelArgs, device: str, dtype: torch.dtype, 
     errors = []
     for name in ("w13", "w2"):
         run = random_product(name, mode, args, device, dtype)
-        fast = Surrounded(name, fast_linear(run.linear, gpu), device, dtype)
+        fast = FusedProduct(name, fast_linear(run.linear, gpu), device, dtype)
         fast.norm = run.norm
         for rows in all_rows:
             x, residual = run.inputs(rows, device, dtype)

@@ -19,7 +19,7 @@ from kernels import gpu
 from kernels.gpu.choice import asked_by, trying
 from model import Attention, rope_table
 from scripts.bench.gpu_card import CONTEXTS, MODELS, MODES, Card, Part, Row, make_headroom
-from scripts.bench.gpu_correctness import Surrounded, product_error
+from scripts.bench.gpu_correctness import FusedProduct, product_error
 from scripts.bench.measuring import Rotation, replay_seconds
 from scripts.bench.random_models import SHAPES, meta_model
 
@@ -52,17 +52,17 @@ class Int4Pack(nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
 
-Call = Callable[[Surrounded, Tensor, Tensor], Tensor]
+Call = Callable[[FusedProduct, Tensor, Tensor], Tensor]
 
 
-def call(run: Surrounded, x: Tensor, residual: Tensor) -> Tensor:
+def call(run: FusedProduct, x: Tensor, residual: Tensor) -> Tensor:
     return run(x, residual)
 
 
-def taking(way: str) -> Call:
+def forced_to(way: str) -> Call:
     """A call that makes the operator use this variant instead of choosing one."""
 
-    def run_with_way(run: Surrounded, x: Tensor, residual: Tensor) -> Tensor:
+    def run_with_way(run: FusedProduct, x: Tensor, residual: Tensor) -> Tensor:
         with trying(way):
             return run(x, residual)
 
@@ -86,9 +86,9 @@ def candidates(card: Card, name: str, linears: list[nn.Module], rows: int, other
     found = plain if isinstance(linears[0], QuantizedLinear) else bare
     if isinstance(linears[0], Int4Linear) and card.dtype == torch.bfloat16:
         found["aten._weight_int4pack_mm, bare"] = ("", [Int4Pack(linear) for linear in linears], call)
-    run = Surrounded(name, fast[0], card.device, card.dtype)
+    run = FusedProduct(name, fast[0], card.device, card.dtype)
     ((ways, _),) = asked_by(run, *run.inputs(rows, card.device, card.dtype)).values()
-    return {**{f"kernels/gpu, {way}": (name, fast, taking(way)) for way in ways}, **found}
+    return {**{f"kernels/gpu, {way}": (name, fast, forced_to(way)) for way in ways}, **found}
 
 
 def call_all(run: Callable[..., Tensor], each: list[nn.Module], *args: Any) -> list[Tensor]:
@@ -120,15 +120,15 @@ def product_row(card: Card, model: str, name: str, mode: str, rows: int, others:
     errors = {}
 
     def time_it(label: str, around: str, modules: list[nn.Module], run: Call) -> float:
-        each = [Surrounded(around, module, card.device, card.dtype) for module in modules]
+        each = [FusedProduct(around, module, card.device, card.dtype) for module in modules]
         x, residual = each[0].inputs(rows, card.device, card.dtype)
-        exact = Surrounded(around, linears[0], card.device, card.dtype)
+        exact = FusedProduct(around, linears[0], card.device, card.dtype)
         errors[label] = product_error(exact, x, residual, run(each[0], x, residual))
         return replay_seconds(card.device, call_all, run, each, x, residual) / len(each)
 
     found = candidates(card, name, linears, rows, others)
     ways = {label: partial(time_it, label, *way) for label, way in found.items()}
-    fastest, seconds, failed = time_each(ways, f"{model} {name}, {mode}: nothing multiplies")
+    fastest, seconds, failed = time_each(ways, f"{model} {name}, {mode}: no way works")
     predicted = card.read and n_bytes / card.read
     what = f"{model} {name}, {mode}, {rows} row{'s' if rows > 1 else ''}: {fastest}"
     is_right = None if all(error < 4 for error in errors.values()) and not failed else False
@@ -169,7 +169,7 @@ def attention_rows(card: Card, batch: int) -> Iterator[Row]:
             given = (layers, qkv, *rope_table(args, position), position, context, mask)
             way = attend if attention else compiled
             calls[label] = partial(replay_seconds, card.device, call_all, way, *given)
-        fastest, seconds, failed = time_each(calls, f"8B attention, {batch} at {context}: nothing attends")
+        fastest, seconds, failed = time_each(calls, f"8B attention, {batch} at {context}: no way works")
         n_bytes = sum(x.nbytes for x in layers[0].kv_cache.buffers())
         predicted = card.step_seconds(n_bytes, COUNTED_ATTENTION)
         us = {label: total / len(layers) * 1e6 for label, total in seconds.items()}

@@ -227,7 +227,7 @@ class Rotation(nn.Module):
         """linear: on `meta`, as from `meta_model`. is_fast: use the backend's kernel, if it has one."""
         super().__init__()
         nbytes = sum(t.nbytes for t in linear.state_dict().values())
-        n = min(MAX_COPIES, max(2, -(-past_the_caches(device) // nbytes)))
+        n = min(MAX_COPIES, max(2, -(-rotation_bytes(device) // nbytes)))
         self.copies = nn.ModuleList(Copy(copy.deepcopy(linear)) for _ in range(n)).to_empty(device=device)
         fill_weights(self.copies, dtype, scheme)
         if is_fast:
@@ -238,7 +238,7 @@ class Rotation(nn.Module):
         return [one(x) for one in self.copies]  # return all, or the compiler removes the unused products
 
 
-def past_the_caches(device: str) -> int:
+def rotation_bytes(device: str) -> int:
     """The least number of bytes of a `Rotation`: four times the largest cache, and at least 256 MiB."""
     if device.startswith("cuda"):
         return max(1 << 28, 4 * torch.cuda.get_device_properties(device).L2_cache_size)

@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint_path", type=Path, nargs="+", default=[DEMO], help="one or several (default: demo)")
     add("--every_mode", action="store_true", help="quantise the checkpoint in every way, and evaluate each")
-    add("--calibration_file", type=Path, metavar="TEXT", help="there: the text for GPTQ (default: the demo's)")
+    add("--calibration_file", type=Path, metavar="TEXT", help="for GPTQ in --every_mode (default: the demo's)")
     return parser
 
 

@@ -50,7 +50,7 @@ def fill(tensor: Tensor, noise: Tensor) -> None:
 def fill_weights(module: nn.Module, dtype: torch.dtype, scheme: dict[str, Any] | None) -> None:
     """Fill `module` with random weights, norms with 1. scheme: how its Linears are quantised, None if they are not."""
     noise = noise_block(next(iter(module.state_dict().values())).device, dtype)
-    whole = torch.randint(-127, 128, noise.shape, device=noise.device, dtype=torch.int8)
+    integers = torch.randint(-127, 128, noise.shape, device=noise.device, dtype=torch.int8)
     for name, parameter in module.named_parameters():
         if "norm" in name:
             parameter.fill_(1)
@@ -58,7 +58,7 @@ def fill_weights(module: nn.Module, dtype: torch.dtype, scheme: dict[str, Any] |
             fill(parameter, noise)
     for name, buffer in module.named_buffers():
         if name.endswith("weight"):
-            fill(buffer.view(torch.int8), whole)
+            fill(buffer.view(torch.int8), integers)
         elif name.endswith("zeros"):
             buffer.zero_()
         else:  # the scale that gives integers, uniform over n_levels values, the standard deviation STD

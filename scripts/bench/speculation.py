@@ -26,8 +26,8 @@ from fast.speculative import (
     DraftModel,
     PromptLookup,
     SpeculativeSteps,
+    accept,
     build_speculative_steps,
-    decide,
     speculate,
     warm_up_speculation,
 )
@@ -39,10 +39,10 @@ from scripts.bench.random_models import build_model, scheme_of
 
 
 def forcing(n: int):
-    """A `speculative.decide` that does all its work, but always accepts the first `n` drafts."""
+    """A `speculative.accept` that does all its work, but always accepts the first `n` drafts."""
 
     def forced(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        new, accepted = decide(sampling, logits, drafts, q)
+        new, accepted = accept(sampling, logits, drafts, q)
         return new, torch.full_like(accepted, n)
 
     return forced

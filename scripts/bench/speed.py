@@ -204,7 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
         add(f"--{name}", type=int, default=default)
     add("--shapes", action="store_true", help="the single products of a decode step instead, --batch_size rows each")
     add("--startup", action="store_true", help="compile times and peak memory too, in fresh processes")
-    add("--plot", type=Path, help="draw every prefill and decode under the device's roofline, into this PNG")
+    add("--plot", type=Path, help="draw every prefill and decode under the device's roofline in this PNG")
     add("--only_warm_up", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
