@@ -39,7 +39,7 @@ from fast.speculative import (
     SPARE,
     Acceptance,
     SpeculativeSteps,
-    Step,
+    StepResult,
     candidate_steps,
     choose_fastest,
     load_draft,
@@ -60,15 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt", default="The module", help="text, or a number N for a made-up prompt of N tokens")
     add("--prompt_file", type=Path, help="one prompt per line, generated together in batches of --batch_size")
     add("--batch_size", type=int, help="rows: copies of --prompt (default 1), or lines of --prompt_file (all)")
-    add("--num_samples", type=int, default=1)
-    add("--max_new_tokens", type=int, default=200)
+    add("--num_samples", type=int, default=1, help="generate so often (default: 1)")
+    add("--max_new_tokens", type=int, default=200, help="tokens of each text at most (default: 200)")
     add("--max_seq_length", type=int, help="capacity of the KV cache in tokens (default: what the prompts need)")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    add("--top_k", type=int, default=200)
-    add("--top_p", type=float)
-    add("--min_p", type=float)
+    add("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
+    add("--top_k", type=int, default=200, help="draw from the k likeliest tokens (default: 200)")
+    add("--top_p", type=float, help="draw from the fewest tokens with this probability in all")
+    add("--min_p", type=float, help="draw from tokens with this share of the likeliest's probability")
     add("--stop", action="append", default=[], metavar="TEXT", help="end a row before this text; may be repeated")
-    add("--seed", type=int, default=1234)
+    add("--seed", type=int, default=1234, help="of the draws (default: 1234)")
     add("--chat", action="store_true", help="put the prompt into the model's chat template")
     add("--system", help="the system message of --chat and --interactive")
     add("--interactive", action="store_true", help="a conversation: Ctrl-C stops an answer, Ctrl-D ends it")
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compare", action="store_true", help="also time plain decoding")
     add("--compile", action="store_true", help="compile the decode step")
     add("--compile_prefill", action="store_true", help="compile the prefill")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, cpu without a GPU")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
     add("--kv_dtype", choices=CACHE_DTYPES, default="auto", help="what the KV cache stores (default: as --dtype)")
     add("--metrics_path", type=Path, help="write every figure to this JSON file")
@@ -88,6 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _number_or_auto(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
     return text if text == "auto" else int(text)
 
 
@@ -126,6 +128,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed {args.seed} must be 0 to 2**63 - 1")
     if args.interactive:
         others = {"prompt_file": None, "batch_size": None, "num_samples": 1, "metrics_path": None, "profile": None}
+        others["compare"] = False
         if unfit := [f"--{name}" for name, default in others.items() if getattr(args, name) != default]:
             raise ValueError(f"--interactive is a conversation of one: leave out {', '.join(unfit)}")
         if sys.stdin is None:
@@ -264,7 +267,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     print(f"{args.checkpoint_path}: {count_parameters(model.args) / 1e6:.1f} M parameters, {kind}, {device}")
     if draft is not None:
         print(f"{args.draft_checkpoint_path}: {count_parameters(draft.args) / 1e6:.1f} M parameters to draft")
-    if (model.quantization or device != "cpu") and (reason := kernels_missing(device, dtype)):
+    if (model.quantization or (device, dtype) != ("cpu", torch.float32)) and (reason := kernels_missing(device, dtype)):
         print(reason, file=sys.stderr)
     torch.manual_seed(args.seed)
     context = min(part.args.context_length for part in (model, draft) if part is not None)
@@ -309,7 +312,7 @@ def report_ranks(
     """Print and return the bytes that a rank holds, and the time of the collectives over a few more tokens."""
 
     def decode() -> int:
-        return sum(len(step.ids[0]) if isinstance(step, Step) else 1 for step in outputs)
+        return sum(len(step.ids[0]) if isinstance(step, StepResult) else 1 for step in outputs)
 
     outputs = (speculate if isinstance(steps, SpeculativeSteps) else stream)(steps, prompts, min(9, max_new_tokens))
     next(outputs)  # the prefill is not counted

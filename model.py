@@ -334,7 +334,7 @@ class Transformer(nn.Module):
     def setup_caches(
         self, max_batch_size: int, max_seq_length: int, spare: int = 0, kv_dtype: torch.dtype | None = None
     ) -> None:
-        """Allocate the KV cache for `max_batch_size` rows of `max_seq_length` positions. Call it once.
+        """Allocate the KV cache for `max_batch_size` rows of `max_seq_length` positions, in place of an earlier one.
 
         spare: extra slots at the end, for draft tokens that may be rejected (speculative decoding).
         kv_dtype: one of KV_DTYPES to quantise the cache. None: the dtype of the weights.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fast.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from fast.cli import DEMO, check_device, check_writable, exit_code
+from fast.cli import DEMO, check_at_least, check_device, check_writable, exit_code
 from fast.gptq import check_finite, gptq_linears, read_weight
 from fast.quantized import GROUP_SIZES, LINEARS, quantized_linears, swap_linears
 from fast.tokenizer import Tokenizer, load_tokenizer, read_text
@@ -190,10 +190,7 @@ def make_scheme(args: argparse.Namespace, model_args: ModelArgs) -> dict[str, An
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise ValueError for a number that is out of range."""
-    for name in ("calibration_limit", "calibration_seq_length", "blocksize"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: give at least 1")
+    check_at_least(args, 1, "calibration_limit", "calibration_seq_length", "blocksize")
     if not 0 < args.percdamp < 10:
         raise ValueError(f"--percdamp {args.percdamp}: give a share above 0, such as 0.01")
 

@@ -215,7 +215,7 @@ class Ranks:
             if device.startswith("cuda"):
                 torch.compiler.reset()  # a communicator is only destroyed after the CUDA graphs that recorded it
             dist.destroy_process_group()
-        except (ValueError, OSError, ImportError):  # `exit_code` reports these in one line
+        except (ValueError, OSError, ImportError, torch.OutOfMemoryError):  # `exit_code` reports these in one line
             raise
         except Exception as error:
             reason = str(error).partition("\n")[0]

@@ -28,11 +28,13 @@ DEMO = Path(__file__).resolve().parent.parent / "demo" / "target"
 
 
 def check_device(device: str) -> None:
-    """Raise ValueError, in one line, for a device that this machine lacks."""
+    """Raise ValueError, in one line, for a device that this machine lacks. A GPU becomes the current one."""
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # events and streams are the current device's
 
 
 def resolve_device(args: argparse.Namespace) -> tuple[str, torch.dtype]:
@@ -88,7 +90,7 @@ def check_writable(path: Path) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it replaces `path`, otherwise it is deleted."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"tmp.{os.getpid()}.{path.name}")  # with its suffix, which may decide the format
     try:
         yield temporary
         os.replace(temporary, path)
@@ -111,7 +113,8 @@ def profiled(path: Path | None):
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its start and stop on stderr
     with torch.profiler.profile() as profile:
         yield
-    profile.export_chrome_trace(str(path))
+    with replacing(path) as temporary:
+        profile.export_chrome_trace(str(temporary))
     print(f"trace: {path} (open it at https://ui.perfetto.dev)")
 
 
@@ -128,6 +131,10 @@ def exit_code(work: Callable[[], Any], ranks: Ranks = ALONE, stopped: str = "sto
         return ranks.exit(141) if ranks.world_size > 1 else 0  # exiting with 0 would not end the other ranks
     except (ValueError, OSError, ImportError) as error:
         ranks.report_error(f"error: {error}")
+        return ranks.exit(2)
+    except torch.OutOfMemoryError as error:
+        found = ". ".join(str(error).split(". ")[:2])  # what was asked for; more is about the allocator
+        ranks.report_error(f"error: {found}: quantise the model, or make texts or batches smaller")
         return ranks.exit(2)
     except KeyboardInterrupt:
         ranks.report_error(f"\n{stopped}")

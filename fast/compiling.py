@@ -3,7 +3,7 @@
     set_compile_flags("cpu")
     decode = compile_step(decode, dynamic_dims=(None, None, 0), mode="reduce-overhead")
 
-Only a command line changes settings, never an import.
+Only a command line changes these settings, never an import.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ Dims = int | tuple[int, ...] | None
 
 
 def compile_step(step: Callable, dynamic_dims: tuple[Dims, ...], mode: str | None = None) -> Callable:
-    """Compile `step` once for all sizes above one of the dynamic dimensions, given per argument (None: static).
+    """Compile `step` once for every size above 1 of its dynamic dimensions, one per argument (None: static).
 
     mode: as for torch.compile; "reduce-overhead" records CUDA graphs.
     """

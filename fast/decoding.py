@@ -11,13 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fast.compiling import compile_step
-from fast.layers import together
+from fast.layers import in_one_region
 from fast.sampling import Sampling
 from kernels.gpu import choice
 from model import Transformer
@@ -50,7 +49,7 @@ def build_steps(model: Transformer, sampling: Sampling, compile: bool = False, c
         prefill = compile_step(prefill, dynamic_dims=(1, 0, 0, None))
     if compile:
         decode = compile_step(decode, dynamic_dims=(None, None, 0), mode="reduce-overhead")
-    return Steps(model, prefill, together(model, decode), compile_prefill)
+    return Steps(model, prefill, in_one_region(model, decode), compile_prefill)
 
 
 def kv_slots(n: int, capacity: int) -> int:
@@ -83,10 +82,13 @@ def stream(steps: Steps, prompts: list[list[int]], max_new_tokens: int, cached: 
     `prompts` continues them. Raises ValueError when the text would outgrow the cache.
     """
     check_fit(steps.model, prompts, max_new_tokens, cached)
-    # A GPU runs the next step while the host reads a token; on a CPU nothing runs ahead.
-    copies = _launch(steps, prompts, max_new_tokens, cached)
-    for tokens in _read_behind(copies, depth=int(steps.model.slots.is_cuda)):
-        yield tokens[:, 0].tolist()
+    in_flight: deque = deque()
+    for copy in _launch(steps, prompts, max_new_tokens, cached):
+        in_flight.append(copy)
+        if len(in_flight) > steps.model.slots.is_cuda:  # a GPU runs the next step while the host reads a token
+            yield wait(*in_flight.popleft())[:, 0].tolist()
+    for copy in in_flight:
+        yield wait(*copy)[:, 0].tolist()
 
 
 def check_fit(model: Transformer, prompts: list[list[int]], max_new_tokens: int, cached: int) -> None:
@@ -130,17 +132,6 @@ def copy_to_host(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     event = torch.cuda.Event()
     event.record()
     return host, event
-
-
-def _read_behind(copies: Iterator[tuple[Tensor, Any]], depth: int) -> Iterator[Tensor]:
-    """Yield each copy, finished, once `depth` later ones have been started."""
-    in_flight: deque = deque()
-    for copy in copies:
-        in_flight.append(copy)
-        if len(in_flight) > depth:
-            yield wait(*in_flight.popleft())
-    while in_flight:
-        yield wait(*in_flight.popleft())
 
 
 def wait(host: Tensor, event: torch.cuda.Event | None) -> Tensor:

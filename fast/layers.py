@@ -2,7 +2,7 @@
 
     speed_up(model, torch.bfloat16)  # after the weights are loaded, before `setup_caches`
 
-Only this file knows both the model and the kernels. At batch size one a layer's time goes to launches as well as to
+Only this file replaces layers of the model by kernels. At batch size one a layer's time goes to launches as well as to
 reading weights, so a `FastBlock` is five operators: norms, SiLU and residuals are fused into the products. Where a
 backend (`kernels/__init__.py`) has no kernel, the textbook layer stays: new families and quantisations work at once.
 """
@@ -35,7 +35,7 @@ def kernels_missing(device: torch.device | str, dtype: torch.dtype) -> str | Non
     """Why plain PyTorch computes products (and attention, on a GPU), in one line; None if there are kernels."""
     backend = BACKENDS.get(torch.device(device).type)
     if backend is None:
-        return f"there is no kernel for quantised weights on {device}"
+        return f"there are no kernels for {device}"
     return backend.missing(device, dtype)
 
 
@@ -237,9 +237,9 @@ def speed_up(model: Transformer, dtype: torch.dtype) -> None:
     model.new_cache = partial(FastKVCache, backend and backend.attention)
 
 
-def together(model: Transformer, step: Callable) -> Callable:
-    """`step` wrapped by the backend's `together` if kernels do all of the model's work. Needs `setup_caches` first."""
+def in_one_region(model: Transformer, step: Callable) -> Callable:
+    """The backend's `in_one_region` of `step`, if kernels do all of the model's work. The caches must be set up."""
     for module in model.modules():
         if isinstance(module, (Linear, QuantizedLinear)) or (isinstance(module, FastKVCache) and module.kernel is None):
             return step
-    return BACKENDS[model.slots.device.type].together(step)
+    return BACKENDS[model.slots.device.type].in_one_region(step)

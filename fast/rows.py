@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fast.decoding import Steps, stream
-from fast.speculative import Acceptance, SpeculativeSteps, Step, speculate
+from fast.speculative import Acceptance, SpeculativeSteps, StepResult, speculate
 from fast.tokenizer import IncrementalDecoder, Tokenizer
 
 
@@ -76,10 +76,12 @@ def run_rows(
     """Generate until every row has ended, calling `show(row index, text)` with final text; `cached`: as in `stream`."""
     prompts = [row.prompt[cached:] for row in rows]
     if isinstance(steps, SpeculativeSteps):
-        brought = speculate(steps, prompts, max_new_tokens, cached)
+        results = speculate(steps, prompts, max_new_tokens, cached)
     else:
-        brought = (Step([[token] for token in tokens]) for tokens in stream(steps, prompts, max_new_tokens, cached))
-    for n, step in enumerate(brought):
+        results = (
+            StepResult([[token] for token in tokens]) for tokens in stream(steps, prompts, max_new_tokens, cached)
+        )
+    for n, step in enumerate(results):
         if acceptance is not None and n > 0:
             acceptance.add(step, [row.finish_reason is None for row in rows])
         for i, row in enumerate(rows):

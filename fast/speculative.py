@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from fast.checkpoint import load_model
 from fast.compiling import compile_step
 from fast.decoding import Steps, check_fit, copy_to_host, kv_slots, lay_out, stream, time_kernels, wait
-from fast.layers import together
+from fast.layers import in_one_region
 from fast.metrics import bytes_per_step
 from fast.sampling import Sampling, draw
 from fast.tokenizer import Tokenizer, load_tokenizer
@@ -55,8 +55,9 @@ class DraftModel(nn.Module):
     def forward(self, new_ids: Tensor, new_pos: Tensor, last_two: Tensor, input_pos: Tensor, kv_pos: Tensor):
         """The drafts, int `[B, k]`, and the distributions they were drawn from, float32 `[B, k, V]`.
 
-        new_ids `[B, k+1]`: the last step's tokens, the first at position `new_pos [B, 1]`. last_two `[B, 2]`: those of
-        the text, the second at `input_pos [B, 1]`. At temperature 0 the distributions are left out, `[B, k, 0]`.
+        last_two `[B, 2]`: the text's last two tokens, the second at `input_pos [B, 1]`. new_ids `[B, k+1]`: the last
+        step's tokens, the first at `new_pos [B, 1]`; only PromptLookup uses them. At temperature 0 the distributions
+        are left out, `[B, k, 0]`.
         """
         tokens, pos = last_two, torch.cat((input_pos - 1, input_pos), 1)  # draft k, if accepted, was not read yet
         drafts, probs = [], []
@@ -208,7 +209,7 @@ def build_speculative_steps(
         draft = compile_step(draft, (None, None, None, None, 0), mode="reduce-overhead")
         verify = compile_step(verify, (None, None, None, None, 0, None), mode="reduce-overhead")
     drafting = drafter.model if isinstance(drafter, DraftModel) else model
-    return SpeculativeSteps(plain, drafter, together(drafting, draft), together(model, verify))
+    return SpeculativeSteps(plain, drafter, in_one_region(drafting, draft), in_one_region(model, verify))
 
 
 def candidate_steps(
@@ -223,7 +224,7 @@ def candidate_steps(
 
 
 @dataclass
-class Step:
+class StepResult:
     """Result of one step: each row's new ids, none once the row has `max_new_tokens`, and the seconds it took.
 
     The first step is the prefill, one id per row. A row's last ids may exceed `max_new_tokens`: the caller cuts them.
@@ -236,7 +237,7 @@ class Step:
 
 def speculate(
     steps: SpeculativeSteps, prompts: list[list[int]], max_new_tokens: int, cached: int = 0
-) -> Iterator[Step]:
+) -> Iterator[StepResult]:
     """Yield steps until every row has `max_new_tokens` ids; leave the loop to stop. Otherwise as `decoding.stream`."""
     model, k, on_gpu = steps.model, steps.k, steps.model.slots.is_cuda
     check_fit(model, prompts, max_new_tokens, cached)
@@ -266,7 +267,7 @@ def speculate(
         rows = wait(*copy).tolist()
         ids = [row[: row[-1] + 1] if done < max_new_tokens else [] for row, done in zip(rows, produced, strict=True)]
         produced = [done + len(row) for done, row in zip(produced, ids, strict=True)]
-        yield Step(ids, *(_seconds(*span) for span in pairwise(marks)))
+        yield StepResult(ids, *(_seconds(*span) for span in pairwise(marks)))
 
 
 def _mark(on_gpu: bool) -> Any:
@@ -328,7 +329,7 @@ class Acceptance:
         if rate and plain_rate:
             self.compared.append((rate, plain_rate))
 
-    def add(self, step: Step, live: list[bool]) -> None:
+    def add(self, step: StepResult, live: list[bool]) -> None:
         """Count a step that is not the prefill, for the rows that had not ended before it."""
         for ids, is_live in zip(step.ids, live, strict=True):
             if is_live and ids:

@@ -5,7 +5,7 @@ A backend is a module with
     missing(device, dtype) -> str | None                         in one line, why it has no kernels there; else None
     product(weight, scales, zeros) -> Product | None             for a Linear's tensors, as in `fast/quantized.py`
     attention(device, kv_dtype, head_dim) -> Attention | None    over a KV cache of that type
-    together(step) -> step                                       wraps a step whose products and attention are all these
+    in_one_region(step) -> step                                  for a step whose products and attention are all these
 
 Only `fast/layers.py` chooses between them and plain PyTorch, which computes whatever has no kernel.
 """
@@ -23,7 +23,7 @@ class Product:
     tensors: the weight in the layout that the kernel reads, by name.
     operator: (x [M, K], *tensors, bias, norm, eps, residual, gated) -> [M, N], any M. norm `[K]` is the weight of an
         RMSNorm applied to x. With `gated`, the outputs are two halves g and u, and the result is silu(g) * u,
-        `[M, N / 2]`. residual, of the result's shape, is added last.
+        `[M, N / 2]`. residual `[M, N]`, not with `gated`, is added last.
     """
 
     tensors: dict[str, Tensor]

@@ -151,6 +151,17 @@ def test_fused_norm_bias_gates_and_residual(rows, n, k, gated):
         assert float((y.float() - exact).norm() / exact.norm()) < 2 * torch.finfo(x.dtype).eps
 
 
+def test_no_rows():
+    """A draft's prefill asks for no logits."""
+    x, weight = normal(0, 128).half(), normal(48, 128)
+    for linear in (
+        float_linear(weight, torch.float16),
+        Int8Linear.from_float(weight),
+        Int4Linear.from_float(weight, groupsize=32),
+    ):
+        assert product(linear, x).shape == (0, 48)
+
+
 def test_large_zeros_cancel_exactly():
     """Weights around 100 with a spread of 1, the inputs' second half is the first one negated: the spread remains."""
     for rows in (2, 6):

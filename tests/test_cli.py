@@ -31,7 +31,7 @@ from conftest import make_tiny
 import generate
 from fast import compiling, rows
 from fast.checkpoint import load_model
-from fast.cli import DEMO
+from fast.cli import DEMO, check_device
 from fast.decoding import build_steps, stream
 from fast.sampling import Sampling
 from fast.tokenizer import load_tokenizer
@@ -502,6 +502,7 @@ def test_a_closed_stdout_is_no_error(checkpoint):
         (["--system", "Be brief"], "--system needs --chat or --interactive"),
         (["--interactive", "--batch_size", 2], "--interactive is a conversation of one: leave out --batch_size"),
         (["--interactive", "--profile", "x", "--num_samples", 2], "leave out --num_samples, --profile"),
+        (["--interactive", "--prompt_lookup", "--compare"], "leave out --compare"),
         (["--seed", 2**70], f"--seed {2**70} must be 0 to"),
     ],
 )
@@ -522,6 +523,28 @@ def assert_one_error(err: str, message: str) -> None:
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert re.search(message, err), err
+
+
+def test_a_full_gpu_is_an_error_of_one_line(main, monkeypatch):
+    def load(*_, **__):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity of 1.00 GiB."
+        )
+
+    monkeypatch.setattr(generate, "load", load)
+    code, out, err = main()
+    assert (code, out) == (2, "")
+    assert_one_error(err, "CUDA out of memory. Tried to allocate 2.00 GiB: quantise the model, or")
+
+
+def test_a_gpu_becomes_the_current_one(monkeypatch):
+    """Its streams and events are then those that torch.cuda means without a device."""
+    current = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    check_device("cuda:1")
+    check_device("cpu")
+    assert current == ["cuda:1"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -602,7 +625,9 @@ def test_an_empty_prompt_begins_with_bos(figures):
     assert len(row["tokens"]) == 12
 
 
-@pytest.mark.parametrize("flags", [["--no_such_flag"], ["--dtype", "int3"], ["--top_k", "many"], ["--temp", "1"]])
+@pytest.mark.parametrize(
+    "flags", [["--no_such_flag"], ["--dtype", "int3"], ["--top_k", "many"], ["--speculate_k", "few"], ["--temp", "1"]]
+)
 def test_argparse_errors_exit_with_2(main, capsys, flags):
     with pytest.raises(SystemExit) as stop:
         main(*flags)

@@ -53,7 +53,7 @@ def by_name(card: Card, *parts: Part) -> dict[str, Row]:
 
 def test_right_arithmetic_is_right(card):
     rows = by_name(card, *gpu_correctness.CORRECTNESS[1:])
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert all(row.is_right for row in rows.values()), rows
 
 
@@ -73,10 +73,10 @@ def test_a_draft_that_is_always_believed_is_wrong(card, monkeypatch):
             yield step
 
     monkeypatch.setattr(gpu_correctness, "speculate", gullible)
-    *_, plain, speculating = gpu_correctness.greedy_rows(card)
+    plain, *speculating = gpu_correctness.greedy_rows(card)
     assert plain.is_right
-    assert not speculating.is_right
-    assert speculating.measured < 100
+    assert [row.is_right for row in speculating] == [False, False]
+    assert max(row.measured for row in speculating) < 100
 
 
 @pytest.mark.parametrize("name", ["w13", "w2"])

@@ -330,11 +330,11 @@ def two_threads():
 def test_a_team_decodes_the_same(tiny, two_threads, monkeypatch, compiled):
     model = load_model(tiny("llama-head-dim")[1], device="cpu", dtype=torch.bfloat16)
     model.setup_caches(2, 64)
-    together = build_steps(model, Sampling(temperature=0), compiled)
-    monkeypatch.setattr("fast.decoding.together", lambda model, step: step)
+    region = build_steps(model, Sampling(temperature=0), compiled)
+    monkeypatch.setattr("fast.decoding.in_one_region", lambda model, step: step)
     alone = build_steps(model, Sampling(temperature=0))
-    assert together.decode.__qualname__.startswith("together")
-    texts = [list(stream(steps, [[3, 4], [5]], 40)) for steps in (alone, together)]
+    assert region.decode.__qualname__.startswith("in_one_region")
+    texts = [list(stream(steps, [[3, 4], [5]], 40)) for steps in (alone, region)]
     assert texts[0] == texts[1]
 
 
@@ -353,14 +353,14 @@ def test_prefetched_weights_may_be_freed(two_threads):
     for n in (6, 6, 2, 5, 6):
         packed = [packing.pack_bf16(weight) for weight in weights]
         packing._mapping = None  # or weights packed later would share it and keep it alive
-        results = cpu.together(step)(packed[:n])
+        results = cpu.in_one_region(step)(packed[:n])
         assert all(close(y, reference) for y, reference in zip(results, expected[:n], strict=True))
 
 
 def test_a_team_inside_a_team_and_beside_another(two_threads):
     x, weights = normal(3, 320).bfloat16(), [packing.pack_bf16(normal(320, 320).bfloat16()) for _ in range(4)]
     expected = multiply(x, *weights)
-    team = cpu.together(lambda: [cpu.together(multiply)(x, *weights) for _ in range(50)])
+    team = cpu.in_one_region(lambda: [cpu.in_one_region(multiply)(x, *weights) for _ in range(50)])
     with ThreadPoolExecutor(2) as pool:
         found = [
             f.result() for f in [pool.submit(team), pool.submit(team), pool.submit(lambda: [multiply(x, *weights)])]
@@ -379,7 +379,7 @@ def test_idle_threads_sleep(two_threads):
         multiply(x, packed)
         return used
 
-    assert cpu.together(step)() < 0.25
+    assert cpu.in_one_region(step)() < 0.25
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)])
@@ -390,9 +390,9 @@ def test_an_error_leaves_the_team(two_threads, error):
 
     for _ in range(2):
         with pytest.raises(type(error)) as raised:
-            cpu.together(step)()
+            cpu.in_one_region(step)()
         assert raised.value is error
-    assert cpu.together(lambda *args: args)(1, "a") == (1, "a")
+    assert cpu.in_one_region(lambda *args: args)(1, "a") == (1, "a")
 
 
 def load_in_a_process(folder: Path, **environment: str) -> str:
@@ -403,7 +403,7 @@ def load_in_a_process(folder: Path, **environment: str) -> str:
 
 def test_without_a_compiler_it_says_so(tmp_path):
     found = load_in_a_process(tmp_path, CXX="no-such-compiler")
-    assert found.startswith("the CPU's kernels cannot be built, so quantised weights run slowly: ")
+    assert found.startswith("the CPU's kernels cannot be built, so plain PyTorch computes, more slowly: ")
     assert found.endswith("no C++ compiler (no-such-compiler) is installed")
     assert not list(tmp_path.iterdir())
 
@@ -413,7 +413,7 @@ def test_a_failed_build_leaves_nothing(tmp_path):
     compiler.write_text("#!/bin/sh\necho 'cpu.cpp: out of patience' >&2\nexit 1\n")
     compiler.chmod(0o755)
     found = load_in_a_process(tmp_path / "built", CXX=str(compiler))
-    assert found.endswith("run slowly: cpu.cpp: out of patience")
+    assert found.endswith("more slowly: cpu.cpp: out of patience")
     assert not list((tmp_path / "built").iterdir())
 
 

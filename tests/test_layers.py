@@ -12,7 +12,7 @@ from torch import nn
 
 from fast import layers
 from fast.checkpoint import load_model, open_checkpoint
-from fast.layers import FastBlock, FastKVCache, FastLinear, backend_for, fast_linear, together
+from fast.layers import FastBlock, FastKVCache, FastLinear, backend_for, fast_linear, in_one_region
 from fast.quantized import LINEARS, Int4Linear, Int8Linear, QuantizedLinear
 from kernels import Product, cpu
 from model import Linear, Transformer, TransformerBlock
@@ -152,7 +152,7 @@ def test_a_kernel_is_added_in_two_places(tiny, tmp_path, monkeypatch):
     def product(weight, scales=None, zeros=None) -> Product | None:
         return scales is not None and Product({"weight": weight, "scales": scales}, operator) or None
 
-    backend = SimpleNamespace(missing=lambda *_: None, product=product, attention=lambda *_: None, together=None)
+    backend = SimpleNamespace(missing=lambda *_: None, product=product, attention=lambda *_: None, in_one_region=None)
     monkeypatch.setitem(LINEARS, "ternary", TernaryLinear)
     quantize(open_checkpoint(tiny("llama-bias")[1]), {"mode": "ternary", "skip": ["wo"]}, tmp_path / "model.pth", "cpu")
     plain = load_model(tmp_path / "model.pth", dtype=torch.float32)
@@ -172,7 +172,7 @@ def test_a_step_is_held_together_where_kernels_do_all_of_it(tiny):
     def is_together(path, dtype: torch.dtype = torch.bfloat16, kv_dtype: torch.dtype | None = None) -> bool:
         model = load_model(path, dtype=dtype)
         model.setup_caches(1, 16, kv_dtype=kv_dtype)
-        return together(model, step) is not step
+        return in_one_region(model, step) is not step
 
     attends = cpu.attention(torch.device("cpu"), torch.bfloat16, 32) is not None
     assert is_together(tiny("llama-head-dim")[1]) == attends
@@ -183,7 +183,7 @@ def test_a_step_is_held_together_where_kernels_do_all_of_it(tiny):
 
 
 def test_a_device_without_a_backend_says_so():
-    assert layers.kernels_missing("mps", torch.bfloat16) == "there is no kernel for quantised weights on mps"
+    assert layers.kernels_missing("mps", torch.bfloat16) == "there are no kernels for mps"
     assert backend_for("mps", torch.bfloat16) is None
     cache = FastKVCache(None, (1, 1, 4, 8), torch.device("cpu"), torch.bfloat16)
     assert cache.kernel is None

@@ -20,7 +20,7 @@ from kernels.cpu import build, packing
 def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
     """The reason, in one line, why there are no kernels for activations in `dtype`, or None. Builds them if needed."""
     if dtype != torch.bfloat16:
-        return f"the kernels for quantised weights take bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return f"the CPU's kernels take bfloat16, not {str(dtype).removeprefix('torch.')}"
     return build.load()
 
 
@@ -49,7 +49,7 @@ def attention(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> Att
     return Attention(torch.ops.fast.decode_attention, max_positions=16, takes_qkv=False)
 
 
-def together(step: Callable[..., Any]) -> Callable[..., Any]:
+def in_one_region(step: Callable[..., Any]) -> Callable[..., Any]:
     """`step` run in one parallel region (`threads.h`): between kernels its threads prefetch the weights used next.
 
     Other operators run on one thread inside it.

@@ -44,10 +44,10 @@ INLINE_AVX512 void exchange(__m512i (&x)[4]) {
 
 // Scores of M rows for 16 slots from `slot` on; past `last`, it is repeated. Prefetches the same slots of `others`.
 template <int M, class T>
-AVX512 void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int64_t D, const bf16* rows, int64_t first,
-                  float* out, const T* others) {
+AVX512 void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int64_t D, const bf16* rows,
+                  int64_t first_row, float* out, const T* others) {
   __m512i sums[4][M];  // four slots each: a 128-bit lane has four partial sums of one slot
-  rows += first * D, out += first * CHUNK;
+  rows += first_row * D, out += first_row * CHUNK;
   const int64_t ahead = others - keys;
   constexpr int64_t FOURS = M > 2 ? 2 : 1;  // groups of four slots that share each load of a row
 #pragma GCC unroll 4
@@ -84,13 +84,13 @@ AVX512 void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int
   }
 }
 
-// Adds the values of a tile of slots times their weights [M, CHUNK] to the sums, out [M, D]. Of each 32 sums the first
-// 16 are for elements 0-3, 8-11, 16-19, 24-27, as unpacking leaves them.
+// Adds the values of a tile of slots times their weights [M, CHUNK] to the sums, out [M, D], and prefetches the same
+// slots of `others`. Of each 32 sums the first 16 are for elements 0-3, 8-11, 16-19, 24-27, as unpacking leaves them.
 template <int M, class T>
 AVX512 void add_values(const T* values, int64_t stride, int64_t slot, int64_t last, int64_t D, const bf16* weights,
-                       int64_t first, __m512i* out, const T* others) {
+                       int64_t first_row, __m512i* out, const T* others) {
   const int64_t ahead = others - values;
-  weights += first * CHUNK, out += first * D / LANES;
+  weights += first_row * CHUNK, out += first_row * D / LANES;
   for (int64_t d = 0; d < D; d += 32) {
     __m512i low[M], high[M];
     for (int m = 0; m < M; ++m) low[m] = out[(m * D + d) / LANES], high[m] = out[(m * D + d) / LANES + 1];

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -30,11 +31,11 @@ def load() -> str | None:
     """Load the operators `torch.ops.fast.*`, building them if needed. Returns None, or in one line why it failed.
 
     The library lies in TORCH_EXTENSIONS_DIR, by default `~/.cache/torch_extensions`, under a name that depends on the
-    source, the compiler's flags and the version of torch.
+    source, the compiler's flags, the processor's architecture and the version of torch.
     """
     global in_a_team
     content = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.[ch]*")))
-    key = hashlib.sha256(content + f"{torch.__version__} {FLAGS}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(content + f"{torch.__version__} {platform.machine()} {FLAGS}".encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     library = folder / f"fast-{key}.so"
     try:
@@ -45,7 +46,7 @@ def load() -> str | None:
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[0])
-        return f"the CPU's kernels cannot be built, so quantised weights run slowly: {reason}"
+        return f"the CPU's kernels cannot be built, so plain PyTorch computes, more slowly: {reason}"
     _register_fakes()
     return None
 

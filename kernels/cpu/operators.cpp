@@ -176,12 +176,12 @@ void pack_bf16(const at::Tensor& weight, at::Tensor& out) {
 }
 
 // Combines the partial results of row m, each with best, total and out [D], into y [D].
-void put_together(const std::vector<int64_t>& pieces, int64_t m, int64_t M, int64_t D, const float* best, const float* total,
-                  const float* out, bf16* y) {
+void combine_parts(const std::vector<int64_t>& parts, int64_t m, int64_t M, int64_t D, const float* best, const float* total,
+                   const float* out, bf16* y) {
   float greatest = -INFINITY, sum = 0;
-  for (int64_t i : pieces) greatest = std::max(greatest, best[i * M + m]);
+  for (int64_t i : parts) greatest = std::max(greatest, best[i * M + m]);
   std::vector<float> values(D);
-  for (int64_t i : pieces) {
+  for (int64_t i : parts) {
     if (best[i * M + m] == -INFINITY) continue;
     const float factor = std::exp2(best[i * M + m] - greatest);
     sum += factor * total[i * M + m];
@@ -220,7 +220,7 @@ void attend(const Attention& c, int64_t B, bool is_int8, bf16* y) {
     std::vector<int64_t> parts;
     for (int64_t t = 0; t < n_pieces; ++t)
       if (const auto [from, until] = part(t, h); from < until) parts.push_back(t + h);
-    for (int64_t m = 0; m < c.M; ++m) put_together(parts, m, c.M, c.D, best, total, out, y + (h * c.M + m) * c.D);
+    for (int64_t m = 0; m < c.M; ++m) combine_parts(parts, m, c.M, c.D, best, total, out, y + (h * c.M + m) * c.D);
   }
 }
 

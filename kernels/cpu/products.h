@@ -68,15 +68,18 @@ INLINE void store(const Call& c, int64_t panel, const float* out) {
 
 struct Kernels {  // the kernels for one instruction set
   const char* name;
-  int64_t rows_at_once;                                 // rows of x in a block of Call::inputs
-  void (*few_rows[3])(const Call&, const uint8_t*, float*);  // by Kind: few rows of x, one panel
-  void (*many_rows[3])(const Call&, int64_t, int64_t);       // many rows, a range of panels; null: `unpack`, then at::mm
-  void (*unpack[3])(const uint8_t*, int64_t, int64_t, bf16*);  // a panel unpacked to rows of bf16
-  void (*round)(const bf16*, int64_t, int64_t, int64_t, Group*, int8_t*);  // a row of x quantised; null: x stays bf16
-  void (*normalize)(const bf16*, const bf16*, float, int64_t, bf16*);
-  void (*add)(const bf16*, int64_t, bf16*);
-  void (*gate)(const bf16*, int64_t, bf16*);
-  void (*attend[2])(const Attention&, int64_t, int64_t, int64_t, int64_t, float*, float*, float*);  // bf16, int8
+  int64_t rows_at_once;  // rows of x in a block of Call::inputs
+  // By Kind: few rows of x with one panel; many rows with a range of panels, null: `unpack` a panel, then at::mm.
+  void (*few_rows[3])(const Call&, const uint8_t* panel, float* out);
+  void (*many_rows[3])(const Call&, int64_t first_panel, int64_t end);
+  void (*unpack[3])(const uint8_t* panel, int64_t K, int64_t G, bf16* out);
+  // Quantises a row of x, every G inputs a Group, for `rows` rows beside each other; null: x stays bf16.
+  void (*round)(const bf16* x, int64_t K, int64_t G, int64_t rows, Group* groups, int8_t* out);
+  void (*normalize)(const bf16* x, const bf16* weight, float eps, int64_t n, bf16* y);
+  void (*add)(const bf16* x, int64_t n, bf16* y);
+  void (*gate)(const bf16* x, int64_t n, bf16* y);
+  // bf16, int8: slots begin .. end - 1 of a key head of row b; see attention_avx512.h.
+  void (*attend[2])(const Attention&, int64_t b, int64_t head, int64_t begin, int64_t end, float* best, float* total, float* out);
 };
 
 const std::vector<Kernels>& available();  // the best comes first

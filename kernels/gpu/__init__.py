@@ -87,6 +87,6 @@ def attention(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> Att
     return Attention(torch.ops.fast_gpu.decode_attention, flash_decoding.MAX_POSITIONS, takes_qkv=True)
 
 
-def together(step: Callable[..., Any]) -> Callable[..., Any]:
+def in_one_region(step: Callable[..., Any]) -> Callable[..., Any]:
     """`step` itself: once compiled it is a single CUDA graph already."""
     return step

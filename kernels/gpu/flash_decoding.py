@@ -27,8 +27,8 @@ MAX_POSITIONS = 16  # new positions per row
 
 
 @triton.jit
-def _rotated(qkv_ptr, at, row_ok, norm_ptr, eps, cos_ptr, sin_ptr, turn, D: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """Both halves, `[R, D / 2]`, of the heads that begin at `at [R]`, after RMSNorm, if there is one, and RoPE."""
+def _rotated(qkv_ptr, at, row_ok, norm_ptr, eps, cos_ptr, sin_ptr, token, D: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """Both halves, `[R, D / 2]`, of the heads at `at [R]`, after RMSNorm, if any, and RoPE by rows `token [R]`."""
     HALF: tl.constexpr = D // 2
     d = tl.arange(0, BLOCK_HALF)
     d_ok = d < HALF
@@ -41,8 +41,8 @@ def _rotated(qkv_ptr, at, row_ok, norm_ptr, eps, cos_ptr, sin_ptr, turn, D: tl.c
         left *= factor * tl.load(norm_ptr + d, mask=d_ok, other=0.0).to(tl.float32)[None, :]
         right *= factor * tl.load(norm_ptr + HALF + d, mask=d_ok, other=0.0).to(tl.float32)[None, :]
         left, right = left.to(dtype).to(tl.float32), right.to(dtype).to(tl.float32)
-    cos = tl.load(cos_ptr + turn[:, None] * HALF + d[None, :], mask=ok, other=0.0)
-    sin = tl.load(sin_ptr + turn[:, None] * HALF + d[None, :], mask=ok, other=0.0)
+    cos = tl.load(cos_ptr + token[:, None] * HALF + d[None, :], mask=ok, other=0.0)
+    sin = tl.load(sin_ptr + token[:, None] * HALF + d[None, :], mask=ok, other=0.0)
     return (left * cos - right * sin).to(dtype), (right * cos + left * sin).to(dtype)
 
 

@@ -298,6 +298,8 @@ def linear(
         raise ValueError(f"x has {n_in} columns, the weight {found}: they must be equal and a multiple of 32")
     if gated and n_out % 2:
         raise ValueError(f"gated needs an even number of outputs, not {n_out}")
+    if rows == 0:  # a draft's prefill asks for no logits
+        return _linear_fake(x, weight, gated=gated)
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     few = rows <= MAX_ROWS and n_out >= LEAST_OUTPUTS
     if norm is not None and few and rows > NORM_ROWS:

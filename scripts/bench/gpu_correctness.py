@@ -19,7 +19,7 @@ from fast.decoding import build_steps, stream
 from fast.layers import FastKVCache, fast_linear, fused, kernels_missing, speed_up
 from fast.quantized import LINEARS, QuantizedLinear, quantized_linears
 from fast.sampling import Sampling
-from fast.speculative import SPARE, PromptLookup, build_speculative_steps, speculate
+from fast.speculative import SPARE, DraftModel, PromptLookup, build_speculative_steps, speculate
 from fast.tokenizer import load_tokenizer
 from kernels import gpu
 from model import (
@@ -218,18 +218,29 @@ def logits_rows(card: Card) -> Iterator[Row]:
 
 
 def greedy_rows(card: Card) -> Iterator[Row]:
-    """The demo's greedy tokens in float32: compiled and speculative decoding must give the same as eager decoding."""
+    """The demo's greedy tokens in float32: compiled and speculative decoding must give the same as eager decoding.
+
+    The draft model computes in the card's own type, with our kernels.
+    """
     n, greedy, prompts = 100, Sampling(temperature=0), [load_tokenizer(DEMO).encode("The module")]
     model = load_model(DEMO, card.device, torch.float32)
     model.setup_caches(1, 256, spare=SPARE)
     eager = [token for (token,) in stream(build_steps(model, greedy), prompts, n)]
     plain = build_steps(model, greedy, card.compile)
-    steps = build_speculative_steps(plain, PromptLookup(model, greedy, 5), greedy, card.compile)
+    draft = load_model(DEMO.parent / "draft", card.device, card.dtype)
+    draft.setup_caches(1, 256, spare=SPARE)
+
+    def speculating(drafter: DraftModel | PromptLookup) -> list[int]:
+        steps = build_speculative_steps(plain, drafter, greedy, card.compile)
+        return [token for step in speculate(steps, prompts, n) for token in step.ids[0]][:n]
+
     found = {
-        "compiled as eager": [token for (token,) in stream(plain, prompts, n)],
-        "speculating as plain": [token for step in speculate(steps, prompts, n) for token in step.ids[0]][:n],
+        "compiled as eager": lambda: [token for (token,) in stream(plain, prompts, n)],
+        "speculating as plain": lambda: speculating(PromptLookup(model, greedy, 5)),
+        "with a draft model as plain": lambda: speculating(DraftModel(draft, greedy, 5)),
     }
-    for name, tokens in found.items():
+    for name, generate in found.items():
+        tokens = generate()
         same = next((i for i, (a, b) in enumerate(zip(tokens, eager, strict=True)) if a != b), n)
         yield Row(f"demo, float32: greedy tokens that agree, {name}", "tokens", n, same, same == n)
 
