@@ -88,9 +88,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _number_or_auto(text: str) -> int | str:
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int, limit: int) -> list[list[int]]:
@@ -127,9 +128,9 @@ def check_args(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed} must be 0 to 2**63 - 1")
     if args.interactive:
-        others = {"prompt_file": None, "batch_size": None, "num_samples": 1, "metrics_path": None, "profile": None}
-        others["compare"] = False
-        if unfit := [f"--{name}" for name, default in others.items() if getattr(args, name) != default]:
+        parser = build_parser()
+        others = ("prompt_file", "batch_size", "num_samples", "metrics_path", "profile", "compare")
+        if unfit := [f"--{name}" for name in others if getattr(args, name) != parser.get_default(name)]:
             raise ValueError(f"--interactive is a conversation of one: leave out {', '.join(unfit)}")
         if sys.stdin is None:
             raise ValueError("--interactive reads from stdin, which is closed")

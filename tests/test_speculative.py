@@ -409,6 +409,7 @@ def test_a_conversation_may_speculate(main, monkeypatch):
     [
         (["--speculate_k", 0], "--speculate_k 0 must be 1 to 15, or auto"),
         (["--prompt_lookup", "--speculate_k", 16], "--speculate_k 16 must be 1 to 15"),
+        (["--prompt_lookup", "--speculate_k", -1], "--speculate_k -1 must be 1 to 15"),
         (["--prompt_lookup", "--draft_checkpoint_path", DEMO], "choose one of them to draft"),
         (["--checkpoint_path", DEMO.parent / "draft", "--speculate_k", 3], "needs --draft_checkpoint_path DRAFT or"),
         (["--compare"], "--compare needs speculative decoding"),
