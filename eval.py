@@ -15,8 +15,22 @@ from typing import Any
 
 import torch
 
-from fast.cli import CACHE_DTYPES, DEMO, check_at_least, drop_compile, exit_code, load, resolve_device, resolve_kv_dtype
+from fast.cli import (
+    CACHE_DTYPES,
+    DEMO,
+    Parser,
+    check_at_least,
+    drop_compile,
+    exit_code,
+    find_checkpoint,
+    load,
+    refuse,
+    resolve_device,
+    resolve_kv_dtype,
+    say,
+)
 from fast.compiling import set_compile_flags
+from fast.layers import kernels_missing
 from fast.perplexity import perplexity
 from fast.scoring import parse_batch_size
 from fast.tokenizer import Tokenizer
@@ -24,6 +38,8 @@ from model import Transformer
 from tp import ALONE, Ranks
 
 HARNESS = "lm_eval>=0.4.9,<0.5"
+FOR_TASKS = ("include_path", "num_fewshot", "limit", "apply_chat_template", "fewshot_as_multiturn", "max_seq_length")
+FOR_TASKS += ("seed", "output_path", "log_samples")
 
 
 @dataclass(frozen=True)
@@ -84,32 +100,31 @@ def describe_text(path: Path, score: TextScore) -> str:
 # ---- The command line.
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--checkpoint_path", type=Path, default=DEMO, help="a .pth of ours or a Hugging Face directory (default: demo)")
-    add("--tasks", nargs="+", metavar="TASK", help="tasks of the lm-evaluation-harness, or patterns of their names")
-    add("--include_path", type=Path, metavar="DIR", help="a directory with tasks of your own")
-    add("--num_fewshot", type=int, help="examples before each question (default: as the task says)")
-    add("--limit", type=float, help="take only the first N items of a task, or below 1 that share of them")
-    add("--apply_chat_template", action="store_true", help="put the prompts into the model's chat template")
-    add(
-        "--fewshot_as_multiturn",
-        action="store_true",
-        help="each example becomes a turn of the chat template",
-    )
-    add("--max_seq_length", type=int, help="cut contexts on the left to this length (default: the context length)")
-    add("--output_path", type=Path, metavar="DIR", help="write the harness's results file here")
-    add("--log_samples", action="store_true", help="write every item with its prompts and answers to --output_path too")
-    add("--seed", type=int, help="seed of the harness, which draws the examples (default: the harness's own seeds)")
-    add("--perplexity", type=Path, metavar="FILE", help="sliding-window perplexity of this text file")
-    add("--window", type=int, help="tokens a window of --perplexity spans (default: the context length, at most 2048)")
-    add("--stride", type=int, help="tokens between the windows' starts (default: half the window)")
-    add("--batch_size", default="auto", help="texts that are computed together, or auto (default)")
-    add("--compile", action="store_true", help="compile the model for --tasks")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+def build_parser() -> Parser:
+    parser = Parser(__doc__.splitlines()[0])
+    add = parser.add_argument_group("the model").add_argument
+    add("--checkpoint_path", type=Path, default=DEMO, help="a .pth, a directory or a hub's OWNER/NAME (default: demo)")
+    add("--download", action="store_true", help="fetch OWNER/NAME from the hub if it is not in checkpoints/")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, cpu without a GPU")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
     add("--kv_dtype", choices=CACHE_DTYPES, default="auto", help="put all texts through a KV cache that stores this")
+    add("--batch_size", default="auto", help="texts that are computed together, or auto (default)")
+    add = parser.add_argument_group("perplexity of a text").add_argument
+    add("--perplexity", type=Path, metavar="FILE", help="sliding-window perplexity of this text file")
+    add("--window", type=int, help="tokens that a window spans (default: the context length, at most 2048)")
+    add("--stride", type=int, help="tokens between the windows' starts (default: half the window)")
+    add = parser.add_argument_group("tasks of the lm-evaluation-harness").add_argument
+    add("--tasks", nargs="+", metavar="TASK", help="their names, or patterns of names")
+    add("--include_path", type=Path, metavar="DIR", help="a directory with tasks of your own")
+    add("--num_fewshot", type=int, help="examples before each question (default: as the task says)")
+    add("--limit", type=float, help="take only the first X items of a task, or below 1 that share (default: all)")
+    add("--apply_chat_template", action="store_true", help="put the prompts into the model's chat template")
+    add("--fewshot_as_multiturn", action="store_true", help="each example becomes a turn of the chat template")
+    add("--max_seq_length", type=int, help="cut contexts on the left to this length (default: the context length)")
+    add("--seed", type=int, help="of the harness, which draws the examples (default: the harness's own seeds)")
+    add("--compile", action="store_true", help="compile the model")
+    add("--output_path", type=Path, metavar="DIR", help="write the harness's results file here")
+    add("--log_samples", action="store_true", help="write every item with its prompts and answers to --output_path too")
     return parser
 
 
@@ -119,6 +134,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("nothing to evaluate: give --tasks TASK, --perplexity FILE, or both")
     if args.perplexity is not None and not args.perplexity.is_file():
         raise ValueError(f"--perplexity {args.perplexity}: no such file")
+    if args.tasks is None:
+        refuse(args, build_parser(), "there are no --tasks", *FOR_TASKS)
+    if args.perplexity is None:
+        refuse(args, build_parser(), "there is no --perplexity FILE", "window", "stride")
     check_at_least(args, 1, "window", "stride", "max_seq_length")
     parse_batch_size(args.batch_size)
     check_at_least(args, 0, "num_fewshot")
@@ -129,12 +148,10 @@ def check_args(args: argparse.Namespace) -> None:
     for name, needed in (("log_samples", "output_path"), ("fewshot_as_multiturn", "apply_chat_template")):
         if getattr(args, name) and not getattr(args, needed):
             raise ValueError(f"--{name} needs --{needed}")
-    if args.output_path is not None and args.tasks is None:
-        raise ValueError("--output_path needs --tasks, whose results it holds")
     if args.output_path is not None:
         args.output_path.mkdir(parents=True, exist_ok=True)
     if args.compile and args.tasks is None:
-        print("--compile is for --tasks: --perplexity runs uncompiled", file=sys.stderr)
+        say("--compile is for --tasks: --perplexity runs uncompiled")
         args.compile = False
     drop_compile(args, "compile")
 
@@ -153,6 +170,7 @@ def import_harness() -> ModuleType:
 def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Evaluate as the flags say and print; return the harness's results and the `TextScore`, if asked for."""
     check_args(args)
+    args.checkpoint_path = find_checkpoint(args.checkpoint_path, args.download, ranks)
     args.device = ranks.device(args.device)
     if ranks.rank > 0:
         args.output_path, args.log_samples = None, False  # rank 0 alone writes
@@ -164,6 +182,8 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> dict[str, Any]:
     if args.compile:
         set_compile_flags(device)
     model, tokenizer = load(args.checkpoint_path, device, dtype, ranks)
+    if (model.quantization or (device, dtype) != ("cpu", torch.float32)) and (reason := kernels_missing(device, dtype)):
+        say(reason)
     found: dict[str, Any] = {}
     if args.perplexity:
         batch_size = parse_batch_size(args.batch_size)

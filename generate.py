@@ -7,6 +7,10 @@ Without `--checkpoint_path` the embedded demo model runs. The loop itself is in 
 
 import argparse
 import dataclasses
+import os
+import re
+import select
+import stat
 import sys
 import time
 from pathlib import Path
@@ -14,24 +18,28 @@ from typing import Any
 
 import torch
 
-from fast.chat import chat, warm_up_turns
+from fast.chat import chat, check_system, warm_up_turns
 from fast.cli import (
     CACHE_DTYPES,
     DEMO,
+    Parser,
     check_at_least,
     check_writable,
     drop_compile,
     exit_code,
+    find_checkpoint,
     load,
     profiled,
+    refuse,
     resolve_device,
     resolve_kv_dtype,
+    say,
     write_json,
 )
 from fast.compiling import set_compile_flags
 from fast.decoding import Steps, build_steps, stream, warm_up
 from fast.layers import kernels_missing
-from fast.metrics import bytes_per_step, count_parameters, describe, parameter_bytes, report
+from fast.metrics import bytes_per_position, count_parameters, describe, free_memory, parameter_bytes, report
 from fast.rows import Row, run_rows
 from fast.sampling import Sampling
 from fast.speculative import (
@@ -50,40 +58,50 @@ from fast.tokenizer import Tokenizer, read_text
 from model import Transformer
 from tp import Ranks, measure_collectives
 
+PROMPT = "The module"  # for the demo
+MAX_NEW_TOKENS = 200
+ONE_SHOT = ("prompt", "prompt_file", "batch_size", "num_samples", "metrics_path", "profile", "compare")
+
 # ---- The command line.
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--checkpoint_path", type=Path, default=DEMO, help="a .pth of ours or a Hugging Face directory (default: demo)")
-    add("--prompt", default="The module", help="text, or a number N for a made-up prompt of N tokens")
-    add("--prompt_file", type=Path, help="one prompt per line, generated together in batches of --batch_size")
-    add("--batch_size", type=int, help="rows: copies of --prompt (default 1), or lines of --prompt_file (all)")
-    add("--num_samples", type=int, default=1, help="generate so often (default: 1)")
-    add("--max_new_tokens", type=int, default=200, help="tokens of each text at most (default: 200)")
-    add("--max_seq_length", type=int, help="capacity of the KV cache in tokens (default: what the prompts need)")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
-    add("--top_k", type=int, default=200, help="draw from the k likeliest tokens (default: 200)")
-    add("--top_p", type=float, help="draw from the fewest tokens with this probability in all")
-    add("--min_p", type=float, help="draw from tokens with this share of the likeliest's probability")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end a row before this text; may be repeated")
-    add("--seed", type=int, default=1234, help="of the draws (default: 1234)")
-    add("--chat", action="store_true", help="put the prompt into the model's chat template")
-    add("--system", help="the system message of --chat and --interactive")
-    add("--interactive", action="store_true", help="a conversation: Ctrl-C stops an answer, Ctrl-D ends it")
-    add("--speculate_k", type=_number_or_auto, metavar="K", help=f"drafts per step, 1 to {MAX_K} (default 5), or auto")
-    add("--draft_checkpoint_path", type=Path, help="speculative decoding: the model that drafts")
-    add("--replicate_draft", action="store_true", help="under torchrun: keep the whole draft on every rank")
-    add("--prompt_lookup", action="store_true", help="speculative decoding: draft what followed in the text so far")
-    add("--compare", action="store_true", help="also time plain decoding")
-    add("--compile", action="store_true", help="compile the decode step")
-    add("--compile_prefill", action="store_true", help="compile the prefill")
+def build_parser() -> Parser:
+    parser = Parser(__doc__.splitlines()[0])
+    add = parser.add_argument_group("the model").add_argument
+    add("--checkpoint_path", type=Path, default=DEMO, help="a .pth, a directory or a hub's OWNER/NAME (default: demo)")
+    add("--download", action="store_true", help="fetch OWNER/NAME from the hub if it is not in checkpoints/")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, cpu without a GPU")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
     add("--kv_dtype", choices=CACHE_DTYPES, default="auto", help="what the KV cache stores (default: as --dtype)")
-    add("--metrics_path", type=Path, help="write every figure to this JSON file")
-    add("--profile", type=Path, help="write a Chrome trace of the last sample to this file")
+    add("--compile", action="store_true", help="compile the decode step")
+    add("--compile_prefill", action="store_true", help="compile the prefill")
+    add = parser.add_argument_group("the prompt").add_argument
+    add("--prompt", help=f"text, @FILE, - for stdin, or a number for so many made-up tokens (default: {PROMPT!r})")
+    add("--prompt_file", type=Path, help="one prompt per line, or - for stdin, in batches of --batch_size")
+    add("--batch_size", type=int, help="copies of --prompt (default: 1) or lines of --prompt_file (default: all)")
+    add("--chat", action="store_true", help="put the prompt into the model's chat template")
+    add("--interactive", action="store_true", help="a conversation: Ctrl-C stops an answer, Ctrl-D ends it")
+    add("--system", help="the system message of --chat and --interactive")
+    add = parser.add_argument_group("the text").add_argument
+    add("--max_new_tokens", type=int, help="of each text at most (default: 200; of an answer: what the cache holds)")
+    add("--max_seq_length", type=int, help="capacity of the KV cache in tokens (default: what the prompts need)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end a row before this text; may be repeated")
+    add("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
+    add("--top_k", type=int, default=200, help="draw from the k likeliest tokens (default: 200)")
+    add("--top_p", type=float, help="draw from the fewest tokens with this probability in all (default: off)")
+    add("--min_p", type=float, help="draw from tokens with this share of the likeliest's probability (default: off)")
+    add("--seed", type=int, default=1234, help="of the draws (default: 1234)")
+    add("--num_samples", type=int, default=1, help="generate so often (default: 1)")
+    add = parser.add_argument_group("speculative decoding").add_argument
+    add("--speculate_k", type=_number_or_auto, metavar="K", help=f"drafts per step, 1 to {MAX_K} or auto (default: 5)")
+    add("--draft_checkpoint_path", type=Path, help="the model that drafts (default for the demo: demo/draft)")
+    add("--replicate_draft", action="store_true", help="under torchrun: keep the whole draft on every rank")
+    add("--prompt_lookup", action="store_true", help="draft what followed in the text so far, without a model")
+    add("--compare", action="store_true", help="also time plain decoding")
+    add = parser.add_argument_group("figures").add_argument
+    add("--stats", action="store_true", help="print figures after each answer of a conversation")
+    add("--metrics_path", type=Path, metavar="FILE", help="write every figure to this file, as JSON")
+    add("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the last sample to this file")
     return parser
 
 
@@ -94,18 +112,54 @@ def _number_or_auto(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
-def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int, limit: int) -> list[list[int]]:
-    """The prompts' token ids. Raises ValueError for a prompt that is empty, too long or refused by the template."""
-    if args.prompt_file is None and args.prompt.isdecimal():
-        if not 1 <= int(args.prompt) <= limit:
-            raise ValueError(f"--prompt {args.prompt}: a made-up prompt must have 1 to {limit} tokens")
-        return [torch.randint(vocab_size, (int(args.prompt),)).tolist()] * (args.batch_size or 1)
-    if args.prompt_file is None:
-        texts = [args.prompt] * (args.batch_size or 1)
-    else:
-        texts = [line for line in read_text(args.prompt_file).split("\n") if line.strip()]
-        if not texts:
+def read_prompts(args: argparse.Namespace, ranks: Ranks) -> tuple[list[str], int]:
+    """The prompts' texts, or none and the length of a made-up prompt.
+
+    Raises ValueError for a file without a prompt or that is not UTF-8, FileNotFoundError if it is not there.
+    """
+
+    def read_stdin() -> str:
+        if sys.stdin is None:
+            raise ValueError("the prompt is to come from stdin, which is closed")
+        if not select.select([sys.stdin], [], [], 1)[0]:
+            say("reading the prompt from stdin: Ctrl-D ends it")
+        return sys.stdin.read()
+
+    def read(path: str) -> str:
+        return read_text(Path(path)) if path != "-" else ranks.from_rank_0(read_stdin) or ""
+
+    if args.prompt_file is not None:
+        lines = [line for line in read(str(args.prompt_file)).split("\n") if line.strip()]
+        if not lines:
             raise ValueError(f"{args.prompt_file} holds no prompt: write one per line")
+        return lines, 0
+    prompt = args.prompt
+    if prompt is None and ranks.from_rank_0(lambda: "yes" if is_piped() else None):
+        return [read("-").removesuffix("\n") or PROMPT], 0
+    if prompt is None:
+        return [PROMPT], 0
+    if prompt == "-" or prompt.startswith("@"):
+        return [read(prompt.removeprefix("@")).removesuffix("\n")], 0
+    return ([], int(prompt)) if re.fullmatch("0|[1-9][0-9]*", prompt) and not args.chat else ([prompt], 0)
+
+
+def is_piped() -> bool:
+    """Whether stdin is a pipe or a file, not a terminal or closed."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def encode_prompts(
+    texts: list[str], made_up: int, args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int, limit: int
+) -> list[list[int]]:
+    """The prompts' token ids. Raises ValueError for a prompt that is empty, too long or refused by the template."""
+    if not texts:
+        if not 1 <= made_up <= limit:
+            raise ValueError(f"--prompt {made_up}: a made-up prompt must have 1 to {limit} tokens")
+        return [torch.randint(vocab_size, (made_up,)).tolist()]
     prompts = []
     for text in texts:
         if args.chat:
@@ -128,13 +182,18 @@ def check_args(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed} must be 0 to 2**63 - 1")
     if args.interactive:
-        parser = build_parser()
-        others = ("prompt_file", "batch_size", "num_samples", "metrics_path", "profile", "compare")
-        if unfit := [f"--{name}" for name in others if getattr(args, name) != parser.get_default(name)]:
-            raise ValueError(f"--interactive is a conversation of one: leave out {', '.join(unfit)}")
+        refuse(args, build_parser(), "--interactive is a conversation of one", *ONE_SHOT)
         if sys.stdin is None:
             raise ValueError("--interactive reads from stdin, which is closed")
+    else:
+        refuse(args, build_parser(), "--stats is for --interactive, figures are always printed here", "stats")
+    if args.prompt_file is not None:
+        refuse(args, build_parser(), "--prompt_file holds the prompts", "prompt")
     check_speculation(args)
+    if args.draft_checkpoint_path is None:
+        refuse(args, build_parser(), "without --draft_checkpoint_path there is no draft model", "replicate_draft")
+    if args.temperature == 0:
+        refuse(args, build_parser(), "--temperature 0 takes the likeliest token", "top_k", "top_p", "min_p")
     if args.system is not None and not (args.chat or args.interactive):
         raise ValueError("--system needs --chat or --interactive")
     if "" in args.stop:
@@ -172,7 +231,10 @@ def set_up(
     room: int,
     ranks: Ranks,
 ) -> tuple[Steps | SpeculativeSteps, float]:
-    """Allocate caches of `room` positions; return the steps, compiled as `args` says, and the seconds that took."""
+    """Allocate caches of `room` positions; return the steps, compiled as `args` says, and the seconds that took.
+
+    Without `args.max_new_tokens` the texts may fill the caches.
+    """
     if draft is not None and room > draft.args.context_length:
         raise ValueError(f"the draft model takes {draft.args.context_length} positions, fewer than {room}")
     spare, kv_dtype = SPARE if args.speculate_k else 0, resolve_kv_dtype(args)
@@ -183,75 +245,81 @@ def set_up(
     all_steps = candidate_steps(args.speculate_k, plain, draft, sampling, args.compile) if args.speculate_k else []
     seconds = 0.0
     if args.compile or args.compile_prefill:
-        print("compiling ...", file=sys.stderr)
+        say("compiling ...")
         for batch in batches[:1] + batches[1:][-1:]:
-            new_tokens = min(args.max_new_tokens, room + 1 - max(map(len, batch)))
+            new_tokens = min(args.max_new_tokens or room, room + 1 - max(map(len, batch)))
             if args.speculate_k in (None, "auto") or args.compare:
                 seconds += warm_up(plain, batch, new_tokens)
             seconds += sum(warm_up_speculation(steps, batch, new_tokens) for steps in all_steps)
     if args.speculate_k != "auto":
         return all_steps[0] if all_steps else plain, seconds
     steps, words = choose_fastest(all_steps, batches[0], args.max_new_tokens)
-    print(words)
+    say(words)
     chosen = ranks.from_rank_0(lambda: str(steps.k if isinstance(steps, SpeculativeSteps) else 0))  # rank 0's choice
     torch.manual_seed(args.seed)  # `choose_fastest` has used random numbers
     return next((steps for steps in all_steps if steps.k == int(chosen)), plain), seconds
 
 
-def run_sample(
+def run_batch(
     steps: Steps | SpeculativeSteps,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
     args: argparse.Namespace,
-    show_prompt: bool,
+    beginnings: list[str],
+    numbers: range | None,
     acceptance: Acceptance | None,
 ) -> dict[str, Any]:
-    """Generate one batch and print it: a single row as it is generated, several as each ends. Return the figures."""
+    """Generate one batch and print each row after its beginning; return the figures.
+
+    numbers: of the rows, which are printed in this order as they end; None: there is one, printed as it is generated.
+    """
     rows = [Row(tokenizer, prompt, args.max_new_tokens, args.stop) for prompt in prompts]
-    beginnings = [tokenizer.decode(prompt) if show_prompt else "" for prompt in prompts]
+    printed = 0
 
-    def show(i: int, text: str) -> None:
-        if len(rows) == 1:
+    def show(_: int, text: str) -> None:
+        nonlocal printed
+        if numbers is None:
             print(text, end="", flush=True)
-        elif rows[i].finish_reason:
-            print(f"[{i + 1}] {beginnings[i]}{rows[i].text}\n", flush=True)
+            return
+        while printed < len(rows) and rows[printed].finish_reason:
+            print(f"[{numbers[printed]}] {beginnings[printed]}{rows[printed].text}\n", flush=True)
+            printed += 1
 
-    if len(rows) == 1:
+    if numbers is None:
         print(beginnings[0], end="", flush=True)
-    start = time.perf_counter()
-    passes = acceptance.n_steps if acceptance else 0
-    run_rows(steps, rows, args.max_new_tokens, show, acceptance=acceptance)
-    seconds = time.perf_counter() - start
-    entries = [row.figures(start) for row in rows]
-    ttft = entries[0]["ttft_s"]
-    n_steps = max(len(row.tokens) for row in rows) - 1  # that plain decoding would take
-    n_tokens = sum(len(row.tokens) - 1 for row in rows)
-    nbytes = bytes_per_step(steps.model, len(rows), max(map(len, prompts)) + n_steps / 2)
-    if acceptance and n_steps:
-        drafting = steps.drafter.bytes_per_step(len(rows), max(map(len, prompts)) + n_steps / 2)
-        nbytes = (nbytes + drafting) * (acceptance.n_steps - passes) / n_steps
-    figures = {
-        "rows": entries,
-        "ttft_s": ttft,
-        "prefill_tokens_per_s": sum(map(len, prompts)) / ttft,
-        "decode_tokens_per_s": n_tokens / (seconds - ttft) if n_steps else None,
-        "bytes_per_token": nbytes,
-        "bandwidth_gb_s": n_steps * nbytes / (seconds - ttft) / 1e9 if n_steps else None,
-    }
-    print("\n\n" if len(rows) == 1 else "", f"  {describe(figures)}\n", sep="", flush=True)
+    figures = run_rows(steps, rows, args.max_new_tokens, show, acceptance=acceptance)
+    several = numbers is not None or args.num_samples > 1  # texts, on stdout with an empty line after each
+    if numbers is None:
+        print("\n" if several else "", flush=True)
+    say(("" if several else "\n") + f"  {describe(figures)}\n")
     return figures
+
+
+def check_memory(models: list[Transformer], n_rows: int, room: int, args: argparse.Namespace) -> None:
+    """Raise ValueError if caches of `room` positions in `n_rows` rows are more than the device has memory for."""
+    needed, free = 0, free_memory(args.device)
+    for model in models:
+        model.setup_caches(1, 1, kv_dtype=resolve_kv_dtype(args))
+        needed += n_rows * room * bytes_per_position(model)
+    if needed > free:
+        raise ValueError(
+            f"a KV cache of {n_rows} x {room} tokens takes {needed / 1e9:.1f} GB, {args.device} has "
+            f"{free / 1e9:.1f} GB free: lower --batch_size or --max_seq_length, or store less with --kv_dtype int8"
+        )
 
 
 def plain_rate(plain: Steps, tokenizer: Tokenizer, prompts: list[list[int]], args: argparse.Namespace) -> float | None:
     """Tokens per second of plain decoding of the same batch."""
     rows = [Row(tokenizer, prompt, args.max_new_tokens, args.stop) for prompt in prompts]
-    run_rows(plain, rows, args.max_new_tokens, show=lambda i, text: None)
-    seconds = max(row.times[-1] for row in rows) - min(row.times[0] for row in rows)
-    return sum(len(row.tokens) - 1 for row in rows) / seconds if seconds else None
+    return run_rows(plain, rows, args.max_new_tokens, show=lambda i, text: None)["decode_tokens_per_s"]
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
     check_args(args)
+    texts, made_up = ([], 0) if args.interactive else read_prompts(args, ranks)
+    args.checkpoint_path = find_checkpoint(args.checkpoint_path, args.download, ranks)
+    if args.draft_checkpoint_path is not None:
+        args.draft_checkpoint_path = find_checkpoint(args.draft_checkpoint_path, args.download, ranks)
     args.device = ranks.device(args.device)
     device, dtype = resolve_device(args)
     resolve_kv_dtype(args)  # to fail before anything is loaded
@@ -259,47 +327,58 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         set_compile_flags(device)  # imports the compiler, which takes a second
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     start = time.perf_counter()
+    reason = kernels_missing(device, dtype)  # builds the CPU's kernels at the first run
+    build_s, start = time.perf_counter() - start, time.perf_counter()
     model, tokenizer = load(args.checkpoint_path, device, dtype, ranks)
     draft = load_draft(args.draft_checkpoint_path, model, tokenizer, device, dtype, ranks, args.replicate_draft)
     load_s = time.perf_counter() - start
     kind = str(dtype).removeprefix("torch.") + (f", {model.quantization['mode']}" if model.quantization else "")
     kind += f", {args.kv_dtype} cache" if args.kv_dtype != "auto" else ""
     kind += f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""
-    print(f"{args.checkpoint_path}: {count_parameters(model.args) / 1e6:.1f} M parameters, {kind}, {device}")
+    say(f"{args.checkpoint_path}: {count_parameters(model.args) / 1e6:.1f} M parameters, {kind}, {device}")
     if draft is not None:
-        print(f"{args.draft_checkpoint_path}: {count_parameters(draft.args) / 1e6:.1f} M parameters to draft")
-    if (model.quantization or (device, dtype) != ("cpu", torch.float32)) and (reason := kernels_missing(device, dtype)):
-        print(reason, file=sys.stderr)
+        say(f"{args.draft_checkpoint_path}: {count_parameters(draft.args) / 1e6:.1f} M parameters to draft")
+    if reason and (model.quantization or (device, dtype) != ("cpu", torch.float32)):
+        say(reason)
     torch.manual_seed(args.seed)
-    context = min(part.args.context_length for part in (model, draft) if part is not None)
+    check_system(tokenizer, args.system)
+    models = [part for part in (model, draft) if part is not None]
+    context = min(part.args.context_length for part in models)
     if args.interactive:
         room = args.max_seq_length or min(context, 4096)
+        check_memory(models, 1, room, args)
         first = [0] * max(1, min(64, room // 4))  # a made-up turn to compile with
         steps, _ = set_up(args, sampling, model, draft, [[first]], room, ranks)
         if args.compile or args.compile_prefill:
             warm_up_turns(steps, first)
-        return chat(steps, tokenizer, args.max_new_tokens, args.stop, args.system, ranks)
+        return chat(steps, tokenizer, args.max_new_tokens, args.stop, args.system, args.stats, ranks)
     limit = args.max_seq_length or context
-    prompts = encode_prompts(args, tokenizer, model.args.vocab_size, limit)
-    longest = max(map(len, prompts))
-    if longest + args.max_new_tokens - 1 > limit:  # the last token is not cached
-        args.max_new_tokens = limit - longest + 1
-        print(f"only {args.max_new_tokens} new tokens fit after the prompt's {longest}", file=sys.stderr)
-    size = args.batch_size or len(prompts)
-    batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    prompts = encode_prompts(texts, made_up, args, tokenizer, model.args.vocab_size, limit)
+    longest, wanted = max(map(len, prompts)), args.max_new_tokens or MAX_NEW_TOKENS
+    args.max_new_tokens = min(wanted, limit - longest + 1)  # the last token is not cached
+    if args.max_new_tokens < wanted:
+        say(f"only {args.max_new_tokens} new tokens fit after the prompt's {longest}")
     room = args.max_seq_length or longest + args.max_new_tokens - 1
+    size = args.batch_size or len(prompts)
+    check_memory(models, size, room, args)
+    if args.prompt_file is None:
+        prompts = prompts * size
+    batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     steps, compile_s = set_up(args, sampling, model, draft, batches, room, ranks)
     acceptance = Acceptance(steps.k) if isinstance(steps, SpeculativeSteps) else None
-    print()
-    samples, show_prompt = [], not args.chat and (args.prompt_file is not None or not args.prompt.isdecimal())
+    say()
+    samples = []
+    beginnings = [""] * len(prompts) if args.chat or made_up else [tokenizer.decode(prompt) for prompt in prompts]
     for n in range(args.num_samples):
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            numbers = range(1 + i * size, 1 + i * size + len(batch)) if len(prompts) > 1 else None
             with profiled(args.profile if n == args.num_samples - 1 and ranks.rank == 0 else None):
-                samples.append(run_sample(steps, tokenizer, batch, args, show_prompt, acceptance))
+                shown = beginnings[i * size : i * size + len(batch)]
+                samples.append(run_batch(steps, tokenizer, batch, args, shown, numbers, acceptance))
             if acceptance and args.compare:
                 rate = plain_rate(steps.plain, tokenizer, batch, args)
                 acceptance.compare(samples[-1]["decode_tokens_per_s"], rate)
-    figures = report(samples, load_s, compile_s, device, acceptance and acceptance.figures())
+    figures = report(samples, build_s, load_s, compile_s, device, acceptance and acceptance.figures())
     figures["parallel"] = report_ranks(steps, batches[0], args.max_new_tokens, ranks) if ranks.world_size > 1 else None
     if args.metrics_path and ranks.rank == 0:
         header = {"model": dataclasses.asdict(model.args), "device": device, "dtype": str(dtype).removeprefix("torch.")}
@@ -323,7 +402,7 @@ def report_ranks(
     if costs:
         share = f"{costs['collectives_share']:.0%} of the time"
         line += f" · {costs['collectives_s_per_token'] * 1e6:.0f} us/token in collectives, {share}"
-    print(line + "; bytes and GB/s above are those of one rank")
+    say(line + "; bytes and GB/s above are those of one rank")
     return {"world_size": ranks.world_size, "parameter_bytes": nbytes, **costs}
 
 

@@ -7,10 +7,16 @@ Worth knowing: weights are quantised and written one Linear at a time; the file 
 """
 
 import argparse
-import dataclasses
+import contextlib
+import filecmp
+import math
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +25,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fast.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from fast.cli import DEMO, check_at_least, check_device, check_writable, exit_code
+from fast.cli import (
+    DEMO,
+    Parser,
+    check_at_least,
+    check_device,
+    check_writable,
+    exit_code,
+    find_checkpoint,
+    refuse,
+    replacing,
+    say,
+)
 from fast.gptq import check_finite, gptq_linears, read_weight
+from fast.metrics import count_parameters
 from fast.quantized import GROUP_SIZES, LINEARS, quantized_linears, swap_linears
 from fast.tokenizer import Tokenizer, load_tokenizer, read_text
 from model import ModelArgs, Transformer
@@ -34,13 +52,9 @@ def quantize(
     Raises ValueError if the scheme does not fit the model or a weight is not finite, OSError if the disk is full;
     `target` is then left as it was.
     """
+    names = linear_names(checkpoint.args, scheme)
     with torch.device("meta"):
         model = Transformer(checkpoint.args)
-    names = [name for name, _ in quantized_linears(model, scheme)]
-    # A quantised output projection is no longer the embedding table.
-    args = dataclasses.replace(checkpoint.args, tie_embeddings=checkpoint.args.tie_embeddings and "output" not in names)
-    with torch.device("meta"):
-        model = Transformer(args)
     swap_linears(model, scheme)
     with tqdm(total=len(names), unit="Linear") as bar:
         if chunks is None:
@@ -52,9 +66,15 @@ def quantize(
         for name, tensor in model.state_dict(keep_vars=True).items():
             dtype = torch.bfloat16 if isinstance(tensor, nn.Parameter) else tensor.dtype
             tensors[name] = tensor.shape, dtype, partial(source.fill, name)
-        if args.tie_embeddings:
+        if model.output.weight is model.tok_embeddings.weight:  # tied, and not quantised
             del tensors["output.weight"]
-        save_checkpoint(target, args, tensors, scheme)
+        save_checkpoint(target, checkpoint.args, tensors, scheme)
+
+
+def linear_names(args: ModelArgs, scheme: dict[str, Any]) -> list[str]:
+    """The names of the Linears that `scheme` quantises in a model of this shape."""
+    with torch.device("meta"):
+        return [name for name, _ in quantized_linears(Transformer(args), scheme)]
 
 
 def rounded_linears(
@@ -95,14 +115,10 @@ class TensorSource:
 def task_documents(names: list[str]) -> list[str]:
     """The documents of lm_eval tasks, questions with answers, from the training split where a task has one.
 
-    Raises ImportError without lm_eval, ValueError for a name it does not know.
+    Raises ValueError for a name that lm_eval does not know.
     """
-    try:
-        from lm_eval.tasks import TaskManager, get_task_dict
-    except ImportError:
-        raise ImportError(
-            "--calibration_tasks needs lm_eval: pip install 'lm_eval>=0.4.9,<0.5', or give --calibration_file TEXT"
-        ) from None
+    from lm_eval.tasks import TaskManager, get_task_dict
+
     manager = TaskManager()
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ValueError(
@@ -143,26 +159,32 @@ def calibration_chunks(texts: list[str], tokenizer: Tokenizer, length: int, limi
 # ---- The command line.
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+# What a flag means that is not given. None is its default for the parser: a flag that a mode does not use is refused.
+DEFAULTS: dict[str, Any] = {"groupsize": 32, "calibration_limit": 128, "percdamp": 0.01, "blocksize": 128}
+DEFAULTS["calibration_tasks"] = ["wikitext"]
+GPTQ = ("calibration_tasks", "calibration_file", "calibration_limit", "calibration_seq_length", "percdamp")
+GPTQ += ("blocksize", "act_order")
+
+
+def build_parser() -> Parser:
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--checkpoint_path", type=Path, default=DEMO, help="a .pth of ours or a Hugging Face directory (default: demo)")
-    add("--mode", choices=LINEARS, default="int8")
-    add("--groupsize", type=int, choices=GROUP_SIZES, default=32, help="inputs that share a scale in int4")
+    add("--checkpoint_path", type=Path, default=DEMO, help="a .pth, a directory or a hub's OWNER/NAME (default: demo)")
+    add("--download", action="store_true", help="fetch OWNER/NAME from the hub if it is not in checkpoints/")
+    add("--mode", choices=LINEARS, default="int8", help="default: int8")
+    add("--groupsize", type=int, choices=GROUP_SIZES, help="inputs that share a scale in int4 (default: 32)")
     add("--scale_search", action="store_true", help="int4: choose each group's scale for the least squared error")
     add("--skip", nargs="+", default=[], metavar="NAME", help="Linears to leave in bf16, as in `output w2 layers.0.wo`")
-    add("--output_path", type=Path, help="default: model_MODE.pth beside the input")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    gptq = parser.add_argument_group("int4-gptq").add_argument
-    gptq(
-        "--calibration_tasks", nargs="+", default=["wikitext"], metavar="TASK", help="lm_eval tasks (default: wikitext)"
-    )
-    gptq("--calibration_file", type=Path, metavar="TEXT", help="calibrate on a text file instead")
-    gptq("--calibration_limit", type=int, default=128, help="sequences at most (default: 128)")
-    gptq("--calibration_seq_length", type=int, help="tokens in each (default: 2048, or what the model was made for)")
-    gptq("--percdamp", type=float, default=0.01, help="damping, as a share of the Hessian's mean diagonal")
-    gptq("--blocksize", type=int, default=128, help="columns between two updates of the rest")
-    gptq("--act_order", action="store_true", help="round the columns that matter most first")
+    add("--output_path", type=Path, help="a .pth (default: model_MODE.pth beside the input)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, cpu without a GPU")
+    add = parser.add_argument_group("int4-gptq").add_argument
+    add("--calibration_tasks", nargs="+", metavar="TASK", help="calibrate on lm_eval tasks (default: wikitext)")
+    add("--calibration_file", type=Path, metavar="TEXT", help="calibrate on a text file instead")
+    add("--calibration_limit", type=int, help="sequences at most (default: 128)")
+    add("--calibration_seq_length", type=int, help="tokens in each (default: 2048, or what the model was made for)")
+    add("--percdamp", type=float, help="damping, as a share of the Hessian's mean diagonal (default: 0.01)")
+    add("--blocksize", type=int, help="columns between two updates of the rest (default: 128)")
+    add("--act_order", action="store_true", help="round the columns that matter most first")
     return parser
 
 
@@ -176,8 +198,7 @@ def make_scheme(args: argparse.Namespace, model_args: ModelArgs) -> dict[str, An
     if args.mode == "int4-gptq":
         scheme |= {key: getattr(args, key) for key in ("percdamp", "blocksize", "act_order")}
         scheme["calibration"] = str(args.calibration_file or " ".join(args.calibration_tasks))
-    with torch.device("meta"):
-        names = [name for name, _ in quantized_linears(Transformer(model_args), {})]
+    names = linear_names(model_args, {})
     known = {*names, *(name.rpartition(".")[2] for name in names)}
     skip = ["output" if name == "lm_head" else name for name in args.skip]
     if unknown := sorted(set(skip) - known):
@@ -189,21 +210,71 @@ def make_scheme(args: argparse.Namespace, model_args: ModelArgs) -> dict[str, An
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise ValueError for a number that is out of range."""
+    """Fill in defaults. Raise ValueError for numbers out of range and flags without effect, ImportError for lm_eval."""
+    used = {"groupsize": LINEARS[args.mode].in_groups, "scale_search": args.mode == "int4"}
+    used |= dict.fromkeys(GPTQ, args.mode == "int4-gptq")
+    ignored = [name for name, is_used in used.items() if not is_used]
+    refuse(args, build_parser(), f"--mode {args.mode} does not use everything that is given", *ignored)
+    if args.calibration_file and args.calibration_tasks:
+        raise ValueError("--calibration_file and --calibration_tasks: choose one of them")
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     check_at_least(args, 1, "calibration_limit", "calibration_seq_length", "blocksize")
     if not 0 < args.percdamp < 10:
         raise ValueError(f"--percdamp {args.percdamp}: give a share above 0, such as 0.01")
+    if args.mode == "int4-gptq" and not args.calibration_file and find_spec("lm_eval") is None:
+        raise ImportError(
+            "--calibration_tasks needs lm_eval: pip install 'lm_eval>=0.4.9,<0.5', or give --calibration_file TEXT"
+        )
 
 
-def calibrate(args: argparse.Namespace, model_args: ModelArgs) -> list[list[int]]:
-    """The calibration text that the flags name, as token ids."""
+def check_output(target: Path, source: Path, args: ModelArgs, scheme: dict[str, Any]) -> list[Path]:
+    """Say what `target` replaces; return the small files of the directory `source` that are missing beside it.
+
+    Raises ValueError if `target` is not to be written: it is no result of this script, or lies beside another model.
+    """
+    from scripts.download import CONFIG_FILES  # imports huggingface_hub
+
+    if target.suffix != ".pth":
+        raise ValueError(f"--output_path {target}: give it a name that ends in .pth")
+    check_writable(target)
+    old = None
+    if target.exists():
+        with contextlib.suppress(ValueError, OSError):
+            old = open_checkpoint(target)
+        if old is None or old.quantization is None:
+            raise ValueError(f"{target} is there and was not made by quantize.py: give another --output_path")
+    missing = []
+    for name in CONFIG_FILES:
+        theirs, ours = source / name, target.parent / name
+        if not ours.exists():
+            missing += [theirs] if theirs.exists() else []
+        elif not theirs.exists() or not filecmp.cmp(theirs, ours, shallow=False):
+            raise ValueError(f"{ours} is not that of {source}: give another directory in --output_path")
+    if old is not None and (old.args, old.quantization) != (args, scheme):
+        say(f"replacing {target}, which was {describe(old.quantization)}")
+    return missing
+
+
+def describe(scheme: dict[str, Any]) -> str:
+    """The settings in a line, such as `int4, groupsize 32, skip output w2`."""
+    words = [scheme["mode"]]
+    for key, value in scheme.items():
+        if key != "mode" and value not in (False, []):
+            words.append(key if value is True else f"{key} {' '.join(value) if isinstance(value, list) else value}")
+    return ", ".join(words)
+
+
+def calibrate(args: argparse.Namespace, model_args: ModelArgs, text: str | None) -> list[list[int]]:
+    """The calibration text, or the documents of the tasks that the flags name, as token ids."""
     length = args.calibration_seq_length or min(2048, model_args.context_length)
     if length > model_args.context_length:
         raise ValueError(
             f"--calibration_seq_length {length}: this model takes at most {model_args.context_length} tokens"
         )
     tokenizer = load_tokenizer(args.checkpoint_path)
-    texts = [read_text(args.calibration_file)] if args.calibration_file else task_documents(args.calibration_tasks)
+    texts = task_documents(args.calibration_tasks) if text is None else [text]
     widest = max(model_args.hidden_dim, model_args.dim, model_args.n_heads * model_args.head_dim)
     return calibration_chunks(texts, tokenizer, length, args.calibration_limit, widest)
 
@@ -211,6 +282,8 @@ def calibrate(args: argparse.Namespace, model_args: ModelArgs) -> list[list[int]
 def run(args: argparse.Namespace) -> None:
     check_args(args)
     check_device(args.device)
+    text = read_text(args.calibration_file) if args.calibration_file else None
+    args.checkpoint_path = find_checkpoint(args.checkpoint_path, args.download)
     checkpoint = open_checkpoint(args.checkpoint_path)
     if checkpoint.quantization is not None:
         mode = checkpoint.quantization["mode"]
@@ -219,18 +292,31 @@ def run(args: argparse.Namespace) -> None:
     directory = args.checkpoint_path if args.checkpoint_path.is_dir() else args.checkpoint_path.parent
     group = f".g{args.groupsize}" if "groupsize" in scheme else ""
     target = args.output_path or directory / f"model_{args.mode}{group}.pth"
-    if target.exists() and args.checkpoint_path.exists() and target.samefile(args.checkpoint_path):
-        raise ValueError(f"--output_path {target} is the input: name another file")
-    check_writable(target)
-    chunks = calibrate(args, checkpoint.args) if args.mode == "int4-gptq" else None
+    missing = check_output(target, directory, checkpoint.args, scheme)
+    chunks = calibrate(args, checkpoint.args, text) if args.mode == "int4-gptq" else None
     quantize(checkpoint, scheme, target, args.device, chunks)
-    print(f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB, {scheme}")
-    print(f"next: python generate.py --compile --checkpoint_path {target}")
+    for file in missing:
+        with replacing(target.parent / file.name) as temporary:
+            shutil.copyfile(file, temporary)
+    report(checkpoint, scheme, target)
+
+
+def report(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path) -> None:
+    n_linears, n_quantised = (len(linear_names(checkpoint.args, which)) for which in ({}, scheme))
+    before = sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in checkpoint.tensors.values())
+    print(f"wrote {target}")
+    print(f"  weights     {describe(scheme)}")
+    print(f"  Linears     {n_quantised} quantised, {n_linears - n_quantised} left in bf16")
+    print(f"  size        {before / 1e6:.1f} MB before, {target.stat().st_size / 1e6:.1f} MB now")
+    print(f"  parameters  {count_parameters(checkpoint.args) / 1e6:.1f} M")
+    if any((target.parent / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        script = os.path.relpath(Path(__file__).with_name("generate.py"))
+        print("next:", shlex.join(["python", script, "--compile", "--checkpoint_path", str(target)]))
 
 
 def main(argv: list[str] | None = None) -> int:
     with torch.no_grad():
-        return exit_code(lambda: run(build_parser().parse_args(argv)), stopped="stopped; nothing was written")
+        return exit_code(lambda: run(build_parser().parse_args(argv)), stopped="stopped; no checkpoint was written")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ Writes items (`*.jsonl`) and the harness's task descriptions (`*.yaml`), the sam
 `python eval.py --include_path demo/tasks --tasks demo_continuation demo_last_word`.
 """
 
-import argparse
 import json
 import random
 import sys
 from pathlib import Path
 
-from fast.cli import DEMO
+from fast.cli import DEMO, Parser
 
 HELDOUT = DEMO.parent / "heldout.txt"
 N_ITEMS = 150
@@ -68,7 +67,7 @@ def make_last_words(paragraphs: list[str], draw: random.Random) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=DEMO.parent / "tasks")
     out = parser.parse_args(argv).out
     out.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,30 @@
 """A conversation at the terminal.
 
-    chat(steps, tokenizer, max_new_tokens=200, stop=[])
+    chat(steps, tokenizer, max_new_tokens=None, stop=[])
 
-The KV cache is kept between turns, so only the new tokens are prefilled.
+The KV cache is kept between turns, so only the new tokens are prefilled. Answers go to stdout, all else to stderr.
 """
 
 import contextlib
+import re
+import select
+import sys
 from collections import deque
 
+from fast.cli import say
 from fast.decoding import Steps, common_prefix, stream
+from fast.metrics import describe
 from fast.rows import Row, run_rows
 from fast.speculative import SpeculativeSteps
 from fast.tokenizer import Tokenizer
 from tp import ALONE, Ranks
+
+HELP = """/exit           end the conversation, as Ctrl-D does
+/reset          forget what was said
+/system TEXT    begin anew with this system message; without TEXT, with none
+/stats          how fast the last answer was, and how full the cache is
+/help           this list
+Ctrl-C stops an answer. A pasted text of several lines is one message."""
 
 
 def warm_up_turns(steps: Steps | SpeculativeSteps, first: list[int]) -> None:
@@ -22,59 +34,149 @@ def warm_up_turns(steps: Steps | SpeculativeSteps, first: list[int]) -> None:
         deque(stream(plain, [turn], 1, cached=2 * len(first)), maxlen=0)
 
 
+class Conversation:
+    """What was said, and which of it is in the KV cache.
+
+    max_new_tokens: of an answer; None: what the cache holds, or 200 without a chat template, where few texts end.
+    """
+
+    def __init__(
+        self,
+        steps: Steps | SpeculativeSteps,
+        tokenizer: Tokenizer,
+        max_new_tokens: int | None,
+        stop: list[str],
+        system: str | None,
+    ):
+        self.steps, self.tokenizer, self.stop, self.system = steps, tokenizer, stop, system
+        self.capacity = steps.model.max_seq_length
+        self.limit = max_new_tokens or (self.capacity if tokenizer.has_chat_template else 200)
+        self.turns: list[tuple[str, str]] = []  # (message, answer)
+        self.cached: list[int] = []  # the ids in the KV cache
+        self.stats = "no answer yet"
+
+    def encode(self, turns: list[tuple[str, str]], line: str) -> list[int]:
+        """The prompt for an answer to `line`."""
+        if not self.tokenizer.has_chat_template:
+            return self.tokenizer.encode("\n\n".join([*(message + answer for message, answer in turns), line]))
+        messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+        for message, answer in turns:
+            messages += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
+        messages.append({"role": "user", "content": line})
+        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), bos=False)
+
+    def fit(self, line: str) -> list[int]:
+        """The prompt for an answer to `line`. The oldest turns go until a quarter of the cache is left for the answer.
+
+        Raises ValueError for a line that does not fit alone, or that the chat template refuses.
+        """
+        reserved = min(self.limit, self.capacity // 4)
+        for n in range(len(self.turns) + 1):
+            prompt = self.encode(self.turns[n:], line)
+            if len(prompt) + reserved <= self.capacity:
+                break
+        if len(prompt) > self.capacity:
+            raise ValueError(f"this message makes {len(prompt)} tokens, the cache takes {self.capacity}: shorten it")
+        if n > 0:
+            say(f"(the cache of {self.capacity} tokens is full: forgot the first {n} of {len(self.turns)} turns)")
+        self.turns = self.turns[n:]
+        return prompt
+
+    def answer(self, line: str, caught: tuple[type[BaseException], ...]) -> None:
+        """Print the answer to `line`; an exception of the types `caught` ends it."""
+        prompt = self.fit(line)
+        if not prompt:
+            raise ValueError("this message has no tokens: write a word")
+        limit = min(self.limit, self.capacity - len(prompt) + 1)  # the last token is not cached
+        row, known = Row(self.tokenizer, prompt, limit, self.stop), common_prefix(self.cached, prompt[:-1])
+        self.cached, self.stats = [], "the last answer was stopped"
+        with contextlib.suppress(*caught):
+            figures = run_rows(self.steps, [row], limit, lambda _, text: print(text, end="", flush=True), known)
+            used = f"{len(prompt) + len(row.tokens) - 1} of {self.capacity} tokens in the cache"
+            self.stats = f"{describe(figures)} · {used}"
+        print(flush=True)
+        if row.finish_reason == "length":
+            why = "--max_new_tokens" if limit == self.limit else f"the cache of {self.capacity} tokens is full"
+            say(f"(cut after {limit} tokens: {why})")
+        self.cached = prompt + row.tokens[:-1] if row.tokens else []  # no token: the prefill was interrupted
+        self.turns.append((line, row.text))
+
+    def reset(self, system: str | None) -> None:
+        """Forget what was said. Raises ValueError for a system message that the model cannot be given."""
+        check_system(self.tokenizer, system)
+        self.turns, self.system = [], system
+
+
+def check_system(tokenizer: Tokenizer, system: str | None) -> None:
+    """Raise ValueError if the model has no chat template to put a system message into, or it refuses one."""
+    if system is not None and not tokenizer.has_chat_template:
+        raise ValueError("a system message needs a chat template, and this model has none")
+    if system is not None:
+        tokenizer.apply_chat_template([{"role": "system", "content": system}, {"role": "user", "content": "Hi"}])
+
+
 def chat(
     steps: Steps | SpeculativeSteps,
     tokenizer: Tokenizer,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     stop: list[str],
     system: str | None = None,
+    stats: bool = False,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Converse until Ctrl-D. Raises ValueError for a `system` message where the model has no chat template.
+    """Converse until Ctrl-D or /exit; `stats`: print figures after every answer. `HELP` lists the commands.
 
     Ctrl-C ends an answer. With several ranks it ends the conversation: the ranks would stop at different tokens and
     wait for each other for ever, and torchrun receives Ctrl-C as well.
     """
     caught = (KeyboardInterrupt,) if ranks.world_size == 1 else ()
+    conversation = Conversation(steps, tokenizer, max_new_tokens, stop, system)
     if not tokenizer.has_chat_template:
-        if system is not None:
-            raise ValueError("--system needs a chat template, and this model has none")
-        print("this model has no chat template: it continues your text")
-    beginning = [{"role": "system", "content": system}] if system is not None else []
-    history, text, cached = beginning, "", []  # text: used if there is no template; cached: the ids in the KV cache
+        say("this model has no chat template: it continues your text")
+    if ranks.rank == 0 and sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline
+
+            readline.parse_and_bind("set enable-bracketed-paste on")  # the default since readline 8.1
+        say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends the conversation")
     while (line := ranks.from_rank_0(lambda: ask(caught))) is not None:
         if not line.strip():
             continue
-        if tokenizer.has_chat_template:
-            turn = [*history, {"role": "user", "content": line}]
-            prompt = tokenizer.encode(tokenizer.apply_chat_template(turn), bos=False)
-        else:
-            prompt = tokenizer.encode(text + line)
-        room = min(max_new_tokens, steps.model.max_seq_length - len(prompt))
-        if room < 1:
-            print(f"the conversation fills the cache of {steps.model.max_seq_length} tokens: starting over")
-            history, text, cached = beginning, "", []
-            continue
-        row = Row(tokenizer, prompt, room, stop)
-        with contextlib.suppress(*caught):
-            run_rows(steps, [row], room, print_now, common_prefix(cached, prompt[:-1]))
-        print()
-        cached = prompt + row.tokens[:-1] if row.tokens else []  # no token: the prefill was interrupted
-        text += line + row.text
-        history = [*history, {"role": "user", "content": line}, {"role": "assistant", "content": row.text}]
+        command, _, text = line.rstrip().partition(" ")
+        try:
+            if command == "/exit":
+                return
+            elif command == "/help":
+                say(HELP)
+            elif command == "/stats":
+                say(conversation.stats)
+            elif command == "/reset":
+                conversation.reset(conversation.system)
+            elif command == "/system":
+                conversation.reset(text.strip() or None)
+            elif re.fullmatch(r"/\w+", command) and "\n" not in line:
+                say(f"there is no command {command}: /help lists them; a space before it sends it as a message")
+            else:
+                conversation.answer(line, caught)
+                if stats:
+                    say(conversation.stats)
+        except ValueError as error:
+            say(error)
 
 
 def ask(caught: tuple[type[BaseException], ...]) -> str | None:
-    """A line from the keyboard; None at the end of the input."""
+    """What is typed, a pasted text as a whole; None at the end of the input."""
+    at_terminal = sys.stdin.isatty()
     while True:
         try:
-            return input("> ")
+            line = input("> " if at_terminal else "")
+            with contextlib.suppress(EOFError):
+                while at_terminal and select.select([sys.stdin], [], [], 0)[0]:  # without bracketed paste
+                    line += "\n" + input()
+            return line
         except EOFError:
-            print()
+            if at_terminal:
+                print()
             return None
         except caught:
-            print("\n(Ctrl-D ends)")
-
-
-def print_now(_: int, text: str) -> None:
-    print(text, end="", flush=True)
+            say("\n(Ctrl-D ends)")

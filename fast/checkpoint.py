@@ -14,7 +14,7 @@ import mmap
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -41,6 +41,22 @@ HF_FILES = (
     ("model.safetensors", "model.safetensors.index.json", "*.safetensors"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
 )
+
+# What is often given in place of a checkpoint: how such a file begins, and what a directory without weights may hold.
+_GGUF = "in the GGUF format of llama.cpp: give the Hugging Face directory that it was made from"
+FOREIGN_BYTES = {
+    rb"GGUF": _GGUF,
+    rb"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull` in its directory",
+    rb"(?i)\s*<(!doctype|html|\?xml)": "a web page, not the file itself: download it again",
+    rb"\x80[\x02-\x05][^\0]": "a pickle, as torch wrote before 1.6: save it again with today's torch.save",
+    rb"\Z": "empty: download it again",
+}
+FOREIGN_FILES = {
+    "adapter_*": "a LoRA adapter: merge it into its base model (peft: merge_and_unload) and give that",
+    "*.incomplete": "an interrupted download: run scripts/download.py again, it resumes",
+    "*.gguf": _GGUF,
+    "*.pth": "to be given by name",
+}
 
 
 @dataclass(frozen=True)
@@ -138,10 +154,10 @@ def load_model(
         tensors = {name: stored.share(shares[name]) if name in shares else stored for name, stored in tensors.items()}
     dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}  # quantised Linears' tensors keep theirs
     state = {name: stored.load(device, dtypes.get(name, dtype)) for name, stored in tensors.items()}
-    if checkpoint.args.tie_embeddings:
+    if is_tied := "output.weight" not in state:
         state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, assign=True)
-    if checkpoint.args.tie_embeddings:
+    if is_tied:
         model.output.weight = model.tok_embeddings.weight
     del state  # so that each weight is freed once it is packed
     speed_up(model.eval().requires_grad_(False), dtype)
@@ -158,16 +174,21 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_dir():
+        if path.suffix in (".safetensors", ".bin") and path.is_file():
+            raise ValueError(f"{path} is part of a checkpoint: give its directory, {path.parent}")
         content = _load_torch(path)
         if content.get("format") != FORMAT or not content.keys() >= {"config", "quantization", "model"}:
-            raise ValueError(f"{path}: not a checkpoint in this project's format {FORMAT}")
+            raise ValueError(f"{path}: not a checkpoint in this project's format {FORMAT}, and no directory of another")
         args, quantization = ModelArgs.from_dict(content["config"]), content["quantization"]
         return _match(path, args, quantization, _parts(_tensors(path, content["model"])), {})
     config = _read_json(path / "config.json") if (path / "config.json").exists() else None
     if files := _hf_files(path):
         if config is None:
             raise ValueError(f"{path} has no config.json")
-        return _match(path, families.args_from_hf(config), None, _read_hf(files), families.family_of(config).modules)
+        parts = _read_hf(files)
+        if any(name.endswith(".qweight") for name in parts):  # older directories do not say it in config.json
+            config = {"quantization_config": {"quant_method": "gptq or awq"}, **config}
+        return _match(path, families.args_from_hf(config), None, parts, families.family_of(config).modules)
     args, parts = _read_meta(path, config)
     return _match(path, args, None, parts, families.META_MODULES)
 
@@ -181,15 +202,18 @@ def save_checkpoint(
     """Write a `.pth` for `load_model`, tensor by tensor; it gets its final name only once it is complete.
 
     tensors: our name -> (shape, dtype, fill); `fill(out)` writes the values into `out`, which is mapped to the file.
-    Raises OSError, for example if the disk is full, and whatever a `fill` raises; a file already at `path` is kept.
+    Of a symbolic link, the file it points to is replaced. Raises ValueError if `path` is a device or a pipe, OSError
+    naming it, for example if the disk is full, and whatever a `fill` raises; a file already at `path` is kept.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import, and loading does not need it
 
-    path = Path(path)
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise ValueError(f"cannot write {path}: it is not a regular file")
     with FakeTensorMode():  # allocates no memory
         reserved = {name: torch.empty(tuple(shape), dtype=dtype) for name, (shape, dtype, _) in tensors.items()}
     content = {"format": FORMAT, "config": dataclasses.asdict(args), "quantization": quantization, "model": reserved}
-    with tempfile.TemporaryDirectory(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent) as folder:
+    with naming(path), tempfile.TemporaryDirectory(prefix=target.name, suffix=".tmp", dir=target.parent) as folder:
         temporary = Path(folder) / "archive.pth"  # torch.save writes this name into the file
         try:
             with torch.serialization.skip_data(materialize_fake_tensors=True):
@@ -204,7 +228,18 @@ def save_checkpoint(
             fill(mapped[name])
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Make an OSError of the `with` block name `path`: by itself it names a temporary file, or none on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _reserve(path: Path, n_bytes: int) -> None:
@@ -252,7 +287,7 @@ def _match(
     model = _skeleton(args, quantization)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     ignored = IGNORED_TENSORS
-    if args.tie_embeddings:
+    if model.output.weight is model.tok_embeddings.weight:  # a quantised output projection is no longer tied
         del expected["output.weight"]
         ignored += (modules.get("output", ("output",))[0] + ".weight",)
     matched, missing, wrong = {}, [], []
@@ -300,9 +335,18 @@ def _hf_files(folder: Path) -> list[Path]:
                 if not (folder / name).is_file():
                     raise ValueError(f"{folder / index} names {name!r}, which is not there")
             return [folder / name for name in shards]
-        if files := sorted(folder.glob(pattern)):
+        if files := sorted(file for file in folder.glob(pattern) if not file.name.startswith("adapter_")):
             return files
     return []
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a Hugging Face or Meta directory's weights; ValueError if one of its index is missing."""
+    return _hf_files(folder) or sorted(_meta_folder(folder).glob("consolidated*.pth"))
+
+
+def _meta_folder(folder: Path) -> Path:
+    return folder if (folder / "params.json").exists() else folder / "original"
 
 
 def _parts(tensors: dict[str, Tensor]) -> dict[str, Part]:
@@ -321,10 +365,11 @@ def _read_hf(files: list[Path]) -> dict[str, Part]:
 
 def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, dict[str, Part]]:
     """Arguments and tensors of Meta's own files: model-parallel shards are joined, query and key rows reordered."""
-    origin = folder if (folder / "params.json").exists() else folder / "original"
-    files = sorted(origin.glob("consolidated*.pth"))
+    origin, files = _meta_folder(folder), weight_files(folder)
     if not files:
-        raise ValueError(f"{folder} has no *.safetensors, no pytorch_model*.bin and no consolidated.*.pth")
+        held = ((sorted(file.name for file in folder.glob(pattern)), kind) for pattern, kind in FOREIGN_FILES.items())
+        but = next((f", but {_listing(names)}, {kind}" for names, kind in held if names), "")
+        raise ValueError(f"{folder} has no *.safetensors, no pytorch_model*.bin and no consolidated.*.pth{but}")
     params = _read_json(origin / "params.json")
     families.check_meta_params(params, origin / "params.json")
     shards = [_tensors(file) for file in files]
@@ -360,20 +405,28 @@ def _tensors(path: Path, content: Any = None) -> dict[str, Tensor]:
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+            raise ValueError(foreign(path) or f"{path}: not a whole safetensors file: {error}") from error
     content = _load_torch(path) if content is None else content
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ValueError(f"{path}: expected a dict of tensors")
     return content
 
 
+def foreign(path: Path) -> str | None:
+    """One line that says what the unreadable file at `path` is, None if it does not begin as any of FOREIGN_BYTES."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    return next((f"{path} is {kind}" for pattern, kind in FOREIGN_BYTES.items() if re.match(pattern, start)), None)
+
+
 def _load_torch(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file or directory")
+        raise FileNotFoundError(f"{path}: " + ("not a file" if path.exists() else "no such file or directory"))
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{path}: not a whole torch file: {str(error).splitlines()[0].partition('. ')[0]}") from error
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(foreign(path) or f"{path}: not a whole torch file: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors")
     return content

@@ -8,31 +8,73 @@ Bad input gives one line on stderr and exit code 2; a file is written whole or n
 
 import argparse
 import contextlib
+import gzip
 import json
 import os
+import re
+import shutil
 import sys
+import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fast.checkpoint import load_model
+from fast.checkpoint import foreign, load_model, naming, weight_files
 from fast.compiling import missing_compiler
 from fast.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer
 from tp import ALONE, Ranks
 
 CACHE_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-DEMO = Path(__file__).resolve().parent.parent / "demo" / "target"
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "demo" / "target"
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes whole flags only; what it cannot parse is one line and exit code 2."""
+
+    def __init__(self, description: str, **options: Any):
+        usage = "%(prog)s [--flag ...]"
+        super().__init__(
+            description=description, usage=usage, allow_abbrev=False, formatter_class=HelpFormatter, **options
+        )
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """A flag, what it takes and its meaning on one line."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X", Path: "PATH"}.get(action.type, "TEXT")
+
+
+def say(*words: object) -> None:
+    """Print on stderr: stdout is for results, which are written out first to keep the order."""
+    print(end="", flush=True)
+    print(*words, file=sys.stderr, flush=True)
 
 
 def check_device(device: str) -> None:
     """Raise ValueError, in one line, for a device that this machine lacks. A GPU becomes the current one."""
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    kind, accelerator = device.partition(":")[0], torch.accelerator.current_accelerator(check_available=True)
+    here = ["cpu"] + ([accelerator.type] if accelerator else [])
+    reason = f"this machine has {' and '.join(here)}"
+    if device == "cpu" or kind in ("cuda", *here[1:]):
+        try:
+            torch.zeros(1, device=device)
+            reason = ""
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+    if reason:
+        raise ValueError(f"--device {device} cannot be used here: {reason}")
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # events and streams are the current device's
 
@@ -53,9 +95,53 @@ def resolve_kv_dtype(args: argparse.Namespace) -> torch.dtype | None:
     return CACHE_DTYPES[args.kv_dtype]
 
 
+def find_checkpoint(path: Path, download: bool = False, ranks: Ranks = ALONE) -> Path:
+    """The file or directory that `path` names; if there is none, `OWNER/NAME` is ROOT/checkpoints/OWNER/NAME.
+
+    For a directory whose weights are in one `.pth` of ours, that file (`model.pth`, if there are several).
+    download: rank 0 fetches OWNER/NAME from the Hugging Face hub, with progress on stderr. Raises FileNotFoundError
+    that names the command which fetches it, OSError and ValueError if that fails.
+    """
+    name = str(path)
+    if not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.pth|\.bin)", name):
+        path = ROOT / "checkpoints" / name
+        if download:
+            ranks.from_rank_0(lambda: None if _is_fetched(path) else _fetch(name))
+        elif not path.is_dir():
+            remedy = f"if it is a model's name on Hugging Face, add --download or run ./scripts/prepare.sh {name}"
+            raise FileNotFoundError(f"{name}: no such file or directory; {remedy}")
+    if path.is_dir() and not weight_files(path):
+        files = [path / "model.pth"] if (path / "model.pth").is_file() else list(path.glob("*.pth"))
+        return files[0] if len(files) == 1 else path
+    return path
+
+
+def _is_fetched(folder: Path) -> bool:
+    with contextlib.suppress(ValueError):  # a shard is missing
+        return bool(weight_files(folder)) and not any(folder.rglob("*.incomplete"))
+    return False
+
+
+def _fetch(repo_id: str) -> None:
+    from scripts.download import download, explain  # imports huggingface_hub
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            download(repo_id, ROOT / "checkpoints")
+    except Exception as error:
+        message = explain(error, repo_id, None)
+        if message is None:
+            raise
+        raise OSError(message) from error
+
+
 def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> tuple[Transformer, Tokenizer]:
     """The model at `path`, a `.pth` of ours or a Hugging Face directory, and the tokenizer stored with it."""
     model = load_model(path, device=device, dtype=dtype, ranks=ranks)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        file = (path.parent if path.is_file() else path) / name
+        if file.is_file() and (message := foreign(file)):
+            raise ValueError(message)
     return model, load_tokenizer(path)
 
 
@@ -76,9 +162,19 @@ def check_at_least(args: argparse.Namespace, least: int, *flags: str) -> None:
                 raise ValueError(f"--{flag} {number} must be at least {least}")
 
 
+def refuse(args: argparse.Namespace, parser: Parser, why: str, *flags: str) -> None:
+    """Raise ValueError if one of these flags, which would have no effect, was given."""
+    if given := [f"--{flag}" for flag in flags if getattr(args, flag) != parser.get_default(flag)]:
+        raise ValueError(f"{why}: leave out {', '.join(given)}")
+
+
 def check_writable(path: Path) -> None:
-    """Raise ValueError if the file `path` cannot be created, before time is spent on its content."""
-    folder = path.absolute().parent
+    """Raise ValueError if the file `path` cannot be written, before time is spent on its content."""
+    folder = Path(os.path.realpath(path)).parent
+    if _stream(path) is not None:
+        if not os.access(path, os.W_OK):
+            raise ValueError(f"cannot write {path}: no permission to write to it")
+        return
     if not folder.is_dir():
         raise ValueError(f"cannot write {path}: {folder} is not a directory")
     if path.is_dir():
@@ -87,21 +183,40 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"cannot write {path}: no permission to write in {folder}")
 
 
+def _stream(path: Path) -> Path | int | None:
+    """What to write into if `path` is no file that could be replaced: a device or a pipe, or this process's output."""
+    if not path.exists() or path.is_dir():
+        return None
+    for fd in (1, 2):  # /dev/stdout, or a file that the shell redirects it to
+        with contextlib.suppress(OSError):  # closed
+            if os.path.samestat(path.stat(), os.fstat(fd)):
+                return fd
+    return None if path.is_file() else path
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; on success it replaces `path`, otherwise it is deleted."""
-    temporary = path.with_name(f"tmp.{os.getpid()}.{path.name}")  # with its suffix, which may decide the format
-    try:
+    """Yield a temporary path to write to; on success it replaces `path`, otherwise it is deleted.
+
+    Of a symbolic link, the file it points to is replaced. A device, a pipe and our own output are written into.
+    """
+    target, stream = Path(os.path.realpath(path)), _stream(path)
+    place = target.parent if stream is None else None
+    with naming(path), tempfile.TemporaryDirectory(prefix=path.name, suffix=".tmp", dir=place) as folder:
+        temporary = Path(folder) / path.name  # with its suffix, which may decide the format
         yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if stream is None:
+            os.replace(temporary, target)
+            return
+        sys.stdout.flush()
+        with open(temporary, "rb") as source, open(stream, "wb", closefd=stream is path) as sink:
+            shutil.copyfileobj(source, sink)
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write `data` to `path`, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -115,7 +230,15 @@ def profiled(path: Path | None):
         yield
     with replacing(path) as temporary:
         profile.export_chrome_trace(str(temporary))
-    print(f"trace: {path} (open it at https://ui.perfetto.dev)")
+        if not _is_whole(temporary):  # it reports no error when the disk is full
+            raise OSError(f"the trace {path} could not be written: is the disk full?")
+    say(f"trace: {path} (open it at https://ui.perfetto.dev)")
+
+
+def _is_whole(trace: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError), (gzip.open if trace.suffix == ".gz" else open)(trace, "rb") as file:
+        return b"".join(deque(file, maxlen=1)).rstrip().endswith(b"}")
+    return False
 
 
 def exit_code(work: Callable[[], Any], ranks: Ranks = ALONE, stopped: str = "stopped") -> int:

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -82,9 +83,15 @@ def precompile_header() -> None:
 
 
 def missing_compiler() -> str | None:
-    """What this machine lacks for `--compile`, or None. Inductor needs a C++ compiler and Python's headers."""
+    """What this machine lacks for `--compile`, or None: a C++ compiler, Python's headers, a folder to write to."""
     if reason := compiler_missing():
         return reason
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         return "Python's headers (Python.h, Debian package python3-dev) are not installed"
+    try:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir  # the import makes the folder too
+
+        tempfile.TemporaryFile(dir=cache_dir()).close()
+    except OSError as error:
+        return f"Inductor's cache (TORCHINDUCTOR_CACHE_DIR) cannot be written: {error}"
     return None

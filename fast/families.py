@@ -78,7 +78,6 @@ REQUIRED_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_a
 SUPPORTED_VALUES: dict[str, tuple] = {
     "hidden_act": ("silu", "swish"),
     "partial_rotary_factor": (1.0, None),
-    "quantization_config": (None,),
 }
 
 
@@ -96,6 +95,10 @@ def args_from_hf(config: dict[str, Any]) -> ModelArgs:
     Reads what transformers 4 wrote (`rope_theta`, `rope_scaling`) and what 5 writes (`rope_parameters`).
     Raises ValueError for an architecture or a setting that this Transformer does not compute.
     """
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method", "in a way it does not name")
+        remedy = "give the unquantised model; quantize.py makes int8 or int4 of it"
+        raise ValueError(f"these weights are quantised already ({method}): {remedy}")
     family = family_of(config)
     config = {**family.assumed, **config}
     missing = [key for key in REQUIRED_KEYS if config.get(key) is None]

@@ -5,6 +5,7 @@
 Decoding is bound by memory bandwidth: it is judged by the bytes it reads per second, as a share of the device's own.
 """
 
+import os
 import platform
 import re
 import resource
@@ -27,9 +28,13 @@ def bytes_per_step(model: Transformer, batch_size: int, positions: float) -> flo
     tensors = model.state_dict()
     del tensors["tok_embeddings.weight"]  # a token reads one row of it; if tied, it is counted as the output projection
     weights = sum(t.nbytes for t in tensors.values())
-    cache = model.layers[0].attention.kv_cache  # keys, values and, if quantised, scales
-    per_position = model.args.n_layers * sum(t[0, :, 0].nbytes for t in cache.buffers())
-    return weights + batch_size * positions * per_position
+    return weights + batch_size * positions * bytes_per_position(model)
+
+
+def bytes_per_position(model: Transformer) -> int:
+    """Bytes of KV cache that one position of one row takes: keys, values and, if quantised, scales."""
+    cache = model.layers[0].attention.kv_cache
+    return model.args.n_layers * sum(t[0, :, 0].nbytes for t in cache.buffers())
 
 
 def parameter_bytes(model: Transformer) -> int:
@@ -69,6 +74,16 @@ def hardware(device: str) -> str:
     return f"{name[1] if name else platform.machine()} x {torch.get_num_threads()}"
 
 
+def free_memory(device: str) -> int:
+    """Bytes that can still be allocated on a GPU, or in the machine; where only Linux says what is free, all of it."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def peak_memory(device: str) -> int:
     """The peak so far, in bytes: of the GPU's allocator, or of this process's resident memory."""
     if device.startswith("cuda"):
@@ -96,25 +111,33 @@ def describe_acceptance(acceptance: dict[str, Any]) -> str:
 
 
 def report(
-    samples: list[dict[str, Any]], load_s: float, compile_s: float, device: str, acceptance: dict[str, Any] | None
+    samples: list[dict[str, Any]],
+    build_s: float,
+    load_s: float,
+    compile_s: float,
+    device: str,
+    acceptance: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Print the medians over the samples; return the figures for `--metrics_path`, those of each row included.
+    """Print the medians over the samples on stderr; return the figures for `--metrics_path`, with those of each row.
 
-    acceptance: `Acceptance.figures()` of speculative decoding, None without it.
+    build_s: building or loading the CPU's kernels. acceptance: `Acceptance.figures()` of speculative decoding.
     """
     medians = {key: _median([s[key] for s in samples]) for key in samples[0] if key != "rows"}
-    print(f"median of {len(samples)}: {describe(medians)}")
+    lines = [f"median of {len(samples)}: {describe(medians)}"] if len(samples) > 1 else []
     if acceptance is not None:
-        print(describe_acceptance(acceptance))
+        lines.append(describe_acceptance(acceptance))
     peak, bandwidth = peak_memory(device), measure_bandwidth(device)  # in this order: the second allocates memory
     share = ""
     if medians["bandwidth_gb_s"] is not None:
         share = f", so decoding reached {medians['bandwidth_gb_s'] * 1e9 / bandwidth:.0%} of it"
         if medians["bytes_per_token"] < 1e8 and device == "cpu":
             share = "; a model this small is read from the caches"
-    print(f"this device moves {bandwidth / 1e9:.1f} GB/s{share}")
-    print(f"load {load_s:.1f} s · compile {compile_s:.1f} s · peak memory {peak / 1e9:.2f} GB")
+    lines.append(f"this device moves {bandwidth / 1e9:.1f} GB/s{share}")
+    built = f"build {build_s:.1f} s · " if build_s >= 1 else ""
+    lines.append(f"{built}load {load_s:.1f} s · compile {compile_s:.1f} s · peak memory {peak / 1e9:.2f} GB")
+    print("\n".join(lines), file=sys.stderr, flush=True)
     return {
+        "build_s": build_s,
         "load_s": load_s,
         "compile_s": compile_s,
         "samples": [row for sample in samples for row in sample["rows"]],

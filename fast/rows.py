@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fast.decoding import Steps, stream
+from fast.metrics import bytes_per_step
 from fast.speculative import Acceptance, SpeculativeSteps, StepResult, speculate
 from fast.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -72,9 +73,12 @@ def run_rows(
     show: Callable[[int, str], None],
     cached: int = 0,
     acceptance: Acceptance | None = None,
-) -> None:
-    """Generate until every row has ended, calling `show(row index, text)` with final text; `cached`: as in `stream`."""
-    prompts = [row.prompt[cached:] for row in rows]
+) -> dict[str, Any]:
+    """Generate until every row has ended, calling `show(row index, text)` with final text; `cached`: as in `stream`.
+
+    Returns the figures that `metrics.describe` takes, and those of each row under "rows".
+    """
+    prompts, start, passes = [row.prompt[cached:] for row in rows], time.perf_counter(), 0
     if isinstance(steps, SpeculativeSteps):
         results = speculate(steps, prompts, max_new_tokens, cached)
     else:
@@ -82,6 +86,7 @@ def run_rows(
             StepResult([[token] for token in tokens]) for tokens in stream(steps, prompts, max_new_tokens, cached)
         )
     for n, step in enumerate(results):
+        passes = n
         if acceptance is not None and n > 0:
             acceptance.add(step, [row.finish_reason is None for row in rows])
         for i, row in enumerate(rows):
@@ -89,4 +94,18 @@ def run_rows(
                 if row.finish_reason is None:  # drafts accepted after a row's end are dropped
                     show(i, row.put(token))
         if all(row.finish_reason for row in rows):
-            return
+            break
+    seconds, ttft = time.perf_counter() - start, rows[0].times[0] - start
+    n_steps = max(len(row.tokens) for row in rows) - 1  # that plain decoding would take
+    positions = max(len(row.prompt) for row in rows) + n_steps / 2
+    nbytes = bytes_per_step(steps.model, len(rows), positions)
+    if isinstance(steps, SpeculativeSteps) and n_steps:
+        nbytes = (nbytes + steps.drafter.bytes_per_step(len(rows), positions)) * passes / n_steps
+    return {
+        "rows": [row.figures(start) for row in rows],
+        "ttft_s": ttft,
+        "prefill_tokens_per_s": sum(map(len, prompts)) / ttft,
+        "decode_tokens_per_s": sum(len(row.tokens) - 1 for row in rows) / (seconds - ttft) if n_steps else None,
+        "bytes_per_token": nbytes,
+        "bandwidth_gb_s": n_steps * nbytes / (seconds - ttft) / 1e9 if n_steps else None,
+    }

@@ -6,8 +6,8 @@ Worth knowing: tensors are read, converted and written one at a time, so a model
 converted too. The file gets its name only once it is complete.
 """
 
-import argparse
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from fast.checkpoint import Stored, open_checkpoint, save_checkpoint
-from fast.cli import exit_code
+from fast.cli import Parser, exit_code
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -46,14 +46,14 @@ def convert(directory: Path, dtype: torch.dtype) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Convert a Hugging Face or Meta checkpoint to DIR/model.pth.")
+    parser = Parser("Convert a Hugging Face or Meta checkpoint to DIR/model.pth.")
     parser.add_argument("--checkpoint_dir", type=Path, required=True, metavar="DIR", help="directory of the model")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
     args = parser.parse_args()
 
     def work() -> None:
         target = convert(args.checkpoint_dir, DTYPES[args.dtype])
-        print(f"next: python generate.py --checkpoint_path {target}")
+        print(f"next: python generate.py --checkpoint_path {shlex.quote(str(target))}")
 
     return exit_code(work, stopped="stopped; nothing was written")
 

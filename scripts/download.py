@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import re
+import shlex
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -21,7 +22,7 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers
 
 CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-CONFIG_FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+CONFIG_FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 # In order of preference; an index means that the weights are sharded.
 HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -143,7 +144,7 @@ def explain(error: Exception, repo_id: str, revision: str | None) -> str | None:
     if type(error).__module__.startswith(("requests", "urllib3", "http")):
         return f"cannot reach {hub} ({type(error).__name__}): check the network and HF_ENDPOINT{again}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left for {repo_id}: free some, or choose another --checkpoint_dir{again}"
+        return f"no space left for {repo_id}: free some, or give scripts/download.py another --checkpoint_dir{again}"
     if isinstance(error, (OSError, ValueError)):
         return f"{repo_id}: {' '.join(str(error).split())}" + (again if isinstance(error, OSError) else "")
     return None
@@ -168,7 +169,8 @@ def main() -> int:
                 raise
             print(f"error: {message}", file=sys.stderr)
             return 2
-        print(f"done: {directory}\nnext: python scripts/convert_hf_checkpoint.py --checkpoint_dir {directory}")
+        print(f"done: {directory}")
+        print("next: python scripts/convert_hf_checkpoint.py --checkpoint_dir", shlex.quote(str(directory)))
     return 0
 
 

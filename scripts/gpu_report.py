@@ -31,7 +31,7 @@ import _root  # noqa: F401 - finds the modules of the repository's root
 import torch
 from tqdm import tqdm
 
-from fast.cli import exit_code, write_json
+from fast.cli import Parser, exit_code, write_json
 from fast.compiling import set_compile_flags
 from kernels import gpu
 from scripts.bench.gpu_card import LAUNCH, PRODUCT, READ, Card, Part, card_rows, nvidia_smi
@@ -182,7 +182,7 @@ def run(out: Path) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu_report"), help="the folder that the report goes to")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -10,8 +10,11 @@ import dataclasses
 import errno
 import hashlib
 import importlib
+import io
 import json
 import os
+import pickle
+import re
 import resource
 import shutil
 import signal
@@ -256,7 +259,7 @@ def test_a_tensor_in_two_files_is_an_error(copy):
             "index.json names 'gone', which is not there",
         ),
         ("model-00002-of-00003.safetensors", None, "names 'model-00002-of-00003.safetensors', which is not there"),
-        ("model-00002-of-00003.safetensors", "", "model-00002-of-00003.safetensors: not a whole safetensors file"),
+        ("model-00002-of-00003.safetensors", "", "model-00002-of-00003.safetensors is empty: download it again"),
     ],
 )
 def test_damaged_directory(shard, file, text, message):
@@ -276,8 +279,85 @@ def test_a_directory_without_weights_is_an_error(copy):
         load_model(directory)
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
+OLD = io.BytesIO()
+torch.save({"a": torch.ones(2)}, OLD, _use_new_zipfile_serialization=False)
+WRONG = {
+    "gguf": (b"GGUF\3\0\0\0" + bytes(99), "is in the GGUF format of llama.cpp: give the Hugging Face directory"),
+    "lfs": (LFS, "is a Git LFS pointer, not the file itself: run `git lfs pull`"),
+    "html": (b"\n<!DOCTYPE html><html>", "is a web page, not the file itself: download it again"),
+    "HTML": (b"<HTML><body>", "is a web page, not the file itself: download it again"),
+    "old": (OLD.getvalue(), "is a pickle, as torch wrote before 1.6: save it again"),
+    "pickle": (pickle.dumps({"a": 1}), "is a pickle, as torch wrote before 1.6: save it again"),
+    "empty": (b"", "is empty: download it again"),
+}
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.gguf", "dir/pytorch_model.bin", "dir/model.safetensors"])
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_file_says_what_it_is(tiny, tmp_path, name, kind):
+    (data, message), path, given = WRONG[kind], tmp_path / name, tmp_path / name.partition("/")[0]
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    if given != path:
+        shutil.copy(tiny("llama")[1] / "config.json", given)
+    with pytest.raises(ValueError, match=re.escape(f"{path} {message}")):
+        load_model(given)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_file_of_a_directory_is_refused(copy, name):
+    directory = copy()
+    (directory / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=f"{name} is part of a checkpoint: give its directory, {directory}"):
+        load_model(directory / name)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            "adapter_config.json, adapter_model.safetensors, a LoRA adapter: merge it into its base model",
+        ),
+        (["x.Q4_0.gguf"], "x.Q4_0.gguf, in the GGUF format of llama.cpp: give the Hugging Face directory"),
+        (["model.pth", "model_int8.pth"], "model.pth, model_int8.pth, to be given by name"),
+        (["model.safetensors.0a1b.incomplete"], "an interrupted download: run scripts/download.py again, it resumes"),
+    ],
+)
+def test_a_directory_without_weights_says_what_it_holds(copy, names, message):
+    directory = copy()
+    (directory / "model.safetensors").unlink()
+    for name in names:
+        (directory / name).touch()
+    with pytest.raises(ValueError, match=re.escape(f"no consolidated.*.pth, but {names[0]}")) as raised:
+        load_model(directory)
+    assert message in str(raised.value)
+
+
+def test_an_adapter_beside_the_weights_is_not_the_model(shard):
+    directory = shard(kind="bin")
+    (directory / "pytorch_model.bin.index.json").unlink()
+    expected = load_model(directory)
+    save_file({"base_model.lora_A.weight": torch.ones(2)}, directory / "adapter_model.safetensors")
+    assert same_model(load_model(directory), expected)
+
+
+@pytest.mark.parametrize("config", [{"quantization_config": {"quant_method": "awq"}}, {}])
+def test_quantised_by_others(copy, config):
+    directory = copy()
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.qweight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(tensors, directory / "model.safetensors")
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    method = "awq" if config else "gptq or awq"
+    with pytest.raises(ValueError, match=rf"these weights are quantised already \({method}\): give the unquantised"):
+        load_model(directory)
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-@pytest.mark.parametrize("kept", [0, 5, 1000, -1])
+@pytest.mark.parametrize("kept", [5, 1000, -1])
 def test_truncated_shard(shard, kind, kept):
     file = sorted(shard(kind=kind).glob(f"*1-of*.{kind}"))[0]
     file.write_bytes(file.read_bytes()[:kept])
@@ -366,10 +446,27 @@ def test_full_disk_keeps_the_old_file(tiny, tmp_path, monkeypatch):
 
     (tmp_path / "model.pth").write_text("old")
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'model.pth'}'"):
         save_ours(tmp_path / "model.pth", open_checkpoint(tiny("llama")[1]))
     assert files_in(tmp_path) == {"model.pth"}
     assert (tmp_path / "model.pth").read_text() == "old"
+
+
+def test_saving_writes_through_links_and_never_over_a_pipe(tiny, tmp_path):
+    checkpoint = open_checkpoint(tiny("llama")[1])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link.pth").symlink_to("elsewhere/model.pth")
+    for _ in range(2):  # there is no file at first
+        save_ours(tmp_path / "link.pth", checkpoint)
+        assert (tmp_path / "link.pth").is_symlink()
+        assert files_in(tmp_path / "elsewhere") == {"model.pth"}
+    assert same_model(load_model(tmp_path / "elsewhere/model.pth"), load_model(tiny("llama")[1]))
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(ValueError, match="pipe.pth: it is not a regular file"):
+        save_ours(tmp_path / "pipe.pth", checkpoint)
+    assert (tmp_path / "pipe.pth").is_fifo()
+    with pytest.raises(FileNotFoundError, match="pipe.pth: not a file"):
+        load_model(tmp_path / "pipe.pth")
 
 
 def test_a_system_without_fallocate_can_save(tiny, tmp_path, monkeypatch):
@@ -415,7 +512,7 @@ def test_convert_that_may_not_write_so_much(copy):
     before = files_in(directory)
     done = convert(directory, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: [Errno 27] File too large")
+    assert done.stderr.splitlines()[-1] == f"error: [Errno 27] File too large: '{directory / 'model.pth'}'"
     assert "Traceback" not in done.stderr
     assert files_in(directory) == before
 

@@ -95,7 +95,7 @@ def figures(main, tmp_path):
     def call(*flags, **options) -> dict:
         path = tmp_path / "figures.json"
         code, _, err = main("--metrics_path", path, *flags, **options)
-        assert (code, err) == (0, "")
+        assert code == 0, err
         return json.loads(path.read_text(encoding="utf-8"))
 
     return call
@@ -103,28 +103,47 @@ def figures(main, tmp_path):
 
 def command(*flags) -> dict:
     """Arguments for `subprocess` that run generate.py from the repository's root."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
     return {"args": [sys.executable, "generate.py", *map(str, flags)], "cwd": ROOT, "env": environment}
+
+
+def run(*flags, given: str = "") -> subprocess.CompletedProcess:
+    """Run generate.py with `given` on stdin."""
+    return subprocess.run(**command(*flags), input=given, capture_output=True, text=True, timeout=300)
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_prints_prompt_text_and_figures(checkpoint, tmp_path):
+def test_a_run_prints_the_text_on_stdout_and_the_rest_on_stderr(checkpoint, tmp_path):
     flags = ["--checkpoint_path", checkpoint, "--prompt", "The list", "--max_new_tokens", 20, "--device", "cpu"]
-    run = subprocess.run(
-        **command(*flags, "--num_samples", 2, "--metrics_path", tmp_path / "figures.json"),
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.startswith(f"{checkpoint}: 0.1 M parameters, bfloat16, cpu\n\nThe list")
+    done = run(*flags, "--num_samples", 2, "--metrics_path", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert len(figures["samples"]) == 2
-    for sample in figures["samples"]:
-        assert f"The list{sample['text']}\n\n  first token " in run.stdout
+    assert done.stdout == "".join(f"The list{sample['text']}\n\n" for sample in figures["samples"])
+    assert done.stderr.startswith(f"{checkpoint}: 0.1 M parameters, bfloat16, cpu\n\n  first token ")
     assert figures["samples"][0]["tokens"] != figures["samples"][1]["tokens"]  # sampled by default
-    for label in ("prefill ", "decode ", "MB/token", "GB/s", "median of 2: ", "load ", "compile ", "peak memory "):
-        assert label in run.stdout
+    for label in ("prefill ", "decode ", "MB/token", "GB/s", "\nmedian of 2: ", "load ", "compile ", "peak memory "):
+        assert label in done.stderr
+
+
+def test_one_sample_has_its_figures_once(main):
+    code, out, err = main("--prompt", "The list")
+    assert code == 0
+    assert out.startswith("The list")
+    assert out.count("\n") == 1
+    assert err.count("first token") == 1
+    assert "median" not in err
+
+
+def test_building_the_kernels_is_not_loading(figures, monkeypatch):
+    def build(*_):
+        time.sleep(1.1)
+
+    monkeypatch.setattr(generate, "kernels_missing", build)
+    data = figures()
+    assert data["build_s"] > 1.1
+    assert data["load_s"] < 1
 
 
 def test_a_quantized_cache_has_fewer_bytes(figures, main):
@@ -133,7 +152,7 @@ def test_a_quantized_cache_has_fewer_bytes(figures, main):
     positions, layers, kv_heads, head_dim = len(plain["samples"][0]["prompt_tokens"]) + 11 / 2, 2, 2, 16
     saved = positions * layers * 2 * kv_heads * (4 * head_dim - (head_dim + 4))
     assert plain["bytes_per_token"] - int8["bytes_per_token"] == saved
-    assert "0.1 M parameters, float32, int8 cache, cpu" in main("--kv_dtype", "int8")[1]
+    assert "0.1 M parameters, float32, int8 cache, cpu" in main("--kv_dtype", "int8")[2]
 
 
 def test_a_cache_in_fp8_needs_a_gpu_that_has_it(main, monkeypatch):
@@ -179,10 +198,10 @@ def test_temperature_0_is_the_same_text_from_directory_and_pth(main, checkpoint,
     content = {"format": 1, "config": dataclasses.asdict(model.args), "quantization": None, "model": model.state_dict()}
     torch.save(content, tmp_path / "pth" / "model.pth")
     outputs = [main("--seed", 1), main("--seed", 2), main(checkpoint_path=tmp_path / "pth" / "model.pth")]
-    texts = {out.split("\n\n")[1] for _, out, _ in outputs}
+    texts = {out for _, out, _ in outputs}
     assert [code for code, *_ in outputs] == [0, 0, 0]
     assert len(texts) == 1
-    assert len(texts.pop()) > len("The module")
+    assert len(texts.pop()) > len(generate.PROMPT) + 1
 
 
 def test_seed_decides_the_sample(figures):
@@ -200,9 +219,19 @@ def test_rows_of_a_prompt_file_are_what_each_prompt_gives_alone(main, figures, t
         rows = figures("--prompt_file", path, *size)["samples"]
         for key in ("prompt_tokens", "tokens", "text"):
             assert [row[key] for row in rows] == [row[key] for row in alone]
-    out = main("--prompt_file", path)[1]
-    for i, row in enumerate(alone):
-        assert f"[{i + 1}] {prompts[i]}{row['text']}\n" in out
+    for size in ([], ["--batch_size", 2]):  # numbered through, in order, also where the last batch is one row
+        out = main("--prompt_file", path, *size)[1]
+        assert out == "".join(f"[{i + 1}] {prompts[i]}{row['text']}\n\n" for i, row in enumerate(alone))
+
+
+def test_rows_are_printed_in_order(main, figures, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("The list is\nA module holds", encoding="utf-8")
+    first, second = (row["text"] for row in figures("--prompt_file", path)["samples"])
+    stop = next(second[i : i + 2] for i in range(2, len(second)) if second[i : i + 2] not in first)
+    out = main("--prompt_file", path, "--stop", stop)[1]  # the second row ends first
+    assert out.startswith(f"[1] The list is{first}\n\n[2] A module holds")
+    assert len(out) < len(f"[1] The list is{first}\n\n[2] A module holds{second}")
 
 
 def test_a_number_is_a_made_up_prompt_of_that_length(main, figures):
@@ -210,7 +239,37 @@ def test_a_number_is_a_made_up_prompt_of_that_length(main, figures):
     assert len(row["prompt_tokens"]) == 16
     assert len(set(row["prompt_tokens"])) > 8
     out = main("--prompt", 16)[1]
-    assert f"cpu\n\n{row['text']}\n\n  first token" in out  # a made-up prompt is not shown
+    assert out == row["text"] + "\n"  # a made-up prompt is not shown
+
+
+@pytest.mark.parametrize("flags", [["--chat", "--prompt", "40"], ["--prompt", "016"], ["--prompt", "\u0663"]])
+def test_a_number_that_is_text(figures, flags):
+    row = figures(*flags)["samples"][0]
+    assert row["prompt_tokens"] == figures(*flags)["samples"][0]["prompt_tokens"]  # not drawn
+    assert len(row["prompt_tokens"]) not in (3, 40)
+
+
+def test_stdin_is_the_prompt(checkpoint, tmp_path):
+    flags = ["--checkpoint_path", checkpoint, "--max_new_tokens", 3, "--temperature", 0, "--device", "cpu"]
+    text = "The list\n\nA module"
+    (tmp_path / "prompt.txt").write_text(text + "\n")
+    expected = run(*flags, "--prompt", text)
+    assert expected.returncode == 0, expected.stderr
+    assert expected.stdout.startswith("The list A module")  # as this tokenizer writes it
+    assert run(*flags, given=text + "\n").stdout == expected.stdout
+    assert run(*flags, "--prompt", "-", given=text).stdout == expected.stdout
+    assert run(*flags, "--prompt", f"@{tmp_path / 'prompt.txt'}", given="unread").stdout == expected.stdout
+    assert run(*flags, given="").stdout.startswith(generate.PROMPT)  # nothing was piped
+    lines = run(*flags, "--prompt_file", "-", "--batch_size", 1, given=text)
+    assert re.fullmatch(r"\[1\] The list.*\n\n\[2\] A module.*\n\n", lines.stdout, re.DOTALL)
+
+
+def test_a_missing_prompt_is_found_before_loading(main, monkeypatch):
+    monkeypatch.setattr(generate, "load", None)
+    for flags in (["--prompt_file", "no/such/file"], ["--prompt", "@no/such/file"]):
+        code, _, err = main(*flags)
+        assert code == 2
+        assert_one_error(err, "no/such/file")
 
 
 def test_stop_text_ends_the_row_and_is_not_shown(main, figures):
@@ -220,7 +279,7 @@ def test_stop_text_ends_the_row_and_is_not_shown(main, figures):
     assert row["finish_reason"] == "stop"
     assert row["text"] == text[: text.index(stop)]
     assert len(row["tokens"]) < 12
-    assert f"The module{row['text']}\n\n  first token" in main("--stop", stop)[1]
+    assert main("--stop", stop)[1] == f"{generate.PROMPT}{row['text']}\n"
 
 
 def test_stop_id_of_generation_config_ends_the_row(figures, copy):
@@ -240,38 +299,51 @@ def test_chat_and_system_fill_the_template(main, figures, checkpoint):
     assert row["prompt_tokens"] == tokenizer.encode(chat, bos=False)
     row = figures("--chat", "--prompt", "Sort it", "--system", "Be brief")["samples"][0]
     assert row["prompt_tokens"] == tokenizer.encode(system + chat, bos=False)
-    assert f"cpu\n\n{row['text']}\n\n  first" in main("--chat", "--prompt", "Sort it", "--system", "Be brief")[1]
+    assert main("--chat", "--prompt", "Sort it", "--system", "Be brief")[1] == row["text"] + "\n"
 
 
 def test_max_new_tokens_is_cut_to_what_fits(main, checkpoint):
-    n = len(load_tokenizer(checkpoint).encode("The module"))
+    n = len(load_tokenizer(checkpoint).encode(generate.PROMPT))
     code, _, err = main("--max_seq_length", n + 4, "--max_new_tokens", 9)
-    assert (code, err) == (0, f"only 5 new tokens fit after the prompt's {n}\n")  # the last is not cached
-    assert main("--max_seq_length", n + 4, "--max_new_tokens", 5)[2] == ""
+    assert code == 0
+    assert f"\nonly 5 new tokens fit after the prompt's {n}\n" in err  # the last is not cached
+    assert "only" not in main("--max_seq_length", n + 4, "--max_new_tokens", 5)[2]
 
 
 def test_profile_is_a_chrome_trace(main, tmp_path):
-    code, out, err = main("--profile", tmp_path / "trace.json", "--num_samples", 2)
-    assert (code, err) == (0, "")
-    assert f"trace: {tmp_path / 'trace.json'}" in out
+    code, _, err = main("--profile", tmp_path / "trace.json", "--num_samples", 2)
+    assert code == 0
+    assert f"trace: {tmp_path / 'trace.json'}" in err
     names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert "aten::scaled_dot_product_attention" in names
 
 
-@pytest.mark.parametrize("lacking", ["CXX", "PATH", "Python.h"])
-def test_compile_without_a_compiler_goes_on(main, monkeypatch, tmp_path, lacking):
-    plain = main()[1].split("\n\n")[1]
+@pytest.mark.parametrize(
+    ("lacking", "reason"),
+    [
+        ("CXX", "no C++ compiler"),
+        ("PATH", "no C++ compiler"),
+        ("Python.h", "Python.h"),
+        ("C++20", "does not take C++20"),
+        ("TORCHINDUCTOR_CACHE_DIR", "cannot be written"),
+    ],
+)
+def test_compile_without_what_it_needs_goes_on(main, monkeypatch, tmp_path, lacking, reason):
+    plain = main()[1]
     if lacking == "Python.h":
         monkeypatch.setattr(compiling.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    elif lacking == "C++20":
+        monkeypatch.setenv("CXX", "false")  # a command that always fails
+    elif lacking == "TORCHINDUCTOR_CACHE_DIR":
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv(lacking, str(tmp_path / "file" / "cache"))
     else:
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setenv(lacking, str(tmp_path / "nothing-here"))
     code, out, err = main("--compile", "--compile_prefill")
-    assert code == 0
-    assert err.count("\n") == 1
-    assert err.endswith("not compiling\n")
-    assert ("Python.h" if lacking == "Python.h" else "no C++ compiler") in err
-    assert out.split("\n\n")[1] == plain
+    assert (code, out) == (0, plain)
+    assert err.count("not compiling\n") == 1
+    assert reason in err.split("\n")[0]
 
 
 # --- conversations ---------------------------------------------------------------------------------------------------
@@ -279,7 +351,7 @@ def test_compile_without_a_compiler_goes_on(main, monkeypatch, tmp_path, lacking
 
 @pytest.fixture
 def converse(main, monkeypatch):
-    """`converse(lines, "--flag", value)`: the output, and what each turn passed to `stream`: (prompt, cached)."""
+    """`converse(lines, "--flag", value)`: stdout, stderr, and (prompt, cached) that each turn passed to `stream`."""
 
     def call(lines, *flags, **options):
         calls, typed = [], iter(lines)
@@ -296,15 +368,15 @@ def converse(main, monkeypatch):
         monkeypatch.setattr(rows, "stream", spy)
         monkeypatch.setattr("builtins.input", ask)
         code, out, err = main("--interactive", *flags, **options)
-        assert (code, err) == (0, "")
-        return out.split("cpu\n", 1)[1], calls
+        assert code == 0, err
+        return out, err.split("cpu\n", 1)[1], calls
 
     return call
 
 
 def test_a_conversation_keeps_its_cache_and_says_what_it_would_say_without(converse, checkpoint):
     lines = ["The list", "A module", "sorted"]
-    out, calls = converse(["", lines[0], "   ", *lines[1:]], "--system", "Be brief")
+    out, err, calls = converse(["", lines[0], "   ", *lines[1:]], "--system", "Be brief")
     model, tokenizer = load_model(checkpoint, dtype=torch.float32), load_tokenizer(checkpoint)
     model.setup_caches(1, 512)
     steps, messages, expected = build_steps(model, Sampling(0)), [{"role": "system", "content": "Be brief"}], ""
@@ -321,42 +393,97 @@ def test_a_conversation_keeps_its_cache_and_says_what_it_would_say_without(conve
         assert cached >= len(before)
         before = prompt
     assert calls[0][1] == 0
-    assert out == expected + "\n"
+    assert out == expected
+    assert err == "(cut after 12 tokens: --max_new_tokens)\n" * 3
 
 
 def test_without_a_template_it_goes_on_from_what_is_written(converse, copy):
     (copy / "chat_template.jinja").unlink()
-    out, calls = converse(["The list", " is sorted"], checkpoint_path=copy)
+    out, err, calls = converse(["The list", "is sorted"], checkpoint_path=copy)
     tokenizer = load_tokenizer(copy)
-    assert out.startswith("this model has no chat template: it continues your text\n")
+    assert err.startswith("this model has no chat template: it continues your text\n")
     assert calls[0] == (tokenizer.encode("The list"), 0)
-    answer = out.split("\n")[1]
+    answer = out.split("\n")[0]
     assert calls[1][1] >= len(tokenizer.encode("The list"))
-    assert calls[1][0] == tokenizer.encode("The list" + answer + " is sorted")[calls[1][1] :]
+    assert calls[1][0] == tokenizer.encode("The list" + answer + "\n\nis sorted")[calls[1][1] :]
 
 
-def test_the_last_token_of_an_answer_is_not_taken_for_cached(converse, copy):
+def test_the_last_token_of_an_answer_is_not_taken_for_cached(converse, checkpoint):
+    lines = ["The list", "A module"]
+    tokenizer = load_tokenizer(checkpoint)
+    out, _, calls = converse(lines, "--max_new_tokens", 5)
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": lines[0]}])
+    prompt = tokenizer.encode(asked, bos=False)
+    answered = tokenizer.encode(asked + out.split("\n")[0], bos=False)
+    assert answered[: len(prompt)] == prompt
+    assert calls[1][1] < len(prompt) + 5  # five tokens were drawn, four of them were put into the cache
+
+
+def test_an_answer_takes_what_the_cache_holds_and_says_if_it_was_cut(copy, checkpoint):
+    flags = ["--device", "cpu", "--temperature", 0, "--max_seq_length", 400, "--interactive"]
+    told = run("--checkpoint_path", checkpoint, *flags, given="The list\n").stderr
+    (cut,) = re.findall(r"\n\(cut after (\d+) tokens: the cache of 400 tokens is full\)\n$", told)
+    assert int(cut) > 300
     (copy / "chat_template.jinja").unlink()
-    model, tokenizer = load_model(copy, dtype=torch.float32), load_tokenizer(copy)
-    model.setup_caches(1, 128)
-    for end in range(1, len(TEXTS[0])):  # find a text whose next token is still that token once more text follows
-        prompt = tokenizer.encode(TEXTS[0][:end])
-        with torch.no_grad():
-            tokens = prompt + next(stream(build_steps(model, Sampling(0)), [prompt], 1))
-        following = tokenizer.encode(tokenizer.decode(tokens) + " list")
-        if following[: len(tokens)] == tokens:
-            break
-    calls = converse([TEXTS[0][:end], " list"], "--max_new_tokens", 1, checkpoint_path=copy)[1]
-    assert calls == [(prompt, 0), (following[len(prompt) :], len(prompt))]
+    told = run("--checkpoint_path", copy, *flags, given="The list\n").stderr
+    assert told.endswith("\n(cut after 200 tokens: --max_new_tokens)\n")
 
 
-def test_a_full_cache_starts_the_conversation_over(converse):
-    lines = ["The list"] * 6
-    out, calls = converse(lines, "--max_seq_length", 100)
-    full = "the conversation fills the cache of 100 tokens: starting over\n"
-    assert out.count(full) == len(lines) - len(calls) > 0
-    before, after = out.split(full)[:2]
-    assert before.split("\n")[0] == after.split("\n")[0]  # the new conversation begins like the first
+def test_a_full_cache_forgets_the_oldest_turns(converse, checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    lines = ["The list", "A module", "sorted", "in place", "nothing", "is"]
+    out, err, calls = converse(lines, "--max_seq_length", 110, "--system", "Be brief")
+    forgot = [int(n) for n in re.findall(r"\(the cache of 110 tokens is full: forgot the first (\d+) of", err)]
+    assert forgot
+    assert len(calls) == len(lines)  # every line was answered
+    turns = list(zip(lines, out.split("\n"), strict=False))[sum(forgot) : -1]
+    messages = [{"role": "system", "content": "Be brief"}]
+    for line, answer in turns:
+        messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template([*messages, {"role": "user", "content": lines[-1]}])
+    prompt, (given, cached) = tokenizer.encode(text, bos=False), calls[-1]
+    assert len(prompt) == len(given) + cached
+    assert given == prompt[cached:]
+
+
+def test_a_line_that_is_too_long_is_refused_alone(converse):
+    long = "The list " * 200
+    out, err, calls = converse(["The list", long, "The list"], "--max_seq_length", 200)
+    assert re.search(r"^this message makes \d+ tokens, the cache takes 200: shorten it$", err, re.MULTILINE)
+    assert len(calls) == 2
+    assert calls[1][1] >= len(calls[0][0])  # what was said before is still in the cache
+    assert converse(["The list", "The list"], "--max_seq_length", 200)[0] == out
+
+
+def test_commands_of_a_conversation(converse, main):
+    alone = converse(["The list"])
+    for lines in (["A module", "/reset", "The list"], ["/system Be brief", "A module", "/system", "The list"]):
+        out, _, calls = converse(lines)
+        assert out.endswith("\n" + alone[0])
+        assert len(calls[1][0]) + calls[1][1] == len(alone[2][0][0])
+    brief = converse(["The list"], "--system", "Be brief")
+    assert converse(["/system Be brief", "The list"])[::2] == brief[::2]
+    out, err, calls = converse(["The list", "/exit", "A module"])
+    assert len(calls) == 1
+    assert converse(["/stats"])[1] == "no answer yet\n"
+    assert re.search(r"first token .* of 4096 tokens in the cache\n", converse(["The list", "/stats"])[1])
+    assert re.search(r"first token .* of 4096 tokens in the cache\n", converse(["The list"], "--stats")[1])
+    assert "first token" not in converse(["The list"])[1]
+    out, err, calls = converse(["/help", "/nonsense", " /nonsense", "/etc/hosts"])
+    assert all(command in err for command in ("/exit", "/reset", "/system", "/stats"))
+    assert "there is no command /nonsense: /help lists them" in err
+    assert len(calls) == 2  # the last two lines are messages
+
+
+def test_a_template_that_refuses_does_not_end_the_conversation(converse, main, copy):
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    (copy / "chat_template.jinja").write_text(refuses)
+    _, err, calls = converse(["/system Be brief", "The list"], checkpoint_path=copy)
+    assert err.startswith("chat template: no system role\n")
+    assert len(calls) == 1
+    code, _, err = main("--interactive", "--system", "Be brief", "--compile", checkpoint_path=copy)
+    assert code == 2
+    assert err.endswith("cpu\nerror: chat template: no system role\n")  # before compiling
 
 
 def test_ctrl_c_stops_the_answer_and_the_next_is_right(converse, main, monkeypatch):
@@ -370,7 +497,7 @@ def test_ctrl_c_stops_the_answer_and_the_next_is_right(converse, main, monkeypat
         return row_put(self, token)
 
     monkeypatch.setattr(rows.Row, "put", put)
-    out, calls = converse(["The list", "A module"])
+    out, _, calls = converse(["The list", "A module"])
     first, second = out.split("\n")[:2]
     whole = converse(["The list"])[0].split("\n")[0]
     assert whole.startswith(first)
@@ -382,11 +509,11 @@ def test_ctrl_c_stops_the_answer_and_the_next_is_right(converse, main, monkeypat
 
 def test_a_conversation_over_a_pipe(checkpoint):
     flags = ["--checkpoint_path", checkpoint, "--interactive", "--device", "cpu", "--max_new_tokens", 10]
-    run = subprocess.run(**command(*flags), input="The list\nA module\n", capture_output=True, text=True, timeout=120)
-    assert (run.returncode, run.stderr) == (0, "")
-    turns = run.stdout.split("> ")
-    assert len(turns) >= 4  # the text before the first prompt, two answers, the end
-    assert all(len(turn) > 1 for turn in turns[1:3])
+    done = run(*flags, "--temperature", 0, given="The list\nA module\n")
+    assert done.returncode == 0, done.stderr
+    assert "Ctrl-D" not in done.stderr  # there is no keyboard
+    assert done.stdout.count("\n") == 2
+    assert "> " not in done.stdout
 
 
 class Terminal:
@@ -421,63 +548,97 @@ class Terminal:
         os.close(self.fd)
 
 
-def test_a_conversation_on_a_terminal(checkpoint):
-    flags = ["--checkpoint_path", checkpoint, "--device", "cpu", "--temperature", 0, "--max_new_tokens", 10**6]
-    with contextlib.closing(Terminal(*flags, "--interactive")) as terminal:
-        terminal.read_until(lambda shown: shown.endswith("> "))
-        for line in ("The list", "A module"):
-            terminal.send(line + "\n")
-            shown = terminal.read_until(lambda shown: len(shown) > 100)  # the answer has begun; it would fill the cache
-            shown += terminal.read_until(lambda shown: shown.endswith("\n> "), key="\x03")
-            assert "starting over" not in shown
-            assert "Traceback" not in shown
-        terminal.read_until(lambda shown: shown.endswith("(Ctrl-D ends)\r\n> "), key="\x03")
-        terminal.send("\x04")
-        assert terminal.process.wait(120) == 0
+@pytest.fixture
+def terminal(checkpoint):
+    """A conversation on a terminal, greedy; an answer would fill the cache."""
+    with contextlib.closing(Terminal("--checkpoint_path", checkpoint, "--device", "cpu", "--temperature", 0,
+                                     "--interactive")) as terminal:  # fmt: skip
+        assert "/help lists the commands" in terminal.read_until(lambda shown: shown.endswith("> "))
+        yield terminal
+
+
+def stop_answer(terminal: Terminal) -> str:
+    """What was shown: typed text and an answer that has begun, which Ctrl-C then ends."""
+    shown = terminal.read_until(lambda shown: len(shown) > 100)
+    return shown + terminal.read_until(lambda shown: shown.endswith("> "), key="\x03")
+
+
+def test_a_conversation_on_a_terminal(terminal):
+    for line in ("The list", "A module"):
+        terminal.send(line + "\n")
+        shown = stop_answer(terminal)
+        assert "Traceback" not in shown
+        assert "full" not in shown
+    terminal.read_until(lambda shown: "(Ctrl-D ends)" in shown and shown.endswith("> "), key="\x03")
+    terminal.send("/stats\n")
+    assert "the last answer was stopped" in terminal.read_until(lambda shown: shown.endswith("> "))
+    terminal.send("\x04")
+    assert terminal.process.wait(120) == 0
+
+
+def test_a_pasted_text_is_one_message(terminal):
+    """In brackets, as terminals that know them send a paste, and without."""
+    text = "\n".join(f"The list {n} is sorted in place" for n in range(300))
+    assert len(text) > 4095  # a terminal's own line editing would cut it there
+    terminal.send(f"\x1b[200~{text}\x1b[201~\n")
+    assert "this message makes" in terminal.read_until(lambda shown: shown.endswith("> "))  # as one it does not fit
+    terminal.send("/system one\ntwo\nthree\n")
+    terminal.read_until(lambda shown: shown.endswith("> "))
+    terminal.send("/stats\n")
+    assert "no answer yet" in terminal.read_until(lambda shown: shown.endswith("> "))
+
+
+def test_lines_can_be_edited_and_called_back(terminal):
+    terminal.send("/stast\x7f\x7fts\n")  # two backspaces
+    assert "no answer yet" in terminal.read_until(lambda shown: shown.endswith("> "))
+    terminal.send("\x1b[A\n")  # arrow up
+    assert "no answer yet" in terminal.read_until(lambda shown: shown.endswith("> "))
 
 
 def test_ctrl_c_ends_a_run(checkpoint):
     flags = ["--checkpoint_path", checkpoint, "--device", "cpu", "--temperature", 0, "--max_new_tokens", 4000]
-    run = subprocess.Popen(**command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(**command(*flags), **pipes, text=True)
     try:
-        assert "parameters" in run.stdout.readline()
-        assert run.stdout.read(30)[1:].startswith("The module")
-        run.send_signal(signal.SIGINT)
-        _, err = run.communicate(timeout=60)
+        assert process.stdout.read(30).startswith(generate.PROMPT[:20])
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     finally:
-        run.kill()
-    assert (run.returncode, err.strip()) == (130, "stopped")
+        process.kill()
+    assert process.returncode == 130
+    assert err.endswith("\nstopped\n")
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
 def test_an_error_is_one_line_and_exit_code_2():
-    run = subprocess.run(**command("--checkpoint_path", "nowhere/at/all"), capture_output=True, text=True, timeout=120)
-    assert run.returncode == 2
-    assert run.stdout == ""
-    assert run.stderr.startswith("error: ")
-    assert "nowhere/at/all" in run.stderr
-    assert run.stderr.count("\n") == 1
+    done = run("--checkpoint_path", "nowhere/at/all")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_one_error(done.stderr, "nowhere/at/all")
 
 
 def test_a_closed_stdout_is_no_error(checkpoint):
     with subprocess.Popen(
         **command("--checkpoint_path", checkpoint, "--max_new_tokens", 100),
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
-        process.stdout.readline()
+        process.stdout.read(1)
         process.stdout.close()
-        assert (process.stderr.read(), process.wait(120)) == (b"", 0)
+        told = process.stderr.read().decode()
+        assert process.wait(120) == 0
+        assert "error" not in told
+        assert "Traceback" not in told
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--top_p", 0], "top_p 0.0 must be above 0 and at most 1"),
-        (["--min_p", 1.5], "min_p 1.5 must be above 0 and at most 1"),
-        (["--top_k", 0], "top_k 0 must be at least 1"),
+        (["--temperature", 1, "--top_p", 0], "top_p 0.0 must be above 0 and at most 1"),
+        (["--temperature", 1, "--min_p", 1.5], "min_p 1.5 must be above 0 and at most 1"),
+        (["--temperature", 1, "--top_k", 0], "top_k 0 must be at least 1"),
         (["--temperature", -1], r"temperature -1.0 must be 0 \(greedy\) or more"),
         (["--batch_size", 0], "--batch_size 0 must be at least 1"),
         (["--num_samples", 0], "--num_samples 0 must be at least 1"),
@@ -500,6 +661,16 @@ def test_a_closed_stdout_is_no_error(checkpoint):
         (["--prompt_file", ROOT], str(ROOT)),
         (["--stop", ""], "--stop needs a text that is not empty"),
         (["--system", "Be brief"], "--system needs --chat or --interactive"),
+        (["--interactive", "--prompt", "Hi"], "--interactive is a conversation of one: leave out --prompt$"),
+        (["--prompt_file", __file__, "--prompt", "Hi"], "--prompt_file holds the prompts: leave out --prompt$"),
+        (["--stats"], "--stats is for --interactive, .*: leave out --stats$"),
+        (["--replicate_draft"], "without --draft_checkpoint_path there is no draft model: leave out --replicate_draft"),
+        (["--top_p", 0.5, "--top_k", 5], "--temperature 0 takes the likeliest token: leave out --top_k, --top_p$"),
+        (
+            ["--batch_size", 10**20],
+            rf"a KV cache of {10**20} x [0-9]+ tokens takes [0-9.]+ GB, cpu has [0-9.]+ GB free",
+        ),
+        (["--max_seq_length", 10**15], rf"a KV cache of 1 x {10**15} tokens takes [0-9.]+ GB, cpu has"),
         (["--interactive", "--batch_size", 2], "--interactive is a conversation of one: leave out --batch_size"),
         (["--interactive", "--profile", "x", "--num_samples", 2], "leave out --num_samples, --profile"),
         (["--interactive", "--prompt_lookup", "--compare"], "leave out --compare"),
@@ -512,17 +683,20 @@ def test_bad_flags(main, flags, message):
     assert_one_error(err, message)
 
 
-def test_a_conversation_without_stdin(main, monkeypatch):
+def test_without_stdin(main, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)  # as under `<&-`
-    code, _, err = main("--interactive")
-    assert code == 2
-    assert_one_error(err, "--interactive reads from stdin, which is closed")
+    assert main()[1].startswith(generate.PROMPT)
+    for flags in (["--interactive"], ["--prompt", "-"], ["--prompt_file", "-"]):
+        code, _, err = main(*flags)
+        assert code == 2
+        assert_one_error(err, "stdin, which is closed")
 
 
 def assert_one_error(err: str, message: str) -> None:
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert re.search(message, err), err
+    *before, last = err.splitlines()
+    assert last.startswith("error: ")
+    assert not [line for line in before if "rror" in line]
+    assert re.search(message, last), err
 
 
 def test_a_full_gpu_is_an_error_of_one_line(main, monkeypatch):
@@ -586,7 +760,7 @@ def change_json(path: Path, **change) -> None:
         (
             lambda d: (d / "chat_template.jinja").unlink(),
             ["--interactive", "--system", "x"],
-            "--system needs a chat template",
+            "a system message needs a chat template",
         ),
         (
             lambda d: (d / "chat_template.jinja").write_text("{{ raise_exception('no way') }}"),
@@ -632,7 +806,9 @@ def test_argparse_errors_exit_with_2(main, capsys, flags):
     with pytest.raises(SystemExit) as stop:
         main(*flags)
     assert stop.value.code == 2
-    assert "error: " in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert_one_error(err, f"{flags[0]}.*; --help lists the flags$")
+    assert "_number" not in err  # no name of ours
 
 
 def test_importing_changes_nothing():
@@ -677,11 +853,12 @@ for name in sorted(names - {"fast.harness"}):
 
 def test_the_demo_compiled_as_the_readme_says(tmp_path):
     flags = ["--compile", "--max_new_tokens", 40, "--num_samples", 2, "--metrics_path", tmp_path / "figures.json"]
-    run = subprocess.run(**command(*flags), capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    told = [line for line in run.stderr.splitlines() if "No CUDA runtime" not in line]  # torch prints it without a GPU
-    assert told == ["compiling ..."]
-    assert "\nThe module" in run.stdout
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if "No CUDA runtime" not in line]  # torch prints it without a GPU
+    assert told[0].endswith("cpu")
+    assert told[1:3] == ["compiling ...", ""]
+    assert done.stdout.startswith(generate.PROMPT)
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     assert figures["compile_s"] > 0
     assert figures["dtype"] in ("bfloat16", "float16")
@@ -691,6 +868,6 @@ def test_the_demo_compiled_as_the_readme_says(tmp_path):
 
 
 def test_the_demo_plain(main):
-    code, out, err = main("--prompt", "Return a list of", checkpoint_path=DEMO)
-    assert (code, err) == (0, "")
-    assert "\n\nReturn a list of " in out
+    code, out, err = main("--prompt", "She was", checkpoint_path=DEMO)
+    assert code == 0, err
+    assert out.startswith("She was ")

@@ -41,10 +41,15 @@ def hub():
         yield hub
 
 
-def start(tmp_path, endpoint, *args, **env):
-    """Start the command as a user would, with the hub at `endpoint` and without this machine's hub settings."""
+def environment(tmp_path, endpoint):
+    """This process's, with the hub at `endpoint` and without this machine's hub settings."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE_"))}
-    env = {**clean, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*", **env}
+    return {**clean, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
+
+
+def start(tmp_path, endpoint, *args, **env):
+    """Start the command as a user would."""
+    env = {**environment(tmp_path, endpoint), **env}
     command = [sys.executable, "scripts/download.py", "--checkpoint_dir", str(tmp_path / "checkpoints"), *args]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
@@ -171,6 +176,39 @@ def test_a_full_disk(hub, tmp_path):
     partial.parent.mkdir(parents=True)
     partial.symlink_to("/dev/full")
     assert_error(run(tmp_path, hub.url, REPO), "no space left", "--checkpoint_dir", "resume")
+
+
+def quantise(tmp_path, endpoint):
+    """Run `quantize.py --download` on REPO, with `tmp_path` as the root whose checkpoints/ it fetches into."""
+    program = "import sys, pathlib, quantize\nfrom fast import cli\ncli.ROOT = pathlib.Path(sys.argv[1])\n"
+    command = [sys.executable, "-c", program + "sys.exit(quantize.main(sys.argv[2:]))", tmp_path]
+    command += ["--download", "--checkpoint_path", REPO]
+    env = environment(tmp_path, endpoint)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_script_fetches_what_it_is_told_to(hub, tmp_path):
+    files = {path.name: path.read_bytes() for path in (ROOT / "demo" / "draft").iterdir() if path.suffix != ".pth"}
+    hub.repos[REPO] = {"README.md": b"# model", **files}
+    hub.faults["model.safetensors"] = [("cut", 1 << 20), "down", "down"]
+    code, out, err = quantise(tmp_path, hub.url)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].endswith("run the same command again to resume")
+    hub.faults.clear()
+    code, out, err = quantise(tmp_path, hub.url)
+    directory = tmp_path / "checkpoints" / REPO
+    assert code == 0, err
+    assert {path.name for path in directory.iterdir()} == {*files, "model_int8.pth"}
+    assert f"{REPO} at c0ffee" in err
+    assert out.startswith(f"wrote {directory / 'model_int8.pth'}\n")
+    assert quantise(tmp_path, "http://127.0.0.1:9")[0] == 0  # it is there: the hub is not asked
+
+
+def test_a_script_that_cannot_fetch_says_why(hub, tmp_path):
+    hub.gated.add(REPO)
+    assert_error(quantise(tmp_path, hub.url), f"{REPO} is gated", "HF_TOKEN")
+    assert_error(quantise(tmp_path, "http://127.0.0.1:9"), "cannot reach http://127.0.0.1:9")
 
 
 def test_a_gated_repository_needs_a_token(hub, tmp_path):

@@ -259,7 +259,9 @@ def test_new_tokens_that_leave_no_room_are_refused(both):
         ("--tasks next_words --fewshot_as_multiturn", "--fewshot_as_multiturn needs --apply_chat_template"),
         ("--tasks next_words --include_path own --max_seq_length 513", "max_seq_length 513 must be 1 to 512"),
         ("--tasks next_words --include_path own --apply_chat_template", "the model has no chat template"),
-        ("--perplexity own/items.jsonl --output_path results", "--output_path needs --tasks"),
+        ("--perplexity own/items.jsonl --output_path results", "there are no --tasks: leave out --output_path"),
+        ("--perplexity own/items.jsonl --seed 1 --limit 2", "there are no --tasks: leave out --limit, --seed"),
+        ("--tasks next_words --window 5 --stride 2", "there is no --perplexity FILE: leave out --window, --stride"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(manager, capsys, flags, message):

@@ -113,7 +113,7 @@ def test_llama_has_no_sliding_window():
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor 0.25 is not supported"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .*gptq.* is not supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised already \(gptq\): give the unquantised"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "several attention types .* are not supported"),
         ({"layer_types": ["chunked_attention"]}, "attention types .*chunked_attention.* are not supported"),
         ({"hidden_size": None}, "config.json has no hidden_size"),

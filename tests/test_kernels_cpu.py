@@ -408,13 +408,25 @@ def test_without_a_compiler_it_says_so(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_build_leaves_nothing(tmp_path):
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho 'cpu.cpp: out of patience' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    found = load_in_a_process(tmp_path / "built", CXX=str(compiler))
-    assert found.endswith("more slowly: cpu.cpp: out of patience")
-    assert not list((tmp_path / "built").iterdir())
+def test_a_failed_build_is_remembered_for_that_compiler(tmp_path):
+    compiler, calls = tmp_path / "c++", tmp_path / "calls"
+
+    def load(complaint: str) -> str:
+        takes_c20 = 'case "$*" in *-fsyntax-only*) exit 0; esac'
+        compiler.write_text(f"#!/bin/sh\n{takes_c20}\necho x >> {calls}\necho '{complaint}' >&2\nexit 1\n")
+        compiler.chmod(0o755)
+        os.utime(compiler, (0, len(complaint)))
+        return load_in_a_process(tmp_path / "built", CXX=str(compiler))
+
+    complaint = "products.cpp:1: error: out of patience"
+    assert load(complaint).endswith(f"more slowly: {complaint}")
+    (kept,) = (tmp_path / "built").iterdir()
+    n = len(calls.read_text())
+    assert load(complaint).endswith(f"more slowly: {complaint} (delete {kept} to try again)")
+    assert len(calls.read_text()) == n
+    assert load("error: Killed").endswith("more slowly: error: Killed")  # another compiler; no fault of the source
+    assert len(calls.read_text()) > n
+    assert list((tmp_path / "built").iterdir()) == [kept]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -5,9 +5,12 @@
 Worth knowing: on independent inputs GPTQ gains nothing over rounding, so its tests make correlated inputs.
 """
 
+import dataclasses
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,8 +80,9 @@ def written(tmp_path_factory, text) -> Path:
     for path in DEMO.iterdir():
         (directory / path.name).symlink_to(path)
     for mode in MODES:
-        flags = ["--checkpoint_path", directory, "--mode", mode, "--calibration_file", text]
-        assert quantize.main([str(flag) for flag in [*flags, "--calibration_seq_length", 256]]) == 0
+        flags = ["--checkpoint_path", directory, "--mode", mode]
+        flags += ["--calibration_file", text, "--calibration_seq_length", 256] if mode == "int4-gptq" else []
+        assert quantize.main([str(flag) for flag in flags]) == 0
     return directory
 
 
@@ -125,13 +129,14 @@ def test_weights_are_those_of_from_float(written):
 @pytest.mark.parametrize("family", ["llama-tied", "llama-bias", "qwen2", "mistral-window"])
 @pytest.mark.parametrize("mode", ["int8", "int4", "int4-gptq"])
 def test_families(tiny, tmp_path, family, mode):
-    """Tied embeddings are untied, biases kept, a sliding window applies while calibrating; logits stay close."""
+    """A tied output projection is stored by itself, biases are kept, a sliding window applies; logits stay close."""
     source, target = open_checkpoint(tiny(family)[1]), tmp_path / "model.pth"
     scheme = {"mode": mode, "groupsize": 32, "percdamp": 0.01, "blocksize": 32, "act_order": False}
     tokens = torch.randint(128, (64, 16), generator=torch.Generator().manual_seed(0))
     quantize.quantize(source, scheme, target, "cpu", tokens.tolist() if mode == "int4-gptq" else None)
     model, exact = load_model(target, dtype=torch.float32), load_model(tiny(family)[1], dtype=torch.float32)
-    assert not model.args.tie_embeddings
+    assert model.args == exact.args
+    assert model.output.weight is not model.tok_embeddings.weight
     if family == "qwen2":
         bias = model.layers[0].attention.wqkv.bias
         assert torch.allclose(bias, exact.layers[0].attention.wqkv.bias, rtol=0.01)
@@ -143,9 +148,11 @@ def test_skipped_linears_stay_float(tiny, run, tmp_path):
     flags = ["--checkpoint_path", tiny("llama-tied")[1], "--output_path", tmp_path / "m.pth"]
     code, out, _ = run(*flags, "--skip", "lm_head", "wo", "layers.1.feed_forward.w2")
     assert code == 0
-    assert out.splitlines()[-1] == f"next: python generate.py --compile --checkpoint_path {tmp_path / 'm.pth'}"
+    assert "weights     int8, skip output wo layers.1.feed_forward.w2\n" in out
+    assert "Linears     5 quantised, 4 left in bf16\n" in out
+    assert "next" not in out  # there is no tokenizer
     model = load_model(tmp_path / "m.pth", dtype=torch.float32)
-    assert model.args.tie_embeddings
+    assert model.output.weight is model.tok_embeddings.weight
     for linear in (model.output, model.layers[0].attention.wo, model.layers[1].feed_forward.w2):
         assert isinstance(linear, Linear)
     assert type(model.layers[0].feed_forward.w2) is Int8Linear
@@ -268,7 +275,7 @@ def test_an_interrupted_run_leaves_no_file(tmp_path, text):
     run.send_signal(signal.SIGINT)
     err = run.communicate(timeout=60)[1].decode()
     assert run.returncode == 130, err
-    assert "stopped; nothing was written" in err
+    assert "stopped; no checkpoint was written" in err
     assert "Traceback" not in err
     assert set(tmp_path.iterdir()) == before
 
@@ -282,11 +289,15 @@ def test_a_weight_that_is_no_number_is_named(fails, tmp_path, mode, value, name,
     model.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").symlink_to(DEMO / "tokenizer.model")
     ours = {"model.norm.weight": "norm.weight"}.get(name, "layers.1.feed_forward.w2.weight")
-    flags = ["--mode", mode, "--checkpoint_path", tmp_path, "--calibration_file", text, "--device", "cpu"]
+    flags = ["--mode", mode, "--checkpoint_path", tmp_path, "--device", "cpu"]
+    flags += ["--calibration_file", text] if mode == "int4-gptq" else []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "calibrate", lambda args, model_args: [[1, 2, 3, 4]] * 64)
+        patch.setattr(quantize, "calibrate", lambda *_: [[1, 2, 3, 4]] * 64)
         fails(f"{ours} holds NaN or infinite values: it cannot be quantised", *flags)
     assert not list(tmp_path.glob("*.pth*"))
+
+
+GPTQ = ["--mode", "int4-gptq", "--calibration_file", ROOT / "LICENSE"]
 
 
 @pytest.mark.parametrize(
@@ -296,11 +307,18 @@ def test_a_weight_that_is_no_number_is_named(fails, tmp_path, mode, value, name,
         (["--skip", "w5"], "no such Linear; use output, w13, w2, wo, wqkv or a full name (layers.0.attention.wqkv)"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (["--mode", "int4", "--groupsize", 256], "layers.0.feed_forward.w2 has 640 inputs, not a multiple of 256: use"),
-        (["--mode", "int4-gptq", "--calibration_limit", 0], "--calibration_limit 0 must be at least 1"),
-        (["--mode", "int4-gptq", "--percdamp", 0], "--percdamp 0.0: give a share above 0, such as 0.01"),
-        (["--mode", "int4-gptq", "--calibration_seq_length", 9999], "--calibration_seq_length 9999: this model takes"),
-        (["--mode", "int4-gptq", "--calibration_file", "nothing.txt"], "nothing.txt"),
+        ([*GPTQ, "--calibration_limit", 0], "--calibration_limit 0 must be at least 1"),
+        ([*GPTQ, "--percdamp", 0], "--percdamp 0.0: give a share above 0, such as 0.01"),
+        ([*GPTQ, "--calibration_seq_length", 9999], "--calibration_seq_length 9999: this model takes"),
         (["--output_path", "nowhere/model.pth"], "nowhere"),
+        (["--groupsize", 32], "--mode int8 does not use everything that is given: leave out --groupsize"),
+        (["--scale_search", "--act_order"], "leave out --scale_search, --act_order"),
+        (["--mode", "int4", "--calibration_limit", 128], "leave out --calibration_limit"),
+        ([*GPTQ, "--scale_search"], "leave out --scale_search"),
+        ([*GPTQ, "--calibration_tasks", "x"], "--calibration_file and --calibration_tasks: choose one of them"),
+        # Found before the checkpoint is looked for:
+        (["--mode", "int4-gptq", "--calibration_file", "no.txt", "--checkpoint_path", "nowhere.pth"], "'no.txt'"),
+        (["--mode", "int4-gptq", "--calibration_file", ROOT, "--checkpoint_path", "nowhere.pth"], "Is a directory"),
     ],
 )
 def test_bad_flags(fails, tmp_path, flags, message):
@@ -316,16 +334,116 @@ def test_too_little_calibration_text(fails, tmp_path):
     fails(message, *flags, "--calibration_seq_length", 64)
 
 
-def test_a_quantised_input_and_the_input_as_output(fails, written):
+def test_a_quantised_input(fails, written):
     path = written / "model_int8.pth"
     fails("is quantised already (int8): give the unquantised checkpoint", "--checkpoint_path", path)
-    size = path.stat().st_size
-    bf16 = written / "bf16.pth"
-    checkpoint = open_checkpoint(DEMO)
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """The draft model's directory, converted as well, with a tokenizer; and files that are in an output's way."""
+    directory = Path(shutil.copytree(DEMO.parent / "draft", tmp_path / "source"))
+    checkpoint = open_checkpoint(directory)
     tensors = {name: (t.shape, torch.bfloat16, t.fill) for name, t in checkpoint.tensors.items()}
-    save_checkpoint(bf16, checkpoint.args, tensors)
-    fails("is the input: name another file", "--checkpoint_path", bf16, "--output_path", bf16)
-    assert path.stat().st_size == size
+    save_checkpoint(directory / "model.pth", checkpoint.args, tensors)
+    torch.save({"weight": torch.ones(2)}, directory / "theirs.pth")
+    (directory / "link.pth").symlink_to("model.pth")
+    (directory / "weights.pth").symlink_to("model.safetensors")
+    os.link(directory / "model.pth", directory / "hard.pth")
+    os.mkfifo(directory / "pipe.pth")
+    return directory
+
+
+def contents(directory: Path) -> dict[str, str | bytes]:
+    """What is in a directory, by name: where a link points to, a file's bytes, a pipe's mode."""
+    return {
+        path.name: os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "pipe"
+        for path in directory.iterdir()
+    }
+
+
+@pytest.mark.parametrize("given", [".", "model.pth"])
+@pytest.mark.parametrize(
+    "output", ["model.pth", "link.pth", "hard.pth", "weights.pth", "theirs.pth", "pipe.pth", "model.safetensors"]
+)
+def test_an_output_replaces_nothing_but_a_result(fails, source, given, output):
+    before = contents(source)
+    message = "give it a name that ends in .pth" if output == "model.safetensors" else "not made by quantize.py: give"
+    fails(message, "--checkpoint_path", source / given, "--output_path", source / output)
+    assert contents(source) == before
+
+
+def test_replacing_a_result_of_other_settings_is_said(run, source):
+    target, flags = source / "m.pth", ["--checkpoint_path", source, "--output_path", source / "m.pth"]
+
+    def said(*more) -> list[str]:
+        code, _, err = run(*flags, *more)
+        assert code == 0, err
+        return [line for line in err.splitlines() if "replacing" in line]
+
+    assert said() == []
+    first = target.read_bytes()
+    assert said() == []
+    assert target.read_bytes() == first
+    assert said("--mode", "int4", "--skip", "w2", "output") == [f"replacing {target}, which was int8"]
+    assert said("--mode", "int4") == [f"replacing {target}, which was int4, groupsize 32, skip w2 output"]
+
+
+def test_an_output_that_is_a_link_stays_one(run, source, tmp_path):
+    elsewhere, link = tmp_path / "elsewhere.pth", source / "new.pth"
+    link.symlink_to(elsewhere)
+    for mode in ("int8", "int4"):  # there is no file at first
+        code, out, err = run("--checkpoint_path", source, "--mode", mode, "--output_path", link)
+        assert code == 0, err
+        assert link.is_symlink()
+        assert load_model(elsewhere).quantization["mode"] == mode
+    assert f"wrote {link}\n" in out
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_the_next_command_works_as_printed(run, source, tmp_path, monkeypatch, capsys, mode):
+    """From another directory, for a file in a third one with a space in its name; the parameters stay as many."""
+    other, here = tmp_path / "its own place", tmp_path / "here"
+    other.mkdir()
+    here.mkdir()
+    monkeypatch.chdir(here)
+    code, out, err = run("--checkpoint_path", source, "--mode", mode, "--output_path", other / "m.pth")
+    assert code == 0, err
+    small = {"config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json"}
+    assert contents(other) == {name: (source / name).read_bytes() for name in small} | {
+        "m.pth": (other / "m.pth").read_bytes()
+    }
+    *_, parameters, command = out.splitlines()
+    _, python, script, *flags = shlex.split(command)
+    assert (python, Path(script).resolve()) == ("python", ROOT / "generate.py")
+    flags.remove("--compile")
+    for path in (other / "m.pth", source, source / "model.pth"):
+        flags[-1] = str(path)
+        assert generate.main([*flags, "--max_new_tokens", "2", "--device", "cpu"]) == 0
+        said = "".join(capsys.readouterr())
+        assert f"{path}: 0.9 M parameters, bfloat16" in said
+        assert parameters.split() == ["parameters", "0.9", "M"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_files_of_another_model_beside_the_output_are_refused(fails, source, tmp_path, name):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / name).write_text("{}")
+    message = f"{other / name} is not that of {source}: give another directory in --output_path"
+    fails(message, "--checkpoint_path", source, "--output_path", other / "m.pth")
+    assert contents(other) == {name: b"{}"}
+
+
+def test_a_file_from_before_says_untied_and_loads(tiny, tmp_path):
+    """Files written before kept `tie_embeddings` false once the output projection was quantised."""
+    new, old = tmp_path / "new.pth", tmp_path / "old.pth"
+    quantize.quantize(open_checkpoint(tiny("llama-tied")[1]), {"mode": "int8"}, new, "cpu")
+    checkpoint = open_checkpoint(new)
+    tensors = {name: (t.shape, t.dtype, t.fill) for name, t in checkpoint.tensors.items()}
+    save_checkpoint(old, dataclasses.replace(checkpoint.args, tie_embeddings=False), tensors, checkpoint.quantization)
+    tokens = torch.arange(20)[None]
+    assert load_model(new)(tokens).equal(load_model(old)(tokens))
 
 
 def test_a_full_disk_leaves_no_file(tmp_path):
@@ -337,16 +455,16 @@ def test_a_full_disk_leaves_no_file(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", program, tmp_path / "m.pth"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2
-    assert run.stderr.splitlines()[-1].startswith("error: ")
+    assert run.stderr.splitlines()[-1] == f"error: [Errno 27] File too large: '{tmp_path / 'm.pth'}'"
     assert "Traceback" not in run.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_calibration_tasks_without_lm_eval(fails, monkeypatch, tmp_path):
+def test_calibration_tasks_without_lm_eval(fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     message = "--calibration_tasks needs lm_eval: pip install 'lm_eval>=0.4.9,<0.5', or give --calibration_file TEXT"
-    fails(message, "--mode", "int4-gptq", "--output_path", tmp_path / "m.pth")
+    fails(message, "--mode", "int4-gptq", "--checkpoint_path", "nowhere.pth")
 
 
 # ---- generate.py on every file.
@@ -371,5 +489,5 @@ def test_generating_from_every_file(written, mode, tmp_path, capsys):
             assert len({sample["text"] for sample in figures["samples"]}) == 1
             texts[name, batch] = figures["samples"][0]["text"]
     torch._inductor.config.load_config(settings)
-    assert f"M parameters, bfloat16, {mode}, cpu" in capsys.readouterr().out
+    assert f"M parameters, bfloat16, {mode}, cpu" in "".join(capsys.readouterr())
     assert len({text[:20] for text in texts.values()}) == 1, texts  # further on, rounding may decide between two tokens

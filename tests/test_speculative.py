@@ -356,19 +356,19 @@ def test_the_command_line_gives_the_plain_text(main, tmp_path, flags):
     lines = tmp_path / "prompts.txt"
     lines.write_text("Return the\nThe list of names\nA\n")
     for name, more in (("plain", ()), ("speculative", flags)):
-        code, out, err = main("--prompt_file", lines, "--stop", "names", "--metrics_path", tmp_path / name, *more)
-        assert (code, err) == (0, "")
+        code, _, err = main("--prompt_file", lines, "--stop", "names", "--metrics_path", tmp_path / name, *more)
+        assert code == 0, err
     assert tokens_in(tmp_path / "speculative") == tokens_in(tmp_path / "plain")
     acceptance = json.loads((tmp_path / "speculative").read_text())["acceptance"]
     if "auto" in flags:
-        assert "--speculate_k auto: plain " in out
+        assert "--speculate_k auto: plain " in err
     else:
         counts = acceptance["counts"]
         assert len(counts) == (4 if "--speculate_k" in flags else 5) + 1
         assert acceptance["mean"] == sum(n * count for n, count in enumerate(counts)) / sum(counts)
         assert min(acceptance["draft_s"], acceptance["verify_s"]) > 0
-        assert f"{acceptance['mean']:.2f} of {len(counts) - 1} drafts accepted per step" in out
-        assert ("times plain decoding's" in out) == ("--compare" in flags) == ("speed_up" in acceptance)
+        assert f"{acceptance['mean']:.2f} of {len(counts) - 1} drafts accepted per step" in err
+        assert ("times plain decoding's" in err) == ("--compare" in flags) == ("speed_up" in acceptance)
 
 
 def test_a_stop_id_inside_an_accepted_run_ends_the_sample(main, monkeypatch, tmp_path):
@@ -398,8 +398,8 @@ def test_a_conversation_may_speculate(main, monkeypatch):
         lines = iter(["The list of", " names", " and the"])
         monkeypatch.setattr(chat, "ask", lambda _, lines=lines: next(lines, None))
         code, out, err = main("--interactive", *flags)
-        assert (code, err) == (0, "")
-        answers.append(out.partition("continues your text\n")[2])
+        assert code == 0, err
+        answers.append(out)
     assert answers[0]
     assert all(a == b for a, b in pairwise(answers))
 
@@ -420,9 +420,9 @@ def test_a_conversation_may_speculate(main, monkeypatch):
 def test_bad_flags_are_one_line(main, flags, message):
     code, out, err = main(*flags)
     assert code == 2
-    assert err.startswith("error: ")
-    assert message in err
-    assert err.count("\n") == 1
+    assert err.splitlines()[-1].startswith("error: ")
+    assert message in err.splitlines()[-1]
+    assert err.count("error") == 1
 
 
 def test_a_draft_with_another_vocabulary_is_an_error(main, tiny):

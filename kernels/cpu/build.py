@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def load() -> str | None:
     """Load the operators `torch.ops.fast.*`, building them if needed. Returns None, or in one line why it failed.
 
     The library lies in TORCH_EXTENSIONS_DIR, by default `~/.cache/torch_extensions`, under a name that depends on the
-    source, the compiler's flags, the processor's architecture and the version of torch.
+    source, the compiler's flags, the processor's architecture and the version of torch. What a compiler said against
+    the source is kept there too, and that compiler is not tried again.
     """
     global in_a_team
     content = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.[ch]*")))
@@ -43,10 +45,8 @@ def load() -> str | None:
             _build(library)
         torch.ops.load_library(library)
         in_a_team = ctypes.PyDLL(str(library)).in_a_team
-    except (OSError, subprocess.CalledProcessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        reason = next((line for line in lines if "error" in line), lines[0])
-        return f"the CPU's kernels cannot be built, so plain PyTorch computes, more slowly: {reason}"
+    except OSError as error:
+        return f"the CPU's kernels cannot be built, so plain PyTorch computes, more slowly: {error}".partition("\n")[0]
     _register_fakes()
     return None
 
@@ -58,15 +58,23 @@ def compiler() -> str:
 
 def compiler_missing() -> str | None:
     """The reason, in one line, why C++ cannot be compiled, or None."""
-    return None if shutil.which(compiler()) else f"no C++ compiler ({compiler()}) is installed"
+    if not shutil.which(compiler()):
+        return f"no C++ compiler ({compiler()}) is installed"
+    works = subprocess.run([compiler(), "-std=c++20", "-fsyntax-only", "-x", "c++", os.devnull], capture_output=True)
+    return None if works.returncode == 0 else f"the C++ compiler ({compiler()}) does not take C++20"
 
 
 def _build(library: Path) -> None:
     """Compile the sources in parallel and put the finished library in place, atomically, as other processes may look
-    for it. Raises OSError or CalledProcessError.
+    for it. Raises OSError, with the compiler's words if it cannot compile them.
     """
     if reason := compiler_missing():
         raise OSError(reason)
+    command = Path(shutil.which(compiler())).resolve()
+    stamp = hashlib.sha256(f"{command} {command.stat().st_mtime}".encode()).hexdigest()[:8]
+    failure = library.with_suffix(f".{stamp}.txt")
+    if failure.exists():
+        raise OSError(f"{failure.read_text()} (delete {failure} to try again)")
     print("building the CPU's kernels, once ...", file=sys.stderr)
     root = Path(torch.__file__).parent
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +85,13 @@ def _build(library: Path) -> None:
         temporary = Path(folder)
 
         def run(*arguments: str | Path) -> None:
-            subprocess.run([compiler(), *FLAGS, *arguments], check=True, capture_output=True, text=True)
+            done = subprocess.run([compiler(), *FLAGS, *arguments], capture_output=True, text=True)
+            if done.returncode:
+                lines = done.stderr.strip().splitlines() or [f"{compiler()} ended with {done.returncode}"]
+                reason = next((line for line in lines if "error" in line), lines[0])
+                if done.returncode > 0 and not re.search("Killed|No space left", done.stderr):
+                    failure.write_text(reason)
+                raise OSError(reason)
 
         def compile(source: Path) -> Path:
             run(abi, *include, "-c", source, "-o", target := temporary / f"{source.stem}.o")

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from fast.cli import check_writable, resolve_device, write_json
+from fast.cli import Parser, check_writable, resolve_device, write_json
 from fast.metrics import hardware
 
 
-def build_parser(description: str) -> argparse.ArgumentParser:
+def build_parser(description: str) -> Parser:
     """A parser with the flags that all benchmarks have. description: a module's docstring; its first line is used."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description.splitlines()[0])
     add = parser.add_argument
     add("--model", required=True, help="a preset of fast/families.py, such as tinyllama-1.1b")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile ours")

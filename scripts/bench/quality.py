@@ -24,7 +24,7 @@ import eval as eval_cli
 import quantize
 from demo.corpus import training_text
 from fast.checkpoint import open_checkpoint
-from fast.cli import DEMO, exit_code, resolve_device
+from fast.cli import DEMO, Parser, exit_code, resolve_device
 
 EVERY_MODE = ["--mode int8"] + [
     f"--mode {mode} --groupsize {groupsize}{more}"
@@ -36,7 +36,7 @@ EVERY_MODE = ["--mode int8"] + [
 def quantised(source: Path, calibration: Path | None, device: str) -> Iterator[tuple[str, Path]]:
     """Yield (label, path): `source` itself, then `source` quantised in every way, labelled with quantize.py's flags.
 
-    Each quantised file overwrites the one before. calibration: the text for GPTQ, None for the demo's.
+    Each quantised file takes the place of the one before. calibration: the text for GPTQ, None for the demo's.
     """
     yield "as they are", source
     directory = source if source.is_dir() else source.parent
@@ -48,7 +48,8 @@ def quantised(source: Path, calibration: Path | None, device: str) -> Iterator[t
             calibration.write_text(training_text(), encoding="utf-8")
         for flags in EVERY_MODE:
             argv = ["--checkpoint_path", str(source), "--output_path", str(path), "--device", device, *flags.split()]
-            argv += ["--calibration_file", str(calibration)]
+            argv += ["--calibration_file", str(calibration)] if "gptq" in flags else []
+            path.unlink(missing_ok=True)
             with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
                 quantize.run(quantize.build_parser().parse_args(argv))
             yield f"`{flags}`", path
@@ -87,13 +88,9 @@ def print_table(rows: list[dict[str, str]]) -> None:
         print(f"| {' | '.join(row.get(column, '') for column in columns)} |")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        parents=[eval_cli.build_parser()],
-        conflict_handler="resolve",  # --checkpoint_path below replaces eval.py's
-        allow_abbrev=False,
-    )
+def build_parser() -> Parser:
+    # "resolve": --checkpoint_path below replaces eval.py's
+    parser = Parser(__doc__.splitlines()[0], parents=[eval_cli.build_parser()], conflict_handler="resolve")
     add = parser.add_argument
     add("--checkpoint_path", type=Path, nargs="+", default=[DEMO], help="one or several (default: demo)")
     add("--every_mode", action="store_true", help="quantise the checkpoint in every way, and evaluate each")
