@@ -105,10 +105,19 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("the model").add_argument
     add("--checkpoint_path", type=Path, default=DEMO, help="a .pth, a directory or a hub's OWNER/NAME (default: demo)")
     add("--download", action="store_true", help="fetch OWNER/NAME from the hub if it is not in checkpoints/")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, cpu without a GPU")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="such as cpu or cuda:1 (default: cuda, cpu without a GPU)",
+    )
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
-    add("--kv_dtype", choices=CACHE_DTYPES, default="auto", help="put all texts through a KV cache that stores this")
-    add("--batch_size", default="auto", help="texts that are computed together, or auto (default)")
+    add(
+        "--kv_dtype",
+        choices=CACHE_DTYPES,
+        default="auto",
+        help="put all texts through a KV cache that stores this (default: auto, no cache)",
+    )
+    add("--batch_size", default="auto", metavar="N|auto", help="texts that are computed together, or auto (default)")
     add = parser.add_argument_group("perplexity of a text").add_argument
     add("--perplexity", type=Path, metavar="FILE", help="sliding-window perplexity of this text file")
     add("--window", type=int, help="tokens that a window spans (default: the context length, at most 2048)")

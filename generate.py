@@ -24,7 +24,7 @@ from fast.cli import (
     DEMO,
     Parser,
     check_at_least,
-    check_writable,
+    check_report,
     drop_compile,
     exit_code,
     find_checkpoint,
@@ -70,9 +70,18 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("the model").add_argument
     add("--checkpoint_path", type=Path, default=DEMO, help="a .pth, a directory or a hub's OWNER/NAME (default: demo)")
     add("--download", action="store_true", help="fetch OWNER/NAME from the hub if it is not in checkpoints/")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, cpu without a GPU")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="such as cpu or cuda:1 (default: cuda, cpu without a GPU)",
+    )
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
-    add("--kv_dtype", choices=CACHE_DTYPES, default="auto", help="what the KV cache stores (default: as --dtype)")
+    add(
+        "--kv_dtype",
+        choices=CACHE_DTYPES,
+        default="auto",
+        help="what the KV cache stores (default: auto, which is as --dtype)",
+    )
     add("--compile", action="store_true", help="compile the decode step")
     add("--compile_prefill", action="store_true", help="compile the prefill")
     add = parser.add_argument_group("the prompt").add_argument
@@ -83,18 +92,27 @@ def build_parser() -> Parser:
     add("--interactive", action="store_true", help="a conversation: Ctrl-C stops an answer, Ctrl-D ends it")
     add("--system", help="the system message of --chat and --interactive")
     add = parser.add_argument_group("the text").add_argument
-    add("--max_new_tokens", type=int, help="of each text at most (default: 200; of an answer: what the cache holds)")
-    add("--max_seq_length", type=int, help="capacity of the KV cache in tokens (default: what the prompts need)")
+    add("--max_new_tokens", type=int, help="the longest text (default: 200; in a conversation what the cache holds)")
+    add(
+        "--max_seq_length",
+        type=int,
+        help="tokens that the KV cache holds (default: what is needed; 4096 in a conversation)",
+    )
     add("--stop", action="append", default=[], metavar="TEXT", help="end a row before this text; may be repeated")
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
     add("--top_k", type=int, default=200, help="draw from the k likeliest tokens (default: 200)")
     add("--top_p", type=float, help="draw from the fewest tokens with this probability in all (default: off)")
     add("--min_p", type=float, help="draw from tokens with this share of the likeliest's probability (default: off)")
-    add("--seed", type=int, default=1234, help="of the draws (default: 1234)")
-    add("--num_samples", type=int, default=1, help="generate so often (default: 1)")
+    add("--seed", type=int, default=1234, help="of the random draws (default: 1234)")
+    add("--num_samples", type=int, default=1, help="texts for each prompt, one after the other (default: 1)")
     add = parser.add_argument_group("speculative decoding").add_argument
-    add("--speculate_k", type=_number_or_auto, metavar="K", help=f"drafts per step, 1 to {MAX_K} or auto (default: 5)")
-    add("--draft_checkpoint_path", type=Path, help="the model that drafts (default for the demo: demo/draft)")
+    add(
+        "--speculate_k",
+        type=_number_or_auto,
+        metavar="K",
+        help=f"drafts per step, 1 to {MAX_K} or auto (default: 5 with one of these flags)",
+    )
+    add("--draft_checkpoint_path", type=Path, help="the model that drafts (demo/draft for the demo with --speculate_k)")
     add("--replicate_draft", action="store_true", help="under torchrun: keep the whole draft on every rank")
     add("--prompt_lookup", action="store_true", help="draft what followed in the text so far, without a model")
     add("--compare", action="store_true", help="also time plain decoding")
@@ -122,8 +140,11 @@ def read_prompts(args: argparse.Namespace, ranks: Ranks) -> tuple[list[str], int
         if sys.stdin is None:
             raise ValueError("the prompt is to come from stdin, which is closed")
         if not select.select([sys.stdin], [], [], 1)[0]:
-            say("reading the prompt from stdin: Ctrl-D ends it")
-        return sys.stdin.read()
+            say("reading the prompt from stdin" + (": Ctrl-D ends it" if sys.stdin.isatty() else " ..."))
+        try:
+            return sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"stdin is not UTF-8 text: {error}") from None
 
     def read(path: str) -> str:
         return read_text(Path(path)) if path != "-" else ranks.from_rank_0(read_stdin) or ""
@@ -135,9 +156,13 @@ def read_prompts(args: argparse.Namespace, ranks: Ranks) -> tuple[list[str], int
         return lines, 0
     prompt = args.prompt
     if prompt is None and ranks.from_rank_0(lambda: "yes" if is_piped() else None):
-        return [read("-").removesuffix("\n") or PROMPT], 0
+        if text := read("-").removesuffix("\n"):
+            return [text], 0
+        say(f"stdin is empty, so the prompt is {PROMPT!r}")
     if prompt is None:
         return [PROMPT], 0
+    if prompt.startswith("@") and not Path(prompt[1:]).exists():
+        raise FileNotFoundError(f"--prompt {prompt}: no such file; a text that begins with @ can be piped in")
     if prompt == "-" or prompt.startswith("@"):
         return [read(prompt.removeprefix("@")).removesuffix("\n")], 0
     return ([], int(prompt)) if re.fullmatch("0|[1-9][0-9]*", prompt) and not args.chat else ([prompt], 0)
@@ -200,7 +225,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--stop needs a text that is not empty")
     for path in (args.metrics_path, args.profile):
         if path is not None:
-            check_writable(path)
+            check_report(path)
+    if args.metrics_path is not None and args.metrics_path == args.profile:
+        raise ValueError(f"--metrics_path and --profile are both {args.profile}: name two files")
     drop_compile(args, "compile", "compile_prefill")
 
 
@@ -341,11 +368,11 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     if reason and (model.quantization or (device, dtype) != ("cpu", torch.float32)):
         say(reason)
     torch.manual_seed(args.seed)
-    check_system(tokenizer, args.system)
     models = [part for part in (model, draft) if part is not None]
     context = min(part.args.context_length for part in models)
     if args.interactive:
         room = args.max_seq_length or min(context, 4096)
+        check_system(tokenizer, args.system, room)
         check_memory(models, 1, room, args)
         first = [0] * max(1, min(64, room // 4))  # a made-up turn to compile with
         steps, _ = set_up(args, sampling, model, draft, [[first]], room, ranks)

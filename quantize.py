@@ -176,7 +176,11 @@ def build_parser() -> Parser:
     add("--scale_search", action="store_true", help="int4: choose each group's scale for the least squared error")
     add("--skip", nargs="+", default=[], metavar="NAME", help="Linears to leave in bf16, as in `output w2 layers.0.wo`")
     add("--output_path", type=Path, help="a .pth (default: model_MODE.pth beside the input)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, cpu without a GPU")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="such as cpu or cuda:1 (default: cuda, cpu without a GPU)",
+    )
     add = parser.add_argument_group("int4-gptq").add_argument
     add("--calibration_tasks", nargs="+", metavar="TASK", help="calibrate on lm_eval tasks (default: wikitext)")
     add("--calibration_file", type=Path, metavar="TEXT", help="calibrate on a text file instead")
@@ -298,10 +302,10 @@ def run(args: argparse.Namespace) -> None:
     for file in missing:
         with replacing(target.parent / file.name) as temporary:
             shutil.copyfile(file, temporary)
-    report(checkpoint, scheme, target)
+    report(checkpoint, scheme, target, missing)
 
 
-def report(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path) -> None:
+def report(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path, copied: list[Path]) -> None:
     n_linears, n_quantised = (len(linear_names(checkpoint.args, which)) for which in ({}, scheme))
     before = sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in checkpoint.tensors.values())
     print(f"wrote {target}")
@@ -309,6 +313,8 @@ def report(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path) -> None
     print(f"  Linears     {n_quantised} quantised, {n_linears - n_quantised} left in bf16")
     print(f"  size        {before / 1e6:.1f} MB before, {target.stat().st_size / 1e6:.1f} MB now")
     print(f"  parameters  {count_parameters(checkpoint.args) / 1e6:.1f} M")
+    if copied:
+        print(f"  copied too  {', '.join(file.name for file in copied)}")
     if any((target.parent / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         script = os.path.relpath(Path(__file__).with_name("generate.py"))
         print("next:", shlex.join(["python", script, "--compile", "--checkpoint_path", str(target)]))

@@ -6,6 +6,7 @@ The KV cache is kept between turns, so only the new tokens are prefilled. Answer
 """
 
 import contextlib
+import os
 import re
 import select
 import sys
@@ -24,7 +25,8 @@ HELP = """/exit           end the conversation, as Ctrl-D does
 /system TEXT    begin anew with this system message; without TEXT, with none
 /stats          how fast the last answer was, and how full the cache is
 /help           this list
-Ctrl-C stops an answer. A pasted text of several lines is one message."""
+Ctrl-C stops an answer; before its first word, it takes the message back.
+A pasted text of several lines is one message."""
 
 
 def warm_up_turns(steps: Steps | SpeculativeSteps, first: list[int]) -> None:
@@ -78,13 +80,13 @@ class Conversation:
         if len(prompt) > self.capacity:
             raise ValueError(f"this message makes {len(prompt)} tokens, the cache takes {self.capacity}: shorten it")
         if n > 0:
-            say(f"(the cache of {self.capacity} tokens is full: forgot the first {n} of {len(self.turns)} turns)")
+            say(f"(the cache of {self.capacity} tokens is full: forgot the {n} oldest of {len(self.turns)} turns)")
         self.turns = self.turns[n:]
         return prompt
 
     def answer(self, line: str, caught: tuple[type[BaseException], ...]) -> None:
-        """Print the answer to `line`; an exception of the types `caught` ends it."""
-        prompt = self.fit(line)
+        """Print the answer to `line`. An exception of the types `caught` ends it; before its first token, undoes it."""
+        turns, prompt = self.turns, self.fit(line)
         if not prompt:
             raise ValueError("this message has no tokens: write a word")
         limit = min(self.limit, self.capacity - len(prompt) + 1)  # the last token is not cached
@@ -92,27 +94,34 @@ class Conversation:
         self.cached, self.stats = [], "the last answer was stopped"
         with contextlib.suppress(*caught):
             figures = run_rows(self.steps, [row], limit, lambda _, text: print(text, end="", flush=True), known)
-            used = f"{len(prompt) + len(row.tokens) - 1} of {self.capacity} tokens in the cache"
-            self.stats = f"{describe(figures)} · {used}"
+            self.stats = describe(figures)
         print(flush=True)
+        if not row.tokens:
+            self.turns = turns
+            return
+        self.cached = prompt + row.tokens[:-1]
+        self.stats += f" · {len(self.cached)} of {self.capacity} tokens in the cache"
         if row.finish_reason == "length":
             why = "--max_new_tokens" if limit == self.limit else f"the cache of {self.capacity} tokens is full"
             say(f"(cut after {limit} tokens: {why})")
-        self.cached = prompt + row.tokens[:-1] if row.tokens else []  # no token: the prefill was interrupted
         self.turns.append((line, row.text))
 
     def reset(self, system: str | None) -> None:
         """Forget what was said. Raises ValueError for a system message that the model cannot be given."""
-        check_system(self.tokenizer, system)
-        self.turns, self.system = [], system
+        check_system(self.tokenizer, system, self.capacity)
+        self.turns, self.system, self.stats = [], system, "no answer yet"
+        say("(a new conversation" + ("" if system is None else ", with this system message") + ")")
 
 
-def check_system(tokenizer: Tokenizer, system: str | None) -> None:
-    """Raise ValueError if the model has no chat template to put a system message into, or it refuses one."""
+def check_system(tokenizer: Tokenizer, system: str | None, capacity: int) -> None:
+    """Raise ValueError if the model has no chat template for a system message, or refuses it, or has no room for it."""
     if system is not None and not tokenizer.has_chat_template:
         raise ValueError("a system message needs a chat template, and this model has none")
-    if system is not None:
-        tokenizer.apply_chat_template([{"role": "system", "content": system}, {"role": "user", "content": "Hi"}])
+    if tokenizer.has_chat_template:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        text = tokenizer.apply_chat_template([*messages, {"role": "user", "content": "Hi"}])
+        if (n := len(tokenizer.encode(text, bos=False))) > capacity:
+            raise ValueError(f"the chat template and the system message take {n} tokens, the cache holds {capacity}")
 
 
 def chat(
@@ -133,11 +142,14 @@ def chat(
     conversation = Conversation(steps, tokenizer, max_new_tokens, stop, system)
     if not tokenizer.has_chat_template:
         say("this model has no chat template: it continues your text")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # `Tokenizer.encode` refuses what is not UTF-8
     if ranks.rank == 0 and sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline
 
-            readline.parse_and_bind("set enable-bracketed-paste on")  # the default since readline 8.1
+            if os.environ.get("TERM") != "dumb":
+                readline.parse_and_bind("set enable-bracketed-paste on")  # the default since readline 8.1
         say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends the conversation")
     while (line := ranks.from_rank_0(lambda: ask(caught))) is not None:
         if not line.strip():
@@ -162,21 +174,26 @@ def chat(
                     say(conversation.stats)
         except ValueError as error:
             say(error)
+        except caught:
+            say("(stopped)")
 
 
 def ask(caught: tuple[type[BaseException], ...]) -> str | None:
     """What is typed, a pasted text as a whole; None at the end of the input."""
     at_terminal = sys.stdin.isatty()
+    prompt = "> " if at_terminal and sys.stdout.isatty() else ""
     while True:
         try:
-            line = input("> " if at_terminal else "")
-            with contextlib.suppress(EOFError):
-                while at_terminal and select.select([sys.stdin], [], [], 0)[0]:  # without bracketed paste
+            if at_terminal and not prompt:
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = input(prompt)
+            with contextlib.suppress(EOFError):  # below: a paste without brackets
+                while at_terminal and not line.startswith("/") and select.select([sys.stdin], [], [], 0)[0]:
                     line += "\n" + input()
             return line
         except EOFError:
             if at_terminal:
-                print()
+                say()
             return None
         except caught:
-            say("\n(Ctrl-D ends)")
+            say("\n(Ctrl-D ends the conversation)")

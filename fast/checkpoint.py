@@ -426,6 +426,7 @@ def _load_torch(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).splitlines()[0].partition(". ")[0]
+        reason = "it is not a zip archive" if "use_new_zipfile" in reason else reason
         raise ValueError(foreign(path) or f"{path}: not a whole torch file: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors")

@@ -183,6 +183,15 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"cannot write {path}: no permission to write in {folder}")
 
 
+def check_report(path: Path) -> None:
+    """Raise ValueError if figures or a trace cannot be written to `path`, or would replace something else."""
+    check_writable(path)
+    if _stream(path) is None and path.is_file():
+        with open(path, "rb") as file:
+            if not re.match(rb'\s*(\{\s*"(model|schemaVersion)"|\x1f\x8b|\Z)', file.read(64)):
+                raise ValueError(f"cannot write {path}: it holds neither figures nor a trace; name another file")
+
+
 def _stream(path: Path) -> Path | int | None:
     """What to write into if `path` is no file that could be replaced: a device or a pipe, or this process's output."""
     if not path.exists() or path.is_dir():
@@ -246,6 +255,8 @@ def exit_code(work: Callable[[], Any], ranks: Ranks = ALONE, stopped: str = "sto
 
     stopped: printed on Ctrl-C.
     """
+    if sys.stderr is None:  # closed: what is printed there would go to stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     try:
         work()
     except BrokenPipeError:  # the reader of our output has closed it, as `| head` does

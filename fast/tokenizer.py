@@ -66,8 +66,13 @@ class Tokenizer:
         """Ids of `text`. A special token's text ("</s>", "<|eot_id|>") becomes that token's id.
 
         `bos=True` adds what the model's own configuration adds, which for Qwen is nothing. Pass `bos=False`
-        with the output of `apply_chat_template`: it holds its special tokens already.
+        with the output of `apply_chat_template`: it holds its special tokens already. Raises ValueError for a text
+        that holds bytes which were not UTF-8 (lone surrogates, as Python reads them from a terminal or a pipe).
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"not UTF-8 text: {error.object[error.start]!r} after {error.start} characters") from None
         return self._backend.encode(text, bos)
 
     def decode(self, ids: Iterable[int]) -> str:

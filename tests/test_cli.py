@@ -29,7 +29,7 @@ import torch
 from conftest import make_tiny
 
 import generate
-from fast import compiling, rows
+from fast import chat, compiling, rows
 from fast.checkpoint import load_model
 from fast.cli import DEMO, check_device
 from fast.decoding import build_steps, stream
@@ -107,9 +107,10 @@ def command(*flags) -> dict:
     return {"args": [sys.executable, "generate.py", *map(str, flags)], "cwd": ROOT, "env": environment}
 
 
-def run(*flags, given: str = "") -> subprocess.CompletedProcess:
-    """Run generate.py with `given` on stdin."""
-    return subprocess.run(**command(*flags), input=given, capture_output=True, text=True, timeout=300)
+def run(*flags, given: str | None = None) -> subprocess.CompletedProcess:
+    """Run generate.py, with `given` piped in."""
+    stdin = {"stdin": subprocess.DEVNULL} if given is None else {"input": given}
+    return subprocess.run(**command(*flags), **stdin, capture_output=True, text=True, timeout=300)
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
@@ -259,9 +260,57 @@ def test_stdin_is_the_prompt(checkpoint, tmp_path):
     assert run(*flags, given=text + "\n").stdout == expected.stdout
     assert run(*flags, "--prompt", "-", given=text).stdout == expected.stdout
     assert run(*flags, "--prompt", f"@{tmp_path / 'prompt.txt'}", given="unread").stdout == expected.stdout
-    assert run(*flags, given="").stdout.startswith(generate.PROMPT)  # nothing was piped
+    empty = run(*flags, given="")
+    assert empty.stdout.startswith(generate.PROMPT)
+    assert empty.stderr.startswith("stdin is empty, so the prompt is")
     lines = run(*flags, "--prompt_file", "-", "--batch_size", 1, given=text)
     assert re.fullmatch(r"\[1\] The list.*\n\n\[2\] A module.*\n\n", lines.stdout, re.DOTALL)
+
+
+def test_bytes_that_are_not_utf8(checkpoint, main, monkeypatch):
+    flags = ["--checkpoint_path", checkpoint, "--device", "cpu", "--max_new_tokens", 3, "--temperature", 0]
+    for more, environment in ([], "C"), ([], "C.UTF-8"), (["--interactive"], "C"), (["--interactive"], "C.UTF-8"):
+        pipe = {"input": b"caf\xe9\nThe list\n", "capture_output": True, "timeout": 120}
+        arguments = command(*flags, *more)
+        arguments["env"] |= {"PYTHONIOENCODING": "utf-8:strict"} if environment == "C.UTF-8" else {"LC_ALL": "C"}
+        done = subprocess.run(**arguments, **pipe)
+        told = done.stderr.decode()
+        assert "ot UTF-8 text" in told
+        assert "Traceback" not in told
+        assert done.returncode == (0 if more else 2)
+        assert bool(done.stdout) == bool(more)  # the conversation went on
+    code, _, err = main("--prompt", "caf\udce9")
+    assert code == 2
+    assert_one_error(err, "not UTF-8 text")
+
+
+def test_stderr_closed(checkpoint):
+    flags = ["--checkpoint_path", checkpoint, "--prompt", "The list", "--max_new_tokens", 3, "--device", "cpu"]
+    arguments = command(*flags)
+    arguments["args"] = ["sh", "-c", 'exec "$@" 2>&-', "sh", *arguments["args"]]
+    done = subprocess.run(**arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stdout.startswith("The list")
+    assert done.stdout.count("\n") == 1
+
+
+def test_figures_replace_only_figures(main, copy, tmp_path):
+    path = tmp_path / "figures.json"
+    for _ in range(2):
+        assert main("--metrics_path", path)[0] == 0
+    trace = tmp_path / "trace.json"
+    for _ in range(2):
+        assert main("--profile", trace)[0] == 0
+    for name in ("model.safetensors", "config.json", "tokenizer_config.json", "tokenizer.model"):
+        before = (copy / name).read_bytes()
+        for flag in ("--metrics_path", "--profile"):
+            code, _, err = main(flag, copy / name, checkpoint_path=copy)
+            assert code == 2
+            assert_one_error(err, f"cannot write {copy / name}: it holds neither figures nor a trace; name another")
+        assert (copy / name).read_bytes() == before
+    code, _, err = main("--metrics_path", path, "--profile", path)
+    assert code == 2
+    assert_one_error(err, f"--metrics_path and --profile are both {path}: name two files")
 
 
 def test_a_missing_prompt_is_found_before_loading(main, monkeypatch):
@@ -433,7 +482,7 @@ def test_a_full_cache_forgets_the_oldest_turns(converse, checkpoint):
     tokenizer = load_tokenizer(checkpoint)
     lines = ["The list", "A module", "sorted", "in place", "nothing", "is"]
     out, err, calls = converse(lines, "--max_seq_length", 110, "--system", "Be brief")
-    forgot = [int(n) for n in re.findall(r"\(the cache of 110 tokens is full: forgot the first (\d+) of", err)]
+    forgot = [int(n) for n in re.findall(r"\(the cache of 110 tokens is full: forgot the (\d+) oldest of", err)]
     assert forgot
     assert len(calls) == len(lines)  # every line was answered
     turns = list(zip(lines, out.split("\n"), strict=False))[sum(forgot) : -1]
@@ -465,7 +514,12 @@ def test_commands_of_a_conversation(converse, main):
     assert converse(["/system Be brief", "The list"])[::2] == brief[::2]
     out, err, calls = converse(["The list", "/exit", "A module"])
     assert len(calls) == 1
+    assert converse(["/stats"])[1] == converse(["The list", "/reset", "/stats"])[1].splitlines(True)[-1]
     assert converse(["/stats"])[1] == "no answer yet\n"
+    assert (
+        converse(["/system Be brief", "/reset"])[1].splitlines()
+        == ["(a new conversation, with this system message)"] * 2
+    )
     assert re.search(r"first token .* of 4096 tokens in the cache\n", converse(["The list", "/stats"])[1])
     assert re.search(r"first token .* of 4096 tokens in the cache\n", converse(["The list"], "--stats")[1])
     assert "first token" not in converse(["The list"])[1]
@@ -484,6 +538,40 @@ def test_a_template_that_refuses_does_not_end_the_conversation(converse, main, c
     code, _, err = main("--interactive", "--system", "Be brief", "--compile", checkpoint_path=copy)
     assert code == 2
     assert err.endswith("cpu\nerror: chat template: no system role\n")  # before compiling
+
+
+def test_ctrl_c_before_the_first_token_takes_the_message_back(converse, monkeypatch):
+    size, run_rows, n = ("--max_seq_length", 110), chat.run_rows, 0
+    whole = converse(["The list", "A module"], *size)
+
+    def stopped(*args):
+        nonlocal n
+        n += 1
+        if n == 2:
+            raise KeyboardInterrupt
+        return run_rows(*args)
+
+    monkeypatch.setattr(chat, "run_rows", stopped)
+    _, err, calls = converse(["The list", "in place " * 16, "A module"], *size)
+    assert "full: forgot the 1 oldest of 1 turns" in err
+    assert len(calls) == 2  # the last as if the message before it had not been sent
+    assert len(calls[1][0]) + calls[1][1] == len(whole[2][1][0]) + whole[2][1][1]
+
+
+def test_ctrl_c_while_a_message_is_put_into_tokens(converse, monkeypatch):
+    encode, n = chat.Conversation.encode, 0
+
+    def interrupted(self, turns, line):
+        nonlocal n
+        n += 1
+        if n == 2:
+            raise KeyboardInterrupt
+        return encode(self, turns, line)
+
+    monkeypatch.setattr(chat.Conversation, "encode", interrupted)
+    out, err, calls = converse(["The list", "A module", "A module"])
+    assert err.count("(stopped)") == 1
+    assert len(calls) == 2
 
 
 def test_ctrl_c_stops_the_answer_and_the_next_is_right(converse, main, monkeypatch):
@@ -569,7 +657,7 @@ def test_a_conversation_on_a_terminal(terminal):
         shown = stop_answer(terminal)
         assert "Traceback" not in shown
         assert "full" not in shown
-    terminal.read_until(lambda shown: "(Ctrl-D ends)" in shown and shown.endswith("> "), key="\x03")
+    terminal.read_until(lambda shown: "(Ctrl-D ends the" in shown and shown.endswith("> "), key="\x03")
     terminal.send("/stats\n")
     assert "the last answer was stopped" in terminal.read_until(lambda shown: shown.endswith("> "))
     terminal.send("\x04")
@@ -582,10 +670,12 @@ def test_a_pasted_text_is_one_message(terminal):
     assert len(text) > 4095  # a terminal's own line editing would cut it there
     terminal.send(f"\x1b[200~{text}\x1b[201~\n")
     assert "this message makes" in terminal.read_until(lambda shown: shown.endswith("> "))  # as one it does not fit
-    terminal.send("/system one\ntwo\nthree\n")
-    terminal.read_until(lambda shown: shown.endswith("> "))
+    terminal.send("The list\nis sorted\nin place\n")
+    shown = stop_answer(terminal)
     terminal.send("/stats\n")
-    assert "no answer yet" in terminal.read_until(lambda shown: shown.endswith("> "))
+    shown += terminal.read_until(lambda shown: shown.endswith("> "))
+    assert "the last answer was stopped" in shown
+    assert shown.count("\x1b[?2004h> ") == 2  # one answer, and the figures
 
 
 def test_lines_can_be_edited_and_called_back(terminal):

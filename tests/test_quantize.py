@@ -413,7 +413,8 @@ def test_the_next_command_works_as_printed(run, source, tmp_path, monkeypatch, c
     assert contents(other) == {name: (source / name).read_bytes() for name in small} | {
         "m.pth": (other / "m.pth").read_bytes()
     }
-    *_, parameters, command = out.splitlines()
+    *_, parameters, copied, command = out.splitlines()
+    assert set(copied.replace(",", "").split()) == {"copied", "too", *small}
     _, python, script, *flags = shlex.split(command)
     assert (python, Path(script).resolve()) == ("python", ROOT / "generate.py")
     flags.remove("--compile")

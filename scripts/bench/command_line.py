@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fast.cli import Parser, check_writable, resolve_device, write_json
+from fast.cli import Parser, check_report, resolve_device, write_json
 from fast.metrics import hardware
 
 
@@ -36,7 +36,7 @@ def check_files(args: argparse.Namespace) -> None:
     """Raise ValueError for a file that could not be written, before anything is measured."""
     for path in vars(args).values():
         if isinstance(path, Path):
-            check_writable(path)
+            check_report(path)
 
 
 def report(
