@@ -7,12 +7,9 @@ Without `--checkpoint_path` the embedded demo model runs. The loop itself is in 
 
 import argparse
 import dataclasses
-import os
-import re
-import select
-import stat
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +37,7 @@ from fast.compiling import set_compile_flags
 from fast.decoding import Steps, build_steps, stream, warm_up
 from fast.layers import kernels_missing
 from fast.metrics import bytes_per_position, count_parameters, describe, free_memory, parameter_bytes, report
+from fast.prompts import DEFAULT, encode_prompts, read_prompts
 from fast.rows import Row, run_rows
 from fast.sampling import Sampling
 from fast.speculative import (
@@ -54,11 +52,10 @@ from fast.speculative import (
     speculate,
     warm_up_speculation,
 )
-from fast.tokenizer import Tokenizer, read_text
+from fast.tokenizer import Tokenizer
 from model import Transformer
 from tp import Ranks, measure_collectives
 
-PROMPT = "The module"  # for the demo
 MAX_NEW_TOKENS = 200
 ONE_SHOT = ("prompt", "prompt_file", "batch_size", "num_samples", "metrics_path", "profile", "compare")
 
@@ -85,7 +82,7 @@ def build_parser() -> Parser:
     add("--compile", action="store_true", help="compile the decode step")
     add("--compile_prefill", action="store_true", help="compile the prefill")
     add = parser.add_argument_group("the prompt").add_argument
-    add("--prompt", help=f"text, @FILE, - for stdin, or a number for so many made-up tokens (default: {PROMPT!r})")
+    add("--prompt", help=f"text, @FILE, - for stdin, or a number for so many made-up tokens (default: {DEFAULT!r})")
     add("--prompt_file", type=Path, help="one prompt per line, or - for stdin, in batches of --batch_size")
     add("--batch_size", type=int, help="copies of --prompt (default: 1) or lines of --prompt_file (default: all)")
     add("--chat", action="store_true", help="put the prompt into the model's chat template")
@@ -105,13 +102,8 @@ def build_parser() -> Parser:
     add("--min_p", type=float, help="draw from tokens with this share of the likeliest's probability (default: off)")
     add("--seed", type=int, default=1234, help="of the random draws (default: 1234)")
     add("--num_samples", type=int, default=1, help="texts for each prompt, one after the other (default: 1)")
-    add = parser.add_argument_group("speculative decoding").add_argument
-    add(
-        "--speculate_k",
-        type=_number_or_auto,
-        metavar="K",
-        help=f"drafts per step, 1 to {MAX_K} or auto (default: 5 with one of these flags)",
-    )
+    add = parser.add_argument_group("speculative decoding", "with a draft model or --prompt_lookup").add_argument
+    add("--speculate_k", type=_number_or_auto, metavar="K", help=f"drafts per step, 1 to {MAX_K} or auto (default: 5)")
     add("--draft_checkpoint_path", type=Path, help="the model that drafts (demo/draft for the demo with --speculate_k)")
     add("--replicate_draft", action="store_true", help="under torchrun: keep the whole draft on every rank")
     add("--prompt_lookup", action="store_true", help="draft what followed in the text so far, without a model")
@@ -130,95 +122,25 @@ def _number_or_auto(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
-def read_prompts(args: argparse.Namespace, ranks: Ranks) -> tuple[list[str], int]:
-    """The prompts' texts, or none and the length of a made-up prompt.
-
-    Raises ValueError for a file without a prompt or that is not UTF-8, FileNotFoundError if it is not there.
-    """
-
-    def read_stdin() -> str:
-        if sys.stdin is None:
-            raise ValueError("the prompt is to come from stdin, which is closed")
-        if not select.select([sys.stdin], [], [], 1)[0]:
-            say("reading the prompt from stdin" + (": Ctrl-D ends it" if sys.stdin.isatty() else " ..."))
-        try:
-            return sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"stdin is not UTF-8 text: {error}") from None
-
-    def read(path: str) -> str:
-        return read_text(Path(path)) if path != "-" else ranks.from_rank_0(read_stdin) or ""
-
-    if args.prompt_file is not None:
-        lines = [line for line in read(str(args.prompt_file)).split("\n") if line.strip()]
-        if not lines:
-            raise ValueError(f"{args.prompt_file} holds no prompt: write one per line")
-        return lines, 0
-    prompt = args.prompt
-    if prompt is None and ranks.from_rank_0(lambda: "yes" if is_piped() else None):
-        if text := read("-").removesuffix("\n"):
-            return [text], 0
-        say(f"stdin is empty, so the prompt is {PROMPT!r}")
-    if prompt is None:
-        return [PROMPT], 0
-    if prompt.startswith("@") and not Path(prompt[1:]).exists():
-        raise FileNotFoundError(f"--prompt {prompt}: no such file; a text that begins with @ can be piped in")
-    if prompt == "-" or prompt.startswith("@"):
-        return [read(prompt.removeprefix("@")).removesuffix("\n")], 0
-    return ([], int(prompt)) if re.fullmatch("0|[1-9][0-9]*", prompt) and not args.chat else ([prompt], 0)
-
-
-def is_piped() -> bool:
-    """Whether stdin is a pipe or a file, not a terminal or closed."""
-    try:
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (AttributeError, OSError):
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-
-
-def encode_prompts(
-    texts: list[str], made_up: int, args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int, limit: int
-) -> list[list[int]]:
-    """The prompts' token ids. Raises ValueError for a prompt that is empty, too long or refused by the template."""
-    if not texts:
-        if not 1 <= made_up <= limit:
-            raise ValueError(f"--prompt {made_up}: a made-up prompt must have 1 to {limit} tokens")
-        return [torch.randint(vocab_size, (made_up,)).tolist()]
-    prompts = []
-    for text in texts:
-        if args.chat:
-            messages = [{"role": "user", "content": text}]
-            if args.system is not None:
-                messages.insert(0, {"role": "system", "content": args.system})
-            prompts.append(tokenizer.encode(tokenizer.apply_chat_template(messages), bos=False))
-        else:
-            prompts.append(tokenizer.encode(text))
-    if not all(prompts):
-        raise ValueError("the prompt is empty and this model has no begin-of-text token: give at least one word")
-    if (longest := max(map(len, prompts))) > limit:
-        raise ValueError(f"the prompt has {longest} tokens, but there is room for {limit}: shorten it")
-    return prompts
-
-
 def check_args(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that are out of range or exclude each other, before anything is loaded."""
+    no_use = partial(refuse, args, build_parser())
     check_at_least(args, 1, "batch_size", "num_samples", "max_new_tokens", "max_seq_length")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed} must be 0 to 2**63 - 1")
     if args.interactive:
-        refuse(args, build_parser(), "--interactive is a conversation of one", *ONE_SHOT)
+        no_use("--interactive is a conversation of one", *ONE_SHOT)
         if sys.stdin is None:
             raise ValueError("--interactive reads from stdin, which is closed")
     else:
-        refuse(args, build_parser(), "--stats is for --interactive, figures are always printed here", "stats")
+        no_use("--stats is for --interactive, figures are always printed here", "stats")
     if args.prompt_file is not None:
-        refuse(args, build_parser(), "--prompt_file holds the prompts", "prompt")
+        no_use("--prompt_file holds the prompts", "prompt")
     check_speculation(args)
     if args.draft_checkpoint_path is None:
-        refuse(args, build_parser(), "without --draft_checkpoint_path there is no draft model", "replicate_draft")
+        no_use("without --draft_checkpoint_path there is no draft model", "replicate_draft")
     if args.temperature == 0:
-        refuse(args, build_parser(), "--temperature 0 takes the likeliest token", "top_k", "top_p", "min_p")
+        no_use("--temperature 0 takes the likeliest token", "top_k", "top_p", "min_p")
     if args.system is not None and not (args.chat or args.interactive):
         raise ValueError("--system needs --chat or --interactive")
     if "" in args.stop:
@@ -341,24 +263,18 @@ def plain_rate(plain: Steps, tokenizer: Tokenizer, prompts: list[list[int]], arg
     return run_rows(plain, rows, args.max_new_tokens, show=lambda i, text: None)["decode_tokens_per_s"]
 
 
-def run(args: argparse.Namespace, ranks: Ranks) -> None:
-    check_args(args)
-    texts, made_up = ([], 0) if args.interactive else read_prompts(args, ranks)
+def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Transformer, Transformer | None, Tokenizer, dict]:
+    """Load what `args` names and say what it is: the model, the draft model and the tokenizer, and the seconds."""
     args.checkpoint_path = find_checkpoint(args.checkpoint_path, args.download, ranks)
     if args.draft_checkpoint_path is not None:
         args.draft_checkpoint_path = find_checkpoint(args.draft_checkpoint_path, args.download, ranks)
-    args.device = ranks.device(args.device)
     device, dtype = resolve_device(args)
-    resolve_kv_dtype(args)  # to fail before anything is loaded
-    if args.compile or args.compile_prefill:
-        set_compile_flags(device)  # imports the compiler, which takes a second
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     start = time.perf_counter()
     reason = kernels_missing(device, dtype)  # builds the CPU's kernels at the first run
     build_s, start = time.perf_counter() - start, time.perf_counter()
     model, tokenizer = load(args.checkpoint_path, device, dtype, ranks)
     draft = load_draft(args.draft_checkpoint_path, model, tokenizer, device, dtype, ranks, args.replicate_draft)
-    load_s = time.perf_counter() - start
+    seconds = {"build_s": build_s, "load_s": time.perf_counter() - start}
     kind = str(dtype).removeprefix("torch.") + (f", {model.quantization['mode']}" if model.quantization else "")
     kind += f", {args.kv_dtype} cache" if args.kv_dtype != "auto" else ""
     kind += f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""
@@ -367,6 +283,19 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         say(f"{args.draft_checkpoint_path}: {count_parameters(draft.args) / 1e6:.1f} M parameters to draft")
     if reason and (model.quantization or (device, dtype) != ("cpu", torch.float32)):
         say(reason)
+    return model, draft, tokenizer, seconds
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> None:
+    check_args(args)
+    texts, made_up = ([], 0) if args.interactive else read_prompts(args, ranks)
+    args.device = ranks.device(args.device)
+    device, dtype = resolve_device(args)
+    resolve_kv_dtype(args)  # to fail before anything is loaded
+    if args.compile or args.compile_prefill:
+        set_compile_flags(device)  # imports the compiler, which takes a second
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+    model, draft, tokenizer, seconds = load_models(args, ranks)
     torch.manual_seed(args.seed)
     models = [part for part in (model, draft) if part is not None]
     context = min(part.args.context_length for part in models)
@@ -387,6 +316,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         say(f"only {args.max_new_tokens} new tokens fit after the prompt's {longest}")
     room = args.max_seq_length or longest + args.max_new_tokens - 1
     size = args.batch_size or len(prompts)
+    if args.prompt_file is not None:
+        size = min(size, len(prompts))
     check_memory(models, size, room, args)
     if args.prompt_file is None:
         prompts = prompts * size
@@ -405,7 +336,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
             if acceptance and args.compare:
                 rate = plain_rate(steps.plain, tokenizer, batch, args)
                 acceptance.compare(samples[-1]["decode_tokens_per_s"], rate)
-    figures = report(samples, build_s, load_s, compile_s, device, acceptance and acceptance.figures())
+    seconds["compile_s"] = compile_s
+    figures = report(samples, seconds, device, acceptance and acceptance.figures())
     figures["parallel"] = report_ranks(steps, batches[0], args.max_new_tokens, ranks) if ranks.world_size > 1 else None
     if args.metrics_path and ranks.rank == 0:
         header = {"model": dataclasses.asdict(model.args), "device": device, "dtype": str(dtype).removeprefix("torch.")}

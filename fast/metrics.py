@@ -111,16 +111,12 @@ def describe_acceptance(acceptance: dict[str, Any]) -> str:
 
 
 def report(
-    samples: list[dict[str, Any]],
-    build_s: float,
-    load_s: float,
-    compile_s: float,
-    device: str,
-    acceptance: dict[str, Any] | None,
+    samples: list[dict[str, Any]], seconds: dict[str, float], device: str, acceptance: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Print the medians over the samples on stderr; return the figures for `--metrics_path`, with those of each row.
 
-    build_s: building or loading the CPU's kernels. acceptance: `Acceptance.figures()` of speculative decoding.
+    seconds: "build_s", of building or loading the CPU's kernels, "load_s" and "compile_s".
+    acceptance: `Acceptance.figures()` of speculative decoding, None without it.
     """
     medians = {key: _median([s[key] for s in samples]) for key in samples[0] if key != "rows"}
     lines = [f"median of {len(samples)}: {describe(medians)}"] if len(samples) > 1 else []
@@ -133,13 +129,12 @@ def report(
         if medians["bytes_per_token"] < 1e8 and device == "cpu":
             share = "; a model this small is read from the caches"
     lines.append(f"this device moves {bandwidth / 1e9:.1f} GB/s{share}")
-    built = f"build {build_s:.1f} s · " if build_s >= 1 else ""
-    lines.append(f"{built}load {load_s:.1f} s · compile {compile_s:.1f} s · peak memory {peak / 1e9:.2f} GB")
+    built = f"build {seconds['build_s']:.1f} s · " if seconds["build_s"] >= 1 else ""
+    rest = "load {load_s:.1f} s · compile {compile_s:.1f} s".format(**seconds)
+    lines.append(f"{built}{rest} · peak memory {peak / 1e9:.2f} GB")
     print("\n".join(lines), file=sys.stderr, flush=True)
     return {
-        "build_s": build_s,
-        "load_s": load_s,
-        "compile_s": compile_s,
+        **seconds,
         "samples": [row for sample in samples for row in sample["rows"]],
         "bytes_per_token": medians["bytes_per_token"],
         "bandwidth_gb_s": medians["bandwidth_gb_s"],

@@ -29,7 +29,7 @@ import torch
 from conftest import make_tiny
 
 import generate
-from fast import chat, compiling, rows
+from fast import chat, compiling, prompts, rows
 from fast.checkpoint import load_model
 from fast.cli import DEMO, check_device
 from fast.decoding import build_steps, stream
@@ -202,7 +202,7 @@ def test_temperature_0_is_the_same_text_from_directory_and_pth(main, checkpoint,
     texts = {out for _, out, _ in outputs}
     assert [code for code, *_ in outputs] == [0, 0, 0]
     assert len(texts) == 1
-    assert len(texts.pop()) > len(generate.PROMPT) + 1
+    assert len(texts.pop()) > len(prompts.DEFAULT) + 1
 
 
 def test_seed_decides_the_sample(figures):
@@ -250,38 +250,48 @@ def test_a_number_that_is_text(figures, flags):
     assert len(row["prompt_tokens"]) not in (3, 40)
 
 
-def test_stdin_is_the_prompt(checkpoint, tmp_path):
-    flags = ["--checkpoint_path", checkpoint, "--max_new_tokens", 3, "--temperature", 0, "--device", "cpu"]
+@pytest.fixture
+def pipe(monkeypatch, tmp_path):
+    """`pipe(content, errors="strict")`: make these bytes the stdin of the next command."""
+
+    def call(content: bytes, errors: str = "strict") -> None:
+        (tmp_path / "stdin").write_bytes(content)
+        monkeypatch.setattr(sys, "stdin", open(tmp_path / "stdin", encoding="utf-8", errors=errors))  # noqa: SIM115
+
+    return call
+
+
+def test_stdin_is_the_prompt(main, pipe, checkpoint, tmp_path):
     text = "The list\n\nA module"
     (tmp_path / "prompt.txt").write_text(text + "\n")
-    expected = run(*flags, "--prompt", text)
-    assert expected.returncode == 0, expected.stderr
-    assert expected.stdout.startswith("The list A module")  # as this tokenizer writes it
-    assert run(*flags, given=text + "\n").stdout == expected.stdout
-    assert run(*flags, "--prompt", "-", given=text).stdout == expected.stdout
-    assert run(*flags, "--prompt", f"@{tmp_path / 'prompt.txt'}", given="unread").stdout == expected.stdout
-    empty = run(*flags, given="")
-    assert empty.stdout.startswith(generate.PROMPT)
-    assert empty.stderr.startswith("stdin is empty, so the prompt is")
-    lines = run(*flags, "--prompt_file", "-", "--batch_size", 1, given=text)
-    assert re.fullmatch(r"\[1\] The list.*\n\n\[2\] A module.*\n\n", lines.stdout, re.DOTALL)
+    expected = main("--prompt", text)
+    assert expected[1].startswith("The list A module")  # as this tokenizer writes it
+    for flags in ([], ["--prompt", "-"], ["--prompt", f"@{tmp_path / 'prompt.txt'}"]):
+        pipe(text.encode() + b"\n")
+        assert main(*flags)[:2] == expected[:2]
+    pipe(text.encode())
+    lines = main("--prompt_file", "-", "--batch_size", 1)[1]
+    assert re.fullmatch(r"\[1\] The list.*\n\n\[2\] A module.*\n\n", lines, re.DOTALL)
+    pipe(b"")
+    _, out, err = main()
+    assert out.startswith(prompts.DEFAULT)
+    assert err.startswith("stdin is empty, so the prompt is")
+    flags = ["--checkpoint_path", checkpoint, "--max_new_tokens", 3, "--device", "cpu"]
+    assert run(*flags, given="The list\n").stdout.startswith("The list")  # through a pipe
 
 
-def test_bytes_that_are_not_utf8(checkpoint, main, monkeypatch):
-    flags = ["--checkpoint_path", checkpoint, "--device", "cpu", "--max_new_tokens", 3, "--temperature", 0]
-    for more, environment in ([], "C"), ([], "C.UTF-8"), (["--interactive"], "C"), (["--interactive"], "C.UTF-8"):
-        pipe = {"input": b"caf\xe9\nThe list\n", "capture_output": True, "timeout": 120}
-        arguments = command(*flags, *more)
-        arguments["env"] |= {"PYTHONIOENCODING": "utf-8:strict"} if environment == "C.UTF-8" else {"LC_ALL": "C"}
-        done = subprocess.run(**arguments, **pipe)
-        told = done.stderr.decode()
-        assert "ot UTF-8 text" in told
-        assert "Traceback" not in told
-        assert done.returncode == (0 if more else 2)
-        assert bool(done.stdout) == bool(more)  # the conversation went on
-    code, _, err = main("--prompt", "caf\udce9")
-    assert code == 2
-    assert_one_error(err, "not UTF-8 text")
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as Python opens stdin in UTF-8 and in C locales
+def test_bytes_that_are_not_utf8(main, pipe, errors):
+    pipe(b"caf\xe9\nThe list\n", errors)
+    code, out, err = main("--interactive")
+    assert code == 0
+    assert "ot UTF-8 text" in err
+    assert out  # the conversation went on
+    for given in ([], ["--prompt", "caf\udce9"]):
+        pipe(b"caf\xe9\nThe list\n", errors)
+        code, out, err = main(*given)
+        assert (code, out) == (2, "")
+        assert_one_error(err, "not UTF-8 text")
 
 
 def test_stderr_closed(checkpoint):
@@ -328,7 +338,7 @@ def test_stop_text_ends_the_row_and_is_not_shown(main, figures):
     assert row["finish_reason"] == "stop"
     assert row["text"] == text[: text.index(stop)]
     assert len(row["tokens"]) < 12
-    assert main("--stop", stop)[1] == f"{generate.PROMPT}{row['text']}\n"
+    assert main("--stop", stop)[1] == f"{prompts.DEFAULT}{row['text']}\n"
 
 
 def test_stop_id_of_generation_config_ends_the_row(figures, copy):
@@ -352,7 +362,7 @@ def test_chat_and_system_fill_the_template(main, figures, checkpoint):
 
 
 def test_max_new_tokens_is_cut_to_what_fits(main, checkpoint):
-    n = len(load_tokenizer(checkpoint).encode(generate.PROMPT))
+    n = len(load_tokenizer(checkpoint).encode(prompts.DEFAULT))
     code, _, err = main("--max_seq_length", n + 4, "--max_new_tokens", 9)
     assert code == 0
     assert f"\nonly 5 new tokens fit after the prompt's {n}\n" in err  # the last is not cached
@@ -690,7 +700,7 @@ def test_ctrl_c_ends_a_run(checkpoint):
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(**command(*flags), **pipes, text=True)
     try:
-        assert process.stdout.read(30).startswith(generate.PROMPT[:20])
+        assert process.stdout.read(30).startswith(prompts.DEFAULT[:20])
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     finally:
@@ -775,7 +785,7 @@ def test_bad_flags(main, flags, message):
 
 def test_without_stdin(main, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)  # as under `<&-`
-    assert main()[1].startswith(generate.PROMPT)
+    assert main()[1].startswith(prompts.DEFAULT)
     for flags in (["--interactive"], ["--prompt", "-"], ["--prompt_file", "-"]):
         code, _, err = main(*flags)
         assert code == 2
@@ -948,7 +958,7 @@ def test_the_demo_compiled_as_the_readme_says(tmp_path):
     told = [line for line in done.stderr.splitlines() if "No CUDA runtime" not in line]  # torch prints it without a GPU
     assert told[0].endswith("cpu")
     assert told[1:3] == ["compiling ...", ""]
-    assert done.stdout.startswith(generate.PROMPT)
+    assert done.stdout.startswith(prompts.DEFAULT)
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     assert figures["compile_s"] > 0
     assert figures["dtype"] in ("bfloat16", "float16")

@@ -50,7 +50,7 @@ def test_report_gives_medians_and_every_row(capsys):
     samples[0] |= {"decode_tokens_per_s": None, "bandwidth_gb_s": None}  # it stopped at its first token
     samples[1]["decode_tokens_per_s"] = 50.0
     samples[2]["decode_tokens_per_s"] = 60.0
-    figures = report(samples, 0.0, 1.25, 0.0, "cpu", None)
+    figures = report(samples, {"build_s": 0.0, "load_s": 1.25, "compile_s": 0.0}, "cpu", None)
     assert figures["samples"] == [{"n": n} for n in (0.9, -0.9, 0.1, -0.1, 0.2, -0.2)]
     assert (figures["bytes_per_token"], figures["bandwidth_gb_s"]) == (3.21e6, 0.26)
     assert (figures["load_s"], figures["compile_s"], figures["acceptance"]) == (1.25, 0.0, None)
@@ -64,9 +64,9 @@ def test_report_gives_medians_and_every_row(capsys):
 
 def test_report_of_samples_that_stopped_at_their_first_token(capsys):
     stopped = {**FIGURES, "decode_tokens_per_s": None, "bandwidth_gb_s": None, "rows": [{}]}
-    assert report([stopped], 0.0, 0.0, 0.0, "cpu", None)["bandwidth_gb_s"] is None
+    assert report([stopped], {"build_s": 0.0, "load_s": 0.0, "compile_s": 0.0}, "cpu", None)["bandwidth_gb_s"] is None
     assert "decoding" not in capsys.readouterr().err
-    report([FIGURES | {"rows": []}] * 2, 12.34, 0.0, 0.0, "cpu", None)
+    report([FIGURES | {"rows": []}] * 2, {"build_s": 12.34, "load_s": 0.0, "compile_s": 0.0}, "cpu", None)
     assert "\nbuild 12.3 s · load 0.0 s" in capsys.readouterr().err
 
 
