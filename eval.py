@@ -16,17 +16,16 @@ from typing import Any
 import torch
 
 from fast.cli import (
-    CACHE_DTYPES,
-    DEMO,
     Parser,
+    add_model_flags,
     check_at_least,
     drop_compile,
-    exit_code,
     find_checkpoint,
     load,
     refuse,
     resolve_device,
     resolve_kv_dtype,
+    run_command,
     say,
 )
 from fast.compiling import set_compile_flags
@@ -102,20 +101,8 @@ def describe_text(path: Path, score: TextScore) -> str:
 
 def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    add = parser.add_argument_group("the model").add_argument
-    add("--checkpoint_path", type=Path, default=DEMO, help="a .pth, a directory or a hub's OWNER/NAME (default: demo)")
-    add("--download", action="store_true", help="fetch OWNER/NAME from the hub if it is not in checkpoints/")
-    add(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="such as cpu or cuda:1 (default: cuda, cpu without a GPU)",
-    )
-    add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
-    add(
-        "--kv_dtype",
-        choices=CACHE_DTYPES,
-        default="auto",
-        help="put all texts through a KV cache that stores this (default: auto, no cache)",
+    add = add_model_flags(
+        parser, kv_dtype="put all texts through a KV cache that stores this (default: auto, no cache)"
     )
     add("--batch_size", default="auto", metavar="N|auto", help="texts that are computed together, or auto (default)")
     add = parser.add_argument_group("perplexity of a text").add_argument
@@ -208,14 +195,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    ranks = Ranks.from_torchrun()
-
-    def work() -> None:
-        args = build_parser().parse_args(argv)
-        with torch.no_grad(), ranks.joined(args.device):
-            run(args, ranks)
-
-    return exit_code(work, ranks)
+    return run_command(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -17,19 +17,19 @@ import torch
 
 from fast.chat import chat, check_system, warm_up_turns
 from fast.cli import (
-    CACHE_DTYPES,
     DEMO,
     Parser,
+    add_model_flags,
     check_at_least,
     check_report,
     drop_compile,
-    exit_code,
     find_checkpoint,
     load,
     profiled,
     refuse,
     resolve_device,
     resolve_kv_dtype,
+    run_command,
     say,
     write_json,
 )
@@ -64,21 +64,7 @@ ONE_SHOT = ("prompt", "prompt_file", "batch_size", "num_samples", "metrics_path"
 
 def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    add = parser.add_argument_group("the model").add_argument
-    add("--checkpoint_path", type=Path, default=DEMO, help="a .pth, a directory or a hub's OWNER/NAME (default: demo)")
-    add("--download", action="store_true", help="fetch OWNER/NAME from the hub if it is not in checkpoints/")
-    add(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="such as cpu or cuda:1 (default: cuda, cpu without a GPU)",
-    )
-    add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
-    add(
-        "--kv_dtype",
-        choices=CACHE_DTYPES,
-        default="auto",
-        help="what the KV cache stores (default: auto, which is as --dtype)",
-    )
+    add = add_model_flags(parser, kv_dtype="what the KV cache stores (default: auto, which is as --dtype)")
     add("--compile", action="store_true", help="compile the decode step")
     add("--compile_prefill", action="store_true", help="compile the prefill")
     add = parser.add_argument_group("the prompt").add_argument
@@ -366,14 +352,7 @@ def report_ranks(
 
 
 def main(argv: list[str] | None = None) -> int:
-    ranks = Ranks.from_torchrun()
-
-    def work() -> None:
-        args = build_parser().parse_args(argv)
-        with torch.no_grad(), ranks.joined(args.device):
-            run(args, ranks)
-
-    return exit_code(work, ranks)
+    return run_command(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

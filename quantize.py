@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from fast.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from fast.cli import (
-    DEMO,
     Parser,
+    add_model_flags,
     check_at_least,
     check_device,
     check_writable,
@@ -168,19 +168,13 @@ GPTQ += ("blocksize", "act_order")
 
 def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--checkpoint_path", type=Path, default=DEMO, help="a .pth, a directory or a hub's OWNER/NAME (default: demo)")
-    add("--download", action="store_true", help="fetch OWNER/NAME from the hub if it is not in checkpoints/")
+    add_model_flags(parser)
+    add = parser.add_argument_group("the result").add_argument
     add("--mode", choices=LINEARS, default="int8", help="default: int8")
     add("--groupsize", type=int, choices=GROUP_SIZES, help="inputs that share a scale in int4 (default: 32)")
     add("--scale_search", action="store_true", help="int4: choose each group's scale for the least squared error")
     add("--skip", nargs="+", default=[], metavar="NAME", help="Linears to leave in bf16, as in `output w2 layers.0.wo`")
     add("--output_path", type=Path, help="a .pth (default: model_MODE.pth beside the input)")
-    add(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="such as cpu or cuda:1 (default: cuda, cpu without a GPU)",
-    )
     add = parser.add_argument_group("int4-gptq").add_argument
     add("--calibration_tasks", nargs="+", metavar="TASK", help="calibrate on lm_eval tasks (default: wikitext)")
     add("--calibration_file", type=Path, metavar="TEXT", help="calibrate on a text file instead")

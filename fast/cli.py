@@ -56,6 +56,23 @@ class HelpFormatter(argparse.HelpFormatter):
         return {int: "N", float: "X", Path: "PATH"}.get(action.type, "TEXT")
 
 
+def add_model_flags(parser: Parser, kv_dtype: str | None = None) -> Callable[..., Any]:
+    """Add a group of the flags that name a model; return its `add_argument`.
+
+    kv_dtype: what `--kv_dtype` means to a program that runs the model; None: it does not run it.
+    """
+    add = parser.add_argument_group("the model").add_argument
+    add("--checkpoint_path", type=Path, default=DEMO, help="a .pth, a directory or a hub's OWNER/NAME (default: demo)")
+    add("--download", action="store_true", help="fetch OWNER/NAME from the hub if it is not in checkpoints/")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="such as cpu or cuda:1 (default: cuda, cpu without a GPU)")
+    if kv_dtype is not None:
+        dtypes = ["bfloat16", "float16", "float32"]
+        add("--dtype", choices=dtypes, help="default: bfloat16, float16 on GPUs before Ampere")
+        add("--kv_dtype", choices=CACHE_DTYPES, default="auto", help=kv_dtype)
+    return add
+
+
 def say(*words: object) -> None:
     """Print on stderr: stdout is for results, which are written out first to keep the order."""
     print(end="", flush=True)
@@ -248,6 +265,18 @@ def _is_whole(trace: Path) -> bool:
     with contextlib.suppress(FileNotFoundError), (gzip.open if trace.suffix == ".gz" else open)(trace, "rb") as file:
         return b"".join(deque(file, maxlen=1)).rstrip().endswith(b"}")
     return False
+
+
+def run_command(parser: Parser, run: Callable[[argparse.Namespace, Ranks], Any], argv: list[str] | None) -> int:
+    """Parse `argv` and call `run(args, ranks)`, among the processes of torchrun if it started this one."""
+    ranks = Ranks.from_torchrun()
+
+    def work() -> None:
+        args = parser.parse_args(argv)
+        with torch.no_grad(), ranks.joined(args.device):
+            run(args, ranks)
+
+    return exit_code(work, ranks)
 
 
 def exit_code(work: Callable[[], Any], ranks: Ranks = ALONE, stopped: str = "stopped") -> int:
