@@ -165,7 +165,7 @@ def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> t
 def drop_compile(args: argparse.Namespace, *flags: str) -> None:
     """Turn these flags off where this machine lacks a compiler, and say so on stderr."""
     if any(getattr(args, flag) for flag in flags) and (lacking := missing_compiler()):
-        print(f"{lacking}: not compiling", file=sys.stderr)
+        say(f"{lacking}: not compiling")
         for flag in flags:
             setattr(args, flag, False)
 
