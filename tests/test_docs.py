@@ -154,7 +154,8 @@ def test_the_library(folder, capsys):
 
 def test_flags_exist():
     """In the prose too: a parser's source has the flag's name in quotes."""
-    source = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("fast/*.py"), *ROOT.glob("scripts/**/*.py")])
+    paths = (path for pattern in ("*.py", "fast/*.py", "scripts/**/*.py") for path in ROOT.glob(pattern))
+    source = "".join(path.read_text() for path in paths)
     for page in PAGES:
         for flag in re.findall(r"`--([a-z_]+)", page.read_text(encoding="utf-8")):
             assert re.search(rf'"(--)?{flag}"', source), f"{page.name}: --{flag}"
