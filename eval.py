@@ -29,7 +29,6 @@ from fast.cli import (
     say,
 )
 from fast.compiling import set_compile_flags
-from fast.layers import kernels_missing
 from fast.perplexity import perplexity
 from fast.scoring import parse_batch_size
 from fast.tokenizer import Tokenizer
@@ -178,8 +177,6 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> dict[str, Any]:
     if args.compile:
         set_compile_flags(device)
     model, tokenizer = load(args.checkpoint_path, device, dtype, ranks)
-    if (model.quantization or (device, dtype) != ("cpu", torch.float32)) and (reason := kernels_missing(device, dtype)):
-        say(reason)
     found: dict[str, Any] = {}
     if args.perplexity:
         batch_size = parse_batch_size(args.batch_size)

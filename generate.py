@@ -256,7 +256,7 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Transformer, Tr
         args.draft_checkpoint_path = find_checkpoint(args.draft_checkpoint_path, args.download, ranks)
     device, dtype = resolve_device(args)
     start = time.perf_counter()
-    reason = kernels_missing(device, dtype)  # builds the CPU's kernels at the first run
+    kernels_missing(device, dtype)  # builds the CPU's kernels at the first run
     build_s, start = time.perf_counter() - start, time.perf_counter()
     model, tokenizer = load(args.checkpoint_path, device, dtype, ranks)
     draft = load_draft(args.draft_checkpoint_path, model, tokenizer, device, dtype, ranks, args.replicate_draft)
@@ -267,8 +267,6 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Transformer, Tr
     say(f"{args.checkpoint_path}: {count_parameters(model.args) / 1e6:.1f} M parameters, {kind}, {device}")
     if draft is not None:
         say(f"{args.draft_checkpoint_path}: {count_parameters(draft.args) / 1e6:.1f} M parameters to draft")
-    if reason and (model.quantization or (device, dtype) != ("cpu", torch.float32)):
-        say(reason)
     return model, draft, tokenizer, seconds
 
 

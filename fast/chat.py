@@ -15,6 +15,7 @@ from collections import deque
 from fast.cli import say
 from fast.decoding import Steps, common_prefix, stream
 from fast.metrics import describe
+from fast.prompts import encode_chat
 from fast.rows import Row, run_rows
 from fast.speculative import SpeculativeSteps
 from fast.tokenizer import Tokenizer
@@ -59,13 +60,9 @@ class Conversation:
 
     def encode(self, turns: list[tuple[str, str]], line: str) -> list[int]:
         """The prompt for an answer to `line`."""
-        if not self.tokenizer.has_chat_template:
-            return self.tokenizer.encode("\n\n".join([*(message + answer for message, answer in turns), line]))
-        messages = [{"role": "system", "content": self.system}] if self.system is not None else []
-        for message, answer in turns:
-            messages += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
-        messages.append({"role": "user", "content": line})
-        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), bos=False)
+        if self.tokenizer.has_chat_template:
+            return encode_chat(self.tokenizer, self.system, turns, line)
+        return self.tokenizer.encode("\n\n".join([*(message + answer for message, answer in turns), line]))
 
     def fit(self, line: str) -> list[int]:
         """The prompt for an answer to `line`. The oldest turns go until a quarter of the cache is left for the answer.
@@ -117,11 +114,8 @@ def check_system(tokenizer: Tokenizer, system: str | None, capacity: int) -> Non
     """Raise ValueError if the model has no chat template for a system message, or refuses it, or has no room for it."""
     if system is not None and not tokenizer.has_chat_template:
         raise ValueError("a system message needs a chat template, and this model has none")
-    if tokenizer.has_chat_template:
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        text = tokenizer.apply_chat_template([*messages, {"role": "user", "content": "Hi"}])
-        if (n := len(tokenizer.encode(text, bos=False))) > capacity:
-            raise ValueError(f"the chat template and the system message take {n} tokens, the cache holds {capacity}")
+    if tokenizer.has_chat_template and (n := len(encode_chat(tokenizer, system, [], "Hi"))) > capacity:
+        raise ValueError(f"the chat template and the system message take {n} tokens, the cache holds {capacity}")
 
 
 def chat(

@@ -24,6 +24,7 @@ import torch
 
 from fast.checkpoint import foreign, load_model, naming, weight_files
 from fast.compiling import missing_compiler
+from fast.layers import kernels_missing
 from fast.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer
 from tp import ALONE, Ranks
@@ -153,8 +154,13 @@ def _fetch(repo_id: str) -> None:
 
 
 def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> tuple[Transformer, Tokenizer]:
-    """The model at `path`, a `.pth` of ours or a Hugging Face directory, and the tokenizer stored with it."""
+    """The model at `path`, a `.pth` of ours or a Hugging Face directory, and the tokenizer stored with it.
+
+    Where kernels are missing, which float32 on a CPU does without, it says why.
+    """
     model = load_model(path, device=device, dtype=dtype, ranks=ranks)
+    if (model.quantization or (device, dtype) != ("cpu", torch.float32)) and (reason := kernels_missing(device, dtype)):
+        say(reason)
     for name in ("tokenizer.json", "tokenizer.model"):
         file = (path.parent if path.is_file() else path) / name
         if file.is_file() and (message := foreign(file)):

@@ -71,6 +71,18 @@ def read_prompts(args: argparse.Namespace, ranks: Ranks) -> tuple[list[str], int
     return ([], int(prompt)) if re.fullmatch("0|[1-9][0-9]*", prompt) and not args.chat else ([prompt], 0)
 
 
+def encode_chat(tokenizer: Tokenizer, system: str | None, turns: list[tuple[str, str]], message: str) -> list[int]:
+    """The token ids of a conversation in the model's chat template, up to where the answer to `message` begins.
+
+    turns: the messages and answers before it. Raises ValueError if there is no template, or it refuses them.
+    """
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    for asked, answered in turns:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    messages.append({"role": "user", "content": message})
+    return tokenizer.encode(tokenizer.apply_chat_template(messages), bos=False)
+
+
 def encode_prompts(
     texts: list[str], made_up: int, args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int, limit: int
 ) -> list[list[int]]:
@@ -79,15 +91,10 @@ def encode_prompts(
         if not 1 <= made_up <= limit:
             raise ValueError(f"--prompt {made_up}: a made-up prompt must have 1 to {limit} tokens")
         return [torch.randint(vocab_size, (made_up,)).tolist()]
-    prompts = []
-    for text in texts:
-        if args.chat:
-            messages = [{"role": "user", "content": text}]
-            if args.system is not None:
-                messages.insert(0, {"role": "system", "content": args.system})
-            prompts.append(tokenizer.encode(tokenizer.apply_chat_template(messages), bos=False))
-        else:
-            prompts.append(tokenizer.encode(text))
+    if args.chat:
+        prompts = [encode_chat(tokenizer, args.system, [], text) for text in texts]
+    else:
+        prompts = [tokenizer.encode(text) for text in texts]
     if not all(prompts):
         raise ValueError("the prompt is empty and this model has no begin-of-text token: give at least one word")
     if (longest := max(map(len, prompts))) > limit:
