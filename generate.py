@@ -82,7 +82,7 @@ def build_parser() -> Parser:
         help="tokens that the KV cache holds (default: what is needed; 4096 in a conversation)",
     )
     add("--stop", action="append", default=[], metavar="TEXT", help="end a row before this text; may be repeated")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
+    add("--temperature", type=float, default=0.6, help="0: always the likeliest token (default: 0.6)")
     add("--top_k", type=int, default=200, help="draw from the k likeliest tokens (default: 200)")
     add("--top_p", type=float, help="draw from the fewest tokens with this probability in all (default: off)")
     add("--min_p", type=float, help="draw from tokens with this share of the likeliest's probability (default: off)")

@@ -8,6 +8,7 @@ Writes items (`*.jsonl`) and the harness's task descriptions (`*.yaml`), the sam
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -43,9 +44,13 @@ metadata: {version: 1}
 """
 
 
-def make_continuations(paragraphs: list[str], draw: random.Random) -> list[dict]:
-    """Paragraphs cut in the middle; the choices are the words that follow, and those of three other paragraphs."""
-    long = [words for words in map(str.split, paragraphs) if 2 * N_WORDS <= len(words) <= 4 * N_WORDS]
+def split_sentences(text: str) -> list[str]:
+    return re.split(r'(?:(?<=[.!?])|(?<=[.!?]"))(?<!Mr\.)(?<!Mrs\.)\s+(?=[A-Z"])', text)
+
+
+def make_continuations(sentences: list[str], draw: random.Random) -> list[dict]:
+    """Sentences cut in the middle; the choices are the words that follow, and those of three other sentences."""
+    long = [words for words in map(str.split, sentences) if 2 * N_WORDS <= len(words) <= 4 * N_WORDS]
     chosen, items = draw.sample(long, N_ITEMS), []
     endings = [" ".join(words[len(words) // 2 :][:N_WORDS]) for words in chosen]
     for i, words in enumerate(chosen):
@@ -56,11 +61,11 @@ def make_continuations(paragraphs: list[str], draw: random.Random) -> list[dict]
     return items
 
 
-def make_last_words(paragraphs: list[str], draw: random.Random) -> list[dict]:
-    """First sentences of paragraphs without their last word, if that has four letters or more."""
+def make_last_words(sentences: list[str], draw: random.Random) -> list[dict]:
+    """Sentences without their last word, if that has four letters or more."""
     items = []
-    for paragraph in paragraphs:
-        context, _, word = paragraph.split(". ")[0].rstrip(".").rpartition(" ")
+    for sentence in sentences:
+        context, _, word = sentence.rstrip(".").rpartition(" ")
         if word.isalpha() and len(word) >= 4 and 60 <= len(context) <= 160:
             items.append({"context": context, "word": word})
     return draw.sample(items, N_ITEMS)
@@ -71,10 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=DEMO.parent / "tasks")
     out = parser.parse_args(argv).out
     out.mkdir(parents=True, exist_ok=True)
-    paragraphs, draw = HELDOUT.read_text(encoding="utf-8").split("\n\n"), random.Random(0)
+    sentences, draw = split_sentences(HELDOUT.read_text(encoding="utf-8")), random.Random(0)
     tasks = {
-        "demo_continuation": (CONTINUATION, make_continuations(paragraphs, draw)),
-        "demo_last_word": (LAST_WORD, make_last_words(paragraphs, draw)),
+        "demo_continuation": (CONTINUATION, make_continuations(sentences, draw)),
+        "demo_last_word": (LAST_WORD, make_last_words(sentences, draw)),
     }
     for name, (description, items) in tasks.items():
         (out / f"{name}.yaml").write_text(description, encoding="utf-8")

@@ -1,24 +1,24 @@
-"""Train the demo models from text that every Python installation carries (`demo/corpus.py`).
+"""Train the demo models on Jane Austen's six novels (`demo/austen.txt.xz`).
 
-    python -m demo.train --steps 3200
+    python -m demo.train --steps 9000
 
 Writes a SentencePiece tokenizer, a target model and a smaller draft model for speculative decoding, as ordinary
-Hugging Face directories, the held-out text, and a README with this run's figures. It trains on the CPU: on a busy
-machine, set OMP_WAIT_POLICY=PASSIVE so that threads sleep, not spin, while they wait for each other.
+Hugging Face directories, the held-out text, and a README with this run's figures. It trains on the CPU; stopped and
+started again, it goes on from `training.pt`. On a busy machine, set OMP_WAIT_POLICY=PASSIVE so that threads sleep, not
+spin, while they wait for each other.
 """
 
 import argparse
-import copy
 import io
 import itertools
 import json
+import lzma
 import math
 import platform
 import random
 import sys
-import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -30,25 +30,26 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from demo.corpus import read_documents, split_corpus
-from fast.cli import replacing
+from fast.cli import Parser, exit_code, replacing
 from fast.families import args_from_hf, hf_weights
 from fast.metrics import hardware
 from model import Transformer
 
+TEXT = Path(__file__).parent / "austen.txt.xz"
 BOS, CONTEXT, HEAD_DIM = 1, 512, 32
 SHAPES = {
-    "target": {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 8, "intermediate_size": 640},
-    "draft": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 384},
+    "target": {"hidden_size": 256, "num_hidden_layers": 7, "num_attention_heads": 8, "intermediate_size": 512},
+    "draft": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256},
 }
 LEARNING_RATE = {"target": 2e-3, "draft": 4e-3}
+EVERY = 30  # one chapter in so many is held out
+STEPS_BETWEEN_POINTS = 200  # of the loss curve; what is kept of a training is of the last one
 
 README = """# The demo models
 
 Two small Llama models of our own, so that everything in this repository runs without a download: `target/`, and
 `draft/` for speculative decoding. Both are ordinary Hugging Face directories in bfloat16, with one tokenizer.
-They write English in the manner of Python's documentation; what they state is not to be relied on.
-`train.py` made them and wrote this file:
+They write in the manner of Jane Austen, and now and then make sense. `train.py` made them and wrote this file:
 
     {command}
 
@@ -64,17 +65,38 @@ by {overlap}, which is the acceptance rate to expect at temperature 1. All losse
 
 ## The text
 
-The prose of `pydoc_data.topics`, of the docstrings and longer comments of the standard library, and of IDLE's help:
-carried by every installation of Python, (c) Python Software Foundation, under the
-[PSF License](https://docs.python.org/3/license.html). `corpus.py` leaves out code, tables, signatures and
-repetitions, and joins paragraphs to single lines. That gives {documents:,} documents for training
-({training_bytes:,} bytes, {training_tokens:,} tokens).
+`austen.txt.xz` holds the six novels, a chapter's heading or a paragraph on each line. They are in the public domain;
+they were taken from [janeaustenr](https://github.com/juliasilge/janeaustenr) (MIT License), which has them from
+Project Gutenberg, and joined to one line a paragraph, without title pages, marks of emphasis and notes in brackets.
+{documents:,} chapters are for training ({training_bytes:,} bytes, {training_tokens:,} tokens).
 
-`heldout.txt` ({heldout_bytes:,} bytes, {heldout_tokens:,} tokens) is {heldout_documents} whole documents of the same
-kind that were not trained on, less the paragraphs that share more than a sixth of their six-word runs with the
-training text. Its perplexity is taken in bfloat16 over windows of {context} tokens that do not overlap; the first
-begins with the begin-of-text token.
+`heldout.txt` ({heldout_bytes:,} bytes, {heldout_tokens:,} tokens) is the {heldout_documents} chapters that were not
+trained on, every {every}th. Its perplexity is taken in bfloat16 over windows of {context} tokens that do not overlap;
+the first begins with the begin-of-text token.
 """
+
+
+def read_chapters() -> list[list[str]]:
+    """The chapters of the novels, each a list of paragraphs."""
+    chapters: list[list[str]] = []
+    for line in lzma.decompress(TEXT.read_bytes()).decode().splitlines():
+        if line.startswith("# "):
+            chapters.append([])
+        elif line:
+            chapters[-1].append(line)
+    return chapters
+
+
+def split_chapters(chapters: list[list[str]]) -> tuple[list[list[str]], list[list[str]]]:
+    """(training, held-out) chapters, every EVERYth held out."""
+    heldout = chapters[EVERY // 2 :: EVERY]
+    return [chapter for i, chapter in enumerate(chapters) if i % EVERY != EVERY // 2], heldout
+
+
+def training_text() -> str:
+    """The text that the demo models are trained on."""
+    training, _ = split_chapters(read_chapters())
+    return "\n".join(paragraph for chapter in training for paragraph in chapter)
 
 
 def train_tokenizer(documents: list[list[str]], vocab_size: int) -> bytes:
@@ -196,23 +218,35 @@ def make_optimizer(model: Transformer, lr: float) -> torch.optim.Optimizer:
 
 
 def train(
-    model: Transformer, data: Iterator[Tensor], heldout: list[int], steps: int, lr: float, teacher=None
-) -> list[tuple[int, float, float]]:
+    model: Transformer,
+    data: Iterator[Tensor],
+    heldout: list[int],
+    steps: int,
+    lr: float,
+    state: dict[str, Any],
+    keep: Callable[[dict[str, Any]], None],
+    teacher: Transformer | None = None,
+) -> dict[str, Any]:
     """Train with warm-up and cosine decay, and leave the weights of the lowest held-out loss in `model`.
 
     With a teacher, the label is its distribution in place of the text's next token: the closer to it, the more drafts
-    are accepted. Returns (step, training loss, held-out loss) for every 200th step and the last.
+    are accepted. `keep` is given the state at every point of the loss curve; given back as `state`, {} at first, the
+    training goes on there. Returns the last state: "curve" is a list of (step, training loss, held-out loss).
     """
     optimizer = make_optimizer(model, lr)
+    state = {"step": 0, "seconds": 0.0, "curve": []} | state
+    if state["step"]:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+    started = time.time() - state["seconds"]
     forward, teach = model, teacher
     if steps > 20:  # below that, compiling takes longer than training
         forward, teach = torch.compile(model), teacher and torch.compile(teacher)
-    curve, best, weights = [], math.inf, {}
-    bar = tqdm(range(1, steps + 1), mininterval=10)
-    for step in bar:
+    bar = tqdm(range(state["step"] + 1, steps + 1), initial=state["step"], total=steps, mininterval=10)
+    for batch, step in zip(itertools.islice(data, state["step"], None), bar, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, step / 100) * (0.525 + 0.475 * math.cos(math.pi * step / steps))
-        batch = next(data)
         inputs, labels = batch[:, :-1], batch[:, 1:].flatten()  # [B, S], [B * S]
         with torch.autocast("cpu", torch.bfloat16):
             logits = forward(inputs).flatten(0, 1)
@@ -225,13 +259,16 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 200 == 0 or step == steps:
-            curve.append((step, round(loss.item(), 4), round(heldout_loss(model, heldout), 4)))
-            bar.set_postfix(train=curve[-1][1], heldout=curve[-1][2])
-            if curve[-1][2] < best:
-                best, weights = curve[-1][2], copy.deepcopy(model.state_dict())
-    model.load_state_dict(weights)
-    return curve
+        if step % STEPS_BETWEEN_POINTS == 0 or step == steps:
+            point = (step, round(loss.item(), 4), round(heldout_loss(model, heldout), 4))
+            bar.set_postfix(train=point[1], heldout=point[2])
+            if point[2] < min((lowest for _, _, lowest in state["curve"]), default=math.inf):
+                state["best"] = {name: weight.clone() for name, weight in model.state_dict().items()}
+            state |= {"step": step, "seconds": time.time() - started, "curve": [*state["curve"], point]}
+            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
+            keep(state)
+    model.load_state_dict(state["best"])
+    return state
 
 
 def write(path: Path, text: str | bytes) -> None:
@@ -273,25 +310,21 @@ def write_report(out: Path, report: dict[str, Any]) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--steps", type=int, default=3200, help="steps of the target model")
+    parser.add_argument("--steps", type=int, default=9000, help="steps of the target model (default: 9000)")
     parser.add_argument("--draft_steps", type=int, help="steps of the draft model (default: half as many)")
-    parser.add_argument("--batch_size", type=int, default=4, help=f"windows of {CONTEXT} tokens in a step")
-    parser.add_argument("--dropout", type=float, default=0.1, help="in the target's training")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vocab_size", type=int, default=4096)
-    parser.add_argument("--max_documents", type=int, help="take only the first documents, to try the script out")
-    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--batch_size", type=int, default=4, help=f"windows of {CONTEXT} tokens in a step (default: 4)")
+    parser.add_argument("--dropout", type=float, default=0.2, help="in the target's training (default: 0.2)")
+    parser.add_argument("--vocab_size", type=int, default=2048, help="pieces of the tokenizer (default: 2048)")
+    parser.add_argument("--max_chapters", type=int, help="take only the first chapters, to try the script out")
+    parser.add_argument("--seed", type=int, default=1337, help="default: 1337")
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
-    torch.set_num_threads(args.threads)
-    documents = read_documents(Path(sysconfig.get_path("stdlib")))
-    training, heldout = split_corpus(itertools.islice(documents, args.max_documents))
-    text = "\n\n".join(paragraph for document in heldout for paragraph in document) + "\n"
+def run(args: argparse.Namespace) -> None:
+    training, heldout = split_chapters(read_chapters()[: args.max_chapters])
+    text = "\n\n".join(paragraph for chapter in heldout for paragraph in chapter) + "\n"
     write(args.out / "heldout.txt", text)
     tokenizer = train_tokenizer(training, args.vocab_size)
     sp = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
@@ -303,39 +336,49 @@ def main() -> None:
         "torch": torch.__version__,
         "machine": hardware("cpu"),
         "documents": len(training),
-        "training_bytes": sum(len(p) + 2 for document in training for p in document),
-        "training_tokens": sum(len(sp.encode("\n\n".join(document))) + 2 for document in training),
+        "training_bytes": sum(len(p) + 2 for chapter in training for p in chapter),
+        "training_tokens": sum(len(sp.encode("\n\n".join(chapter))) + 2 for chapter in training),
+        "every": EVERY,
         "heldout_documents": len(heldout),
-        "heldout_bytes": len(text),
+        "heldout_bytes": len(text.encode()),
         "heldout_tokens": len(ids) - 1,
         "models": {},
     }
+    stored, settings = args.out / "training.pt", {**vars(args), "out": None, "shapes": SHAPES}
+    states = torch.load(stored, weights_only=True) if stored.exists() else {"settings": settings}
+    if states["settings"] != settings:
+        raise ValueError(f"{stored} is of a run with other settings: delete it to start anew")
+
+    def keep(state: dict[str, Any]) -> None:
+        with replacing(stored) as temporary:
+            torch.save(states | {name: state}, temporary)
+
     models: dict[str, Transformer] = {}
     for name, steps in (("target", args.steps), ("draft", args.draft_steps or max(1, args.steps // 2))):
         teacher = models.get("target")
         torch.manual_seed(args.seed)
         config = hf_config(SHAPES[name], args.vocab_size)
         model = build(config, args.dropout if teacher is None else 0.0)
-        started = time.time()
         data = batches(training, sp, args.batch_size, args.seed)
-        curve = train(model, data, ids, steps, LEARNING_RATE[name], teacher)
-        minutes = (time.time() - started) / 60
+        state = train(model, data, ids, steps, LEARNING_RATE[name], states.get(name, {}), keep, teacher)
+        states[name] = state
         save_hf(args.out / name, model, config, tokenizer)
         models[name] = model.to(torch.bfloat16).eval()  # as saved
         nats = heldout_loss(models[name], ids)
         report["models"][name] = {
             "parameters": sum(weight.numel() for weight in model.parameters()),
             "steps": steps,
-            "best_step": min(curve, key=lambda point: point[2])[0],
+            "best_step": min(state["curve"], key=lambda point: point[2])[0],
             "tokens_seen": steps * args.batch_size * CONTEXT,
-            "minutes": round(minutes, 1),
+            "minutes": round(state["seconds"] / 60, 1),
             "perplexity_per_token": round(math.exp(nats), 2),
-            "bits_per_byte": round(nats * (len(ids) - 1) / math.log(2) / len(text), 3),
-            "curve_step_train_heldout": curve,
+            "bits_per_byte": round(nats * (len(ids) - 1) / math.log(2) / len(text.encode()), 3),
+            "curve_step_train_heldout": state["curve"],
         }
     same, overlap = likeness(models["target"], models["draft"], ids)
     write_report(args.out, report | {"agreement": f"{same:.1%}", "overlap": f"{overlap:.1%}"})
+    stored.unlink()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(lambda: run(parse_args())))

@@ -20,7 +20,7 @@ from fast.cli import say
 from fast.tokenizer import Tokenizer, read_text
 from tp import Ranks
 
-DEFAULT = "The module"  # for the demo
+DEFAULT = "Emma could not"  # for the demo
 
 
 def read_stdin() -> str:

@@ -1,6 +1,6 @@
 """Choosing the next token: temperature, top-k, top-p, min-p and the random draw.
 
-    sampling = Sampling(temperature=0.8, top_k=200)
+    sampling = Sampling(temperature=0.6, top_k=200)
     ids = sampling(logits)  # [..., vocab] -> [...]
 
 None of these functions waits for the device, so they run inside the CUDA graph of the decode step: the draw
@@ -45,7 +45,7 @@ def draw(probs: Tensor) -> Tensor:
 class Sampling:
     """Temperature first, then the filters in this order; None leaves a filter out. ValueError if out of range."""
 
-    temperature: float = 0.8
+    temperature: float = 0.6
     top_k: int | None = 200
     top_p: float | None = None
     min_p: float | None = None

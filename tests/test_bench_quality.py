@@ -29,7 +29,7 @@ def test_a_row_for_each_checkpoint(capsys, text):
     first, second, again = table(capsys, "--checkpoint_path", target, draft, target, "--perplexity", text)
     assert first == {**again, "lost, %": "+0.00"} == again
     assert [row["weights"] for row in (first, second)] == [f"`{target}`", f"`{draft}`"]
-    assert [row["MB"] for row in (first, second)] == ["9.0", "1.8"]  # 4,492,032 and 918,144 weights of 2 bytes
+    assert [row["MB"] for row in (first, second)] == ["9.3", "1.1"]  # 4,656,896 and 557,696 weights of 2 bytes
     lost = 100 * (float(second["perplexity"]) / float(first["perplexity"]) - 1)
     assert float(second["lost, %"]) == pytest.approx(lost, abs=0.01)
 

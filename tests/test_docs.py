@@ -90,7 +90,7 @@ def folder(tmp_path_factory):
         for path in (text := Path("demo/heldout.txt"), *Path("demo/tasks").glob("*.jsonl")):
             path.write_text("".join(path.read_text(encoding="utf-8").splitlines(True)[:24]), encoding="utf-8")
         shutil.copy(text, "TEXT")
-        Path("prompts.txt").write_text("The module\nReturn the\n")
+        Path("prompts.txt").write_text("Mr. Darcy\nShe could not\n")
         write_datasets()
         for name in ("DIR", "DRAFT", *(f"checkpoints/{repo}" for repo in REPOS)):
             shutil.copytree("demo/draft", name)

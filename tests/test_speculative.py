@@ -141,7 +141,7 @@ def test_demo_pair_is_plain_decoding_and_worth_it():
     draft = with_cache(load_model(DEMO.parent / "draft", dtype=torch.float32), capacity=100)
     plain, acceptance = build_steps(target, GREEDY), Acceptance(5)
     steps = build_speculative_steps(plain, DraftModel(draft, GREEDY, 5), GREEDY)
-    for text in ("Return the", "If the file", "A list of"):
+    for text in ("She could not", "Mr. Darcy", "It was a"):
         prompt = tokenizer.encode(text)
         assert rows_of(steps, [prompt], 60) == tokens_of(plain, [prompt], 60)
         for step in list(speculate(steps, [prompt], 60))[1:]:
@@ -354,9 +354,9 @@ def tokens_in(path: Path) -> list[list[int]]:
 )
 def test_the_command_line_gives_the_plain_text(main, tmp_path, flags):
     lines = tmp_path / "prompts.txt"
-    lines.write_text("Return the\nThe list of names\nA\n")
+    lines.write_text("She could not\nThe name of the house\nA\n")
     for name, more in (("plain", ()), ("speculative", flags)):
-        code, _, err = main("--prompt_file", lines, "--stop", "names", "--metrics_path", tmp_path / name, *more)
+        code, _, err = main("--prompt_file", lines, "--stop", "which", "--metrics_path", tmp_path / name, *more)
         assert code == 0, err
     assert tokens_in(tmp_path / "speculative") == tokens_in(tmp_path / "plain")
     acceptance = json.loads((tmp_path / "speculative").read_text())["acceptance"]
@@ -373,7 +373,7 @@ def test_the_command_line_gives_the_plain_text(main, tmp_path, flags):
 
 def test_a_stop_id_inside_an_accepted_run_ends_the_sample(main, monkeypatch, tmp_path):
     """With the target as its own draft all drafts are accepted, so the stop id lies within an accepted run."""
-    flags = ["--prompt", "Return the", "--metrics_path", tmp_path / "m", "--draft_checkpoint_path", DEMO]
+    flags = ["--prompt", "She could not", "--metrics_path", tmp_path / "m", "--draft_checkpoint_path", DEMO]
     assert main(*flags, "--speculate_k", 8)[0] == 0
     tokens = tokens_in(tmp_path / "m")[0]
     at = next(
@@ -428,7 +428,7 @@ def test_bad_flags_are_one_line(main, flags, message):
 def test_a_draft_with_another_vocabulary_is_an_error(main, tiny):
     code, _, err = main("--draft_checkpoint_path", tiny("llama")[1])
     assert code == 2
-    assert "has a vocabulary of 128 tokens, the target of 4096: a draft needs the same" in err
+    assert "has a vocabulary of 128 tokens, the target of 2048: a draft needs the same" in err
 
 
 # --- the recipes -----------------------------------------------------------------------------------------------------

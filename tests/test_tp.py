@@ -23,6 +23,7 @@ from fast.checkpoint import load_model, open_checkpoint
 from fast.decoding import build_steps
 from fast.families import preset
 from fast.metrics import parameter_bytes
+from fast.prompts import DEFAULT
 from fast.sampling import Sampling
 from model import Sharding
 from quantize import quantize
@@ -218,7 +219,7 @@ def test_two_nodes_print_once_what_one_process_prints(tmp_path):
     assert [node.returncode for node in nodes] == [0, 0], outputs
     (printed,) = [stdout for stdout, _ in outputs if stdout]
     (told,) = [stderr for _, stderr in outputs if "first token" in stderr]
-    assert printed.startswith("The module ")
+    assert printed.startswith(DEFAULT)
     assert told.count("first token") == 1
     assert not any("Warning" in stderr for _, stderr in outputs)
     figures = json.loads(metrics.read_text())

@@ -222,7 +222,7 @@ def greedy_rows(card: Card) -> Iterator[Row]:
 
     The draft model computes in the card's own type, with our kernels.
     """
-    n, greedy, prompts = 100, Sampling(temperature=0), [load_tokenizer(DEMO).encode("The module")]
+    n, greedy, prompts = 100, Sampling(temperature=0), [load_tokenizer(DEMO).encode("She could not")]
     model = load_model(DEMO, card.device, torch.float32)
     model.setup_caches(1, 256, spare=SPARE)
     eager = [token for (token,) in stream(build_steps(model, greedy), prompts, n)]

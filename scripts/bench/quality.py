@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import eval as eval_cli
 import quantize
-from demo.corpus import training_text
+from demo.train import training_text
 from fast.checkpoint import open_checkpoint
 from fast.cli import DEMO, Parser, exit_code, resolve_device
 
