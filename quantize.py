@@ -36,6 +36,7 @@ from fast.cli import (
     refuse,
     replacing,
     say,
+    set_threads,
 )
 from fast.gptq import check_finite, gptq_linears, read_weight
 from fast.metrics import count_parameters
@@ -280,6 +281,7 @@ def calibrate(args: argparse.Namespace, model_args: ModelArgs, text: str | None)
 def run(args: argparse.Namespace) -> None:
     check_args(args)
     check_device(args.device)
+    set_threads(args)
     text = read_text(args.calibration_file) if args.calibration_file else None
     args.checkpoint_path = find_checkpoint(args.checkpoint_path, args.download)
     checkpoint = open_checkpoint(args.checkpoint_path)

@@ -67,6 +67,7 @@ def add_model_flags(parser: Parser, kv_dtype: str | None = None) -> Callable[...
     add("--download", action="store_true", help="fetch OWNER/NAME from the hub if it is not in checkpoints/")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="such as cpu or cuda:1 (default: cuda, cpu without a GPU)")
+    add("--threads", type=int, help="threads that compute on a CPU (default: one a core)")
     if kv_dtype is not None:
         dtypes = ["bfloat16", "float16", "float32"]
         add("--dtype", choices=dtypes, help="default: bfloat16, float16 on GPUs before Ampere")
@@ -78,6 +79,15 @@ def say(*words: object) -> None:
     """Print on stderr: stdout is for results, which are written out first to keep the order."""
     print(end="", flush=True)
     print(*words, file=sys.stderr, flush=True)
+
+
+def set_threads(args: argparse.Namespace) -> None:
+    """Compute on `--threads` threads of the CPU. Raises ValueError for less than one or more than it has cores."""
+    check_at_least(args, 1, "threads")
+    if args.threads is not None:
+        if args.threads > (cores := os.cpu_count() or 1):
+            raise ValueError(f"--threads {args.threads} is more than this machine's {cores} cores")
+        torch.set_num_threads(args.threads)
 
 
 def check_device(device: str) -> None:
@@ -279,6 +289,7 @@ def run_command(parser: Parser, run: Callable[[argparse.Namespace, Ranks], Any],
 
     def work() -> None:
         args = parser.parse_args(argv)
+        set_threads(args)
         with torch.no_grad(), ranks.joined(args.device):
             run(args, ranks)
 

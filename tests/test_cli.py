@@ -9,6 +9,7 @@ of a terminal and of exit codes start a new one.
 import contextlib
 import dataclasses
 import fcntl
+import importlib
 import io
 import json
 import os
@@ -126,6 +127,14 @@ def test_a_run_prints_the_text_on_stdout_and_the_rest_on_stderr(checkpoint, tmp_
     assert figures["samples"][0]["tokens"] != figures["samples"][1]["tokens"]  # sampled by default
     for label in ("prefill ", "decode ", "MB/token", "GB/s", "\nmedian of 2: ", "load ", "compile ", "peak memory "):
         assert label in done.stderr
+
+
+@pytest.mark.parametrize("script", ["generate", "quantize", "eval"])
+def test_threads(monkeypatch, script):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    assert importlib.import_module(script).main(["--threads", "1", "--checkpoint_path", "no-such-file"]) == 2
+    assert chosen == [1]
 
 
 def test_one_sample_has_its_figures_once(main):
@@ -744,6 +753,8 @@ def test_a_closed_stdout_is_no_error(checkpoint):
         (["--num_samples", 0], "--num_samples 0 must be at least 1"),
         (["--max_new_tokens", 0], "--max_new_tokens 0 must be at least 1"),
         (["--max_seq_length", -3], "--max_seq_length -3 must be at least 1"),
+        (["--threads", 0], "--threads 0 must be at least 1"),
+        (["--threads", 9999], "--threads 9999 is more than this machine's"),
         (["--max_seq_length", 3], "the prompt has [0-9]+ tokens, but there is room for 3: shorten it"),
         (["--max_seq_length", CONTEXT + 1], f"1 x {CONTEXT + 1} positions does not fit: .* 1 to {CONTEXT} positions"),
         (["--max_seq_length", CONTEXT + 1, "--interactive"], f"1 to {CONTEXT} positions"),

@@ -50,6 +50,7 @@ SMALLER = {
     "--model tinyllama-1.1b": "--model stories-15m",
     "scripts.bench.speed": "scripts.bench.speed --no-compile --new_tokens 2 --repeats 1",
     "scripts.bench.speculation": "scripts.bench.speculation --no-compile --new_tokens 8 --repeats 1 --prompt_length 8",
+    "scripts.bench.busy": "scripts.bench.busy --no-compile --new_tokens 2 --repeats 1",
     "scripts.bench.scoring": "scripts.bench.scoring --no-compile",
     "--items 10 --per_turn 5": "--items 1 --per_turn 1",
     "--prompt_length 128 1024 --context_length 128 512 2048": "--prompt_length 8 16 --context_length 8 16 32",

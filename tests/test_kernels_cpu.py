@@ -9,6 +9,7 @@ bfloat16, which alone is a relative error of up to 0.4 %.
 import mmap
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -366,6 +367,24 @@ def test_a_team_inside_a_team_and_beside_another(two_threads):
             f.result() for f in [pool.submit(team), pool.submit(team), pool.submit(lambda: [multiply(x, *weights)])]
         ]
     assert all(torch.equal(a, b) for results in found for ys in results for a, b in zip(ys, expected, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_the_leader_does_not_wait_for_threads_that_do_not_run(two_threads):
+    """A busy machine may stop any thread. In a forked process the leader is the only thread there is."""
+    x, packed = normal(3, 320).bfloat16(), packing.pack_bf16(normal(320, 320).bfloat16())
+    step = cpu.in_one_region(lambda: [multiply(x, packed)[0] for _ in range(50)])
+    expected = step()
+    if (child := os.fork()) == 0:
+        os._exit(0 if all(map(torch.equal, step(), expected)) else 1)
+    for _ in range(200):
+        if (ended := os.waitpid(child, os.WNOHANG))[0]:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        ended = os.waitpid(child, 0)
+    assert ended == (child, 0)
 
 
 def test_idle_threads_sleep(two_threads):

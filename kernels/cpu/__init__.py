@@ -50,7 +50,7 @@ def attention(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> Att
 
 
 def in_one_region(step: Callable[..., Any]) -> Callable[..., Any]:
-    """`step` run in one parallel region (`threads.h`): between kernels its threads prefetch the weights used next.
+    """`step` led by a team of threads (`threads.h`), which between kernels prefetch the weights used next.
 
     Other operators run on one thread inside it.
     """

@@ -115,7 +115,7 @@ at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed
   bf16* out = static_cast<bf16*>(y.data_ptr());
   const Call c{static_cast<const bf16*>(x.const_data_ptr()), static_cast<const uint8_t*>(packed.const_data_ptr()), out,
                nullptr, nullptr, M, N, K, G};
-  if (team.size) team.multiplies(packed);
+  if (leader.in_step) leader.team->multiplies(packed);
   if (M <= MAX_ROWS)
     few_rows(kind, c);
   else if (chosen.many_rows[kind])
@@ -208,7 +208,7 @@ void attend(const Attention& c, int64_t B, bool is_int8, bf16* y) {
     const int64_t from = std::max(units[h], units[n_heads] * t / n_pieces);
     return std::pair(from - units[h], std::min(units[h + 1], units[n_heads] * (t + 1) / n_pieces) - units[h]);
   };
-  parallel_for(n_pieces, [&](int64_t t) {
+  share_out(n_pieces, [&](int64_t t) {
     for (int64_t h = 0; h < n_heads; ++h)
       if (const auto [from, until] = part(t, h); from < until) {
         const int64_t b = h / c.KV, i = (t + h) * c.M;
