@@ -4,9 +4,9 @@
 // makes decoding 2 % faster with 1.1B weights in int8, 5 % with 135M in bf16.
 //
 // On a busy machine a thread may stand still for milliseconds. So nobody waits for one that has not begun: the leader
-// can do all of a call's work itself, and in the end waits only for the followers that are inside the call. A follower
-// that is held up for more than a sixteenth of its time rests, longer each time, because it takes from the leader's share
-// of the cores. OpenMP's threads all meet in a barrier.
+// can do all of a call's work itself, and in the end waits only for the followers that are inside the call (OpenMP's
+// threads all meet in a barrier). A follower that is held up for more than a sixteenth of its time rests, longer each
+// time, because it takes time from the leader.
 
 #pragma once
 
@@ -76,7 +76,8 @@ void pause() {
 
 int64_t nanoseconds() { return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// The loop of follower t: it works on a call, else prefetches, else polls, and in the end sleeps.
+// The loop of follower t: it works on a call, else prefetches, else polls, and in the end sleeps. `looked` is when it
+// last ran for certain, `began` the end of its last rest.
 void follow(const std::shared_ptr<Team>& team, int64_t t) {
   Weights ahead;
   uint32_t seen = 0;
@@ -92,7 +93,7 @@ void follow(const std::shared_ptr<Team>& team, int64_t t) {
       team->state -= INSIDE;
       looked = late_since ? late_since : nanoseconds();
     } else if (n_read < AHEAD && from + AT_ONCE <= ahead.bytes) {
-      for (int64_t i = 0; i < AT_ONCE; i += 64) __builtin_prefetch(ahead.begin + from + i);  // harmless if they were freed
+      for (int64_t i = 0; i < AT_ONCE; i += 64) __builtin_prefetch(ahead.begin + from + i);  // no fault if freed
       n_read += AT_ONCE;
     } else if (++n_looks < SLEEP_AFTER) {
       pause();
@@ -179,8 +180,8 @@ void share_out(int64_t n, const Work& work) {
 
 }  // namespace
 
-// Runs `step()` as the leader of a team; inside, PyTorch's own operators run on one thread. Its threads, which would go on
-// polling for a while, end here.
+// Runs `step()` as the leader of a team; inside, PyTorch's own operators run on one thread. PyTorch's threads that are
+// still polling end here, as they would share the followers' cores.
 extern "C" __attribute__((visibility("default"))) void in_a_team(void (*step)()) {
   if (leader.in_step || at::get_num_threads() == 1) return step();
   leader.gather(std::min<int64_t>(at::get_num_threads(), ENTERED));
