@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fast.cli import check_at_least, drop_compile, exit_code
+from fast.cli import check_at_least, drop_compile, exit_code, resolve_device
 from fast.compiling import set_compile_flags
 from fast.decoding import Steps, build_steps, stream, warm_up
 from fast.families import preset
@@ -41,7 +41,7 @@ def busy_processes(n: int):
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second, medians, by number of other busy processes and number of threads."""
-    model = build_model(preset(args.model), "cpu", torch.bfloat16, scheme_of(args.mode, 32))
+    model = build_model(preset(args.model), *resolve_device(args), scheme_of(args.mode, 32))
     (model,) = with_caches(model, 1, [args.new_tokens + 1])
     steps: dict[int, Steps] = {}
     for n_threads in args.threads:
@@ -61,7 +61,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    print("| busy processes |", " | ".join(f"{n} threads" for n in result["threads"]), "|")
+    print("| busy processes |", " | ".join(f"{n} thread{'s' * (n > 1)}" for n in result["threads"]), "|")
     print("|---" * (1 + len(result["threads"])) + "|")
     for n, speeds in result["tokens_per_s"].items():
         print(f"| {n} |", " | ".join(f"{speed:.1f}" for speed in speeds.values()), "|")
@@ -69,7 +69,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = command_line.build_parser(__doc__)
-    parser.set_defaults(device="cpu", dtype="bfloat16")
+    parser.set_defaults(device="cpu")
     add = parser.add_argument
     add("--mode", choices=["bf16", "int8", "int4"], default="bf16", help="the weights (default: bf16)")
     counts = sorted({1, torch.get_num_threads()})
