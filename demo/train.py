@@ -323,6 +323,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    stored, settings = args.out / "training.pt", {**vars(args), "out": None, "shapes": SHAPES}
+    states = torch.load(stored, weights_only=True) if stored.exists() else {"settings": settings}
+    if states["settings"] != settings:
+        raise ValueError(f"{stored} is of a run with other settings: delete it to start anew")
     training, heldout = split_chapters(read_chapters()[: args.max_chapters])
     text = "\n\n".join(paragraph for chapter in heldout for paragraph in chapter) + "\n"
     write(args.out / "heldout.txt", text)
@@ -344,10 +348,6 @@ def run(args: argparse.Namespace) -> None:
         "heldout_tokens": len(ids) - 1,
         "models": {},
     }
-    stored, settings = args.out / "training.pt", {**vars(args), "out": None, "shapes": SHAPES}
-    states = torch.load(stored, weights_only=True) if stored.exists() else {"settings": settings}
-    if states["settings"] != settings:
-        raise ValueError(f"{stored} is of a run with other settings: delete it to start anew")
 
     def keep(state: dict[str, Any]) -> None:
         with replacing(stored) as temporary:

@@ -91,6 +91,7 @@ def test_a_training_with_other_settings_does_not_go_on(tmp_path, monkeypatch, ca
     assert exit_code(lambda: train.run(train.parse_args())) == 2
     err = capsys.readouterr().err
     assert err == f"error: {tmp_path / 'training.pt'} is of a run with other settings: delete it to start anew\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["training.pt"]
 
 
 def test_the_demo_tasks_are_those_that_the_script_makes(tmp_path, capsys):

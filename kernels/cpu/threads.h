@@ -186,7 +186,6 @@ extern "C" __attribute__((visibility("default"))) void in_a_team(void (*step)())
   if (leader.in_step || at::get_num_threads() == 1) return step();
   leader.gather(std::min<int64_t>(at::get_num_threads(), ENTERED));
   omp_pause_resource_all(omp_pause_soft);
-  omp_pause_resource_all(omp_pause_soft);
   const int levels = omp_get_max_active_levels();
   omp_set_max_active_levels(0);
   leader.in_step = true;
