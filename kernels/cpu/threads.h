@@ -44,6 +44,7 @@ struct Team {
   const int64_t size;  // threads; the leader is thread 0
   std::atomic<uint32_t> state{CLOSED};
   std::atomic<int64_t> late_since{0};            // nanoseconds; 0: no follower is late
+  std::atomic<bool> polls{false};                // else followers sleep at once: PyTorch's threads use the cores
   void (*work)(const void*, int64_t) = nullptr;  // of the call; without it, followers end
   const void* argument = nullptr;
   Weights ahead;                                      // to prefetch; changes between calls, followers copy it inside
@@ -95,7 +96,7 @@ void follow(const std::shared_ptr<Team>& team, int64_t t) {
     } else if (n_read < AHEAD && from + AT_ONCE <= ahead.bytes) {
       for (int64_t i = 0; i < AT_ONCE; i += 64) __builtin_prefetch(ahead.begin + from + i);  // no fault if freed
       n_read += AT_ONCE;
-    } else if (++n_looks < SLEEP_AFTER) {
+    } else if (++n_looks < SLEEP_AFTER && team->polls) {
       pause();
     } else {
       team->state.wait(state);
@@ -173,6 +174,7 @@ void share_out(int64_t n, const Work& work) {
     }
   };
   if (leader.in_step) return leader.call(run);
+  if (leader.team) leader.team->polls = false;
   at::parallel_for(0, n_threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) run(t);
   });
@@ -185,7 +187,7 @@ void share_out(int64_t n, const Work& work) {
 extern "C" __attribute__((visibility("default"))) void in_a_team(void (*step)()) {
   if (leader.in_step || at::get_num_threads() == 1) return step();
   leader.gather(std::min<int64_t>(at::get_num_threads(), ENTERED));
-  omp_pause_resource_all(omp_pause_soft);
+  if (!leader.team->polls.exchange(true)) omp_pause_resource_all(omp_pause_soft);
   const int levels = omp_get_max_active_levels();
   omp_set_max_active_levels(0);
   leader.in_step = true;
