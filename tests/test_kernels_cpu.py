@@ -266,6 +266,11 @@ needs_avx512 = pytest.mark.skipif(attention_missing, reason="needs AVX-512 with 
         (3, 8, 2, 6, 1500, 64, None),
         (1, 14, 2, 3, 2500, 96, 700),
         (1, 8, 1, 16, 700, 32, 100),
+        (2, 8, 4, 1, 300, 48, None),  # head sizes that do not fill registers
+        (1, 4, 4, 2, 600, 80, None),
+        (1, 6, 2, 5, 700, 100, 300),
+        (2, 4, 1, 4, 40, 120, None),
+        (1, 3, 1, 1, 20, 7, None),
     ],
 )
 def test_attention(n_rows, heads, kv_heads, positions, slots, head_dim, window, threads, kv_dtype):
@@ -290,6 +295,21 @@ def test_attention(n_rows, heads, kv_heads, positions, slots, head_dim, window, 
         assert close(torch.ops.fast.decode_attention(q, *stored[:2], at, window or 0, *scales), expected)
     finally:
         torch.set_num_threads(1)
+
+
+@needs_avx512
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_attention_does_not_turn_nan_into_numbers(bad, kv_dtype):
+    for place in range(3):
+        q, k, v = (normal(1, n, s, 48).bfloat16() for n, s in ((4, 2), (2, 600), (2, 600)))
+        (q, k, v)[place][0, 1, 1, 5] = bad  # query head 1 belongs to key head 0, key head 1 to query heads 2 and 3
+        cache = KVCache((1, 2, 600, 48), "cpu", kv_dtype)
+        cache.write(torch.arange(600)[None], k, v)
+        keys, values, *scales = cache.stored(1, 600)
+        y = torch.ops.fast.decode_attention(q, keys, values, torch.tensor([[598, 599]]), 0, *scales)
+        finite = [bool(y[0, head].isfinite().all()) for head in range(4)]
+        assert finite == ([True, False, True, True] if place == 0 else [True, True, False, False])
 
 
 @needs_avx512

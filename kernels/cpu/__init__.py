@@ -43,8 +43,8 @@ def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None =
 
 
 def attention(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> Attention | None:
-    """Attention for processors with AVX-512 and its bf16 dot product; None for other cache types and head sizes."""
-    if kv_dtype not in (torch.bfloat16, torch.int8) or head_dim % 32 or torch.ops.fast.variants()[0] != "avx512":
+    """Attention for processors with AVX-512 and its bf16 dot product; None for other types of cache."""
+    if kv_dtype not in (torch.bfloat16, torch.int8) or torch.ops.fast.variants()[0] != "avx512":
         return None
     return Attention(torch.ops.fast.decode_attention, max_positions=16, takes_qkv=False)
 

@@ -13,8 +13,16 @@ constexpr bool quantized = sizeof(T) == 1;
 // While keys are read, this prefetches the values of the same slots; while values are read, the keys of the next chunk.
 INLINE_AVX512 void fetch_ahead(const void* x) { _mm_prefetch((const char*)x, _MM_HINT_T1); }
 
-INLINE_AVX512 __m512i elements(const bf16* x) { return _mm512_loadu_si512(x); }  // 32 elements of a slot, 16 bits each
-INLINE_AVX512 __m512i elements(const int8_t* x) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)x)); }
+// Which of 32 elements of a slot belong to the head: `Whole`, all of them, if its size is a multiple of 32.
+using Whole = std::true_type;
+inline Whole held_from(int64_t, int64_t, Whole whole) { return whole; }
+inline __mmask32 held_from(int64_t d, int64_t D, std::false_type) { return D - d >= 32 ? ~0u : (1u << (D - d)) - 1; }
+
+// 32 elements of a slot, 16 bits each; zeros for those that are not held. (To load by a mask costs 7 % of the time.)
+INLINE_AVX512 __m512i elements(const bf16* x, Whole) { return _mm512_loadu_si512(x); }
+INLINE_AVX512 __m512i elements(const bf16* x, __mmask32 held) { return _mm512_maskz_loadu_epi16(held, x); }
+INLINE_AVX512 __m512i elements(const int8_t* x, Whole) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)x)); }
+INLINE_AVX512 __m512i elements(const int8_t* x, __mmask32 held) { return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(held, x)); }
 
 template <class T>
 INLINE_AVX512 __m512i add_products(__m512i sums, __m512i a, __m512i b) {
@@ -43,11 +51,11 @@ INLINE_AVX512 void exchange(__m512i (&x)[4]) {
 }
 
 // Scores of M rows for 16 slots from `slot` on; past `last`, it is repeated. Prefetches the same slots of `others`.
-template <int M, class T>
-AVX512 void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int64_t D, const bf16* rows,
-                  int64_t first_row, float* out, const T* others) {
+template <int M, class T, class MaybeWhole>
+AVX512 void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int64_t D, int64_t P, MaybeWhole whole,
+                  const bf16* rows, int64_t first_row, float* out, const T* others) {
   __m512i sums[4][M];  // four slots each: a 128-bit lane has four partial sums of one slot
-  rows += first_row * D, out += first_row * CHUNK;
+  rows += first_row * P, out += first_row * CHUNK;
   const int64_t ahead = others - keys;
   constexpr int64_t FOURS = M > 2 ? 2 : 1;  // groups of four slots that share each load of a row
 #pragma GCC unroll 4
@@ -58,17 +66,18 @@ AVX512 void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int
     for (auto& four : parts)
       for (auto& part : four) part = _mm512_setzero_si512();
     for (int64_t d = 0; d < D; d += 32) {
+      const auto held = held_from(d, D, whole);
       __m512i x[FOURS][4];
 #pragma GCC unroll 2
       for (int64_t f = 0; f < FOURS; ++f) {
 #pragma GCC unroll 4
-        for (int64_t j = 0; j < 4; ++j) x[f][j] = elements(places[f][j] + d), fetch_ahead(places[f][j] + ahead + d);
+        for (int64_t j = 0; j < 4; ++j) x[f][j] = elements(places[f][j] + d, held), fetch_ahead(places[f][j] + ahead + d);
         exchange(x[f]);
       }
 #pragma GCC unroll 4
       for (int64_t j = 0; j < 4; ++j)
         for (int m = 0; m < M; ++m) {
-          const __m512i q = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(rows + m * D + d + 8 * j)));
+          const __m512i q = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(rows + m * P + d + 8 * j)));
           for (int64_t f = 0; f < FOURS; ++f) parts[f][m] = add_products<T>(parts[f][m], x[f][j], q);
         }
     }
@@ -86,17 +95,18 @@ AVX512 void score(const T* keys, int64_t stride, int64_t slot, int64_t last, int
 
 // Adds the values of a tile of slots times their weights [M, CHUNK] to the sums, out [M, D], and prefetches the same
 // slots of `others`. Of each 32 sums the first 16 are for elements 0-3, 8-11, 16-19, 24-27, as unpacking leaves them.
-template <int M, class T>
-AVX512 void add_values(const T* values, int64_t stride, int64_t slot, int64_t last, int64_t D, const bf16* weights,
-                       int64_t first_row, __m512i* out, const T* others) {
+template <int M, class T, class MaybeWhole>
+AVX512 void add_values(const T* values, int64_t stride, int64_t slot, int64_t last, int64_t D, int64_t P, MaybeWhole whole,
+                       const bf16* weights, int64_t first_row, __m512i* out, const T* others) {
   const int64_t ahead = others - values;
-  weights += first_row * CHUNK, out += first_row * D / LANES;
+  weights += first_row * CHUNK, out += first_row * P / LANES;
   for (int64_t d = 0; d < D; d += 32) {
+    const auto held = held_from(d, D, whole);
     __m512i low[M], high[M];
-    for (int m = 0; m < M; ++m) low[m] = out[(m * D + d) / LANES], high[m] = out[(m * D + d) / LANES + 1];
+    for (int m = 0; m < M; ++m) low[m] = out[(m * P + d) / LANES], high[m] = out[(m * P + d) / LANES + 1];
     for (int64_t i = 0; i < TILE; i += 2) {
       const T* places[2] = {values + std::min(slot + i, last) * stride + d, values + std::min(slot + i + 1, last) * stride + d};
-      const __m512i a = elements(places[0]), b = elements(places[1]);
+      const __m512i a = elements(places[0], held), b = elements(places[1], held);
       fetch_ahead(places[0] + ahead), fetch_ahead(places[1] + ahead);
       const __m512i x = _mm512_unpacklo_epi16(a, b), y = _mm512_unpackhi_epi16(a, b);
       for (int m = 0; m < M; ++m) {
@@ -104,13 +114,13 @@ AVX512 void add_values(const T* values, int64_t stride, int64_t slot, int64_t la
         low[m] = add_products<T>(low[m], x, weight), high[m] = add_products<T>(high[m], y, weight);
       }
     }
-    for (int m = 0; m < M; ++m) out[(m * D + d) / LANES] = low[m], out[(m * D + d) / LANES + 1] = high[m];
+    for (int m = 0; m < M; ++m) out[(m * P + d) / LANES] = low[m], out[(m * P + d) / LANES + 1] = high[m];
   }
 }
 
 // 2^x for x <= 0, with a relative error of 3e-6: the integer part through the exponent, the rest by a Taylor series.
 INLINE_AVX512 __m512 power_of_2(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
+  x = _mm512_max_ps(_mm512_set1_ps(-126.f), x);  // in this order NaN stays NaN
   const __m512 whole = _mm512_roundscale_ps(x, 0), rest = _mm512_sub_ps(x, whole);
   __m512 y = _mm512_set1_ps(1.3333558e-3f);
   for (float factor : {9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f})
@@ -135,7 +145,8 @@ struct Row {
 template <class T>
 INLINE_AVX512 std::pair<float, float> weigh(const Attention& c, float* scores, int64_t first, int64_t n, int64_t position,
                                             const float* k_scales, const float* v_scales, Row& row, bf16* weights) {
-  __m512 greatest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps(), top = _mm512_setzero_ps();
+  __m512 greatest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+  __m512i top = _mm512_setzero_si512();  // bits of floats >= 0, as which NaN is the greatest
   const bool all = first + n <= position + 1 && (!c.window || first > position - c.window);
   const auto lanes_at = [&](int64_t i) { return all ? __mmask16(0xFFFF) : seen(c, first + i, position); };
   for (int64_t i = 0; i < n; i += LANES) {
@@ -157,16 +168,16 @@ INLINE_AVX512 std::pair<float, float> weigh(const Attention& c, float* scores, i
     sum = _mm512_add_ps(sum, weight);
     if (quantized<T>) {
       weight = _mm512_mul_ps(weight, _mm512_maskz_loadu_ps(lanes, v_scales + first + i));
-      top = _mm512_max_ps(top, weight);
+      top = _mm512_max_epu32(top, (__m512i)weight);
       _mm512_storeu_ps(scores + i, weight);
     } else {
       _mm256_storeu_si256((__m256i*)(weights + i), (__m256i)_mm512_cvtneps_pbh(weight));
     }
   }
-  const float factor = std::exp2(before - row.best);
+  const float factor = row.best == -INFINITY ? 1.f : std::exp2(before - row.best);
   row.total = row.total * factor + _mm512_reduce_add_ps(sum);
   if (!quantized<T>) return {factor, 1.f};
-  const float unit = std::max(_mm512_reduce_max_ps(top), 1e-30f) / 32767;
+  const float unit = std::max(std::bit_cast<float>(_mm512_reduce_max_epu32(top)), 1e-30f) / 32767;
   for (int64_t i = 0; i < n; i += LANES) {
     const __m512 weight = _mm512_mul_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(1 / unit));
     _mm256_storeu_si256((__m256i*)(weights + i), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(weight)));
@@ -174,48 +185,56 @@ INLINE_AVX512 std::pair<float, float> weigh(const Attention& c, float* scores, i
   return {factor, unit};
 }
 
-// Quantises the queries of one key head to int16, with a scale for each row.
+// Quantises the queries of one key head to int16, with a scale for each row, which is NaN if a query is not finite.
 inline void round_queries(const Attention& c, const bf16* q, bf16* rounded, Row* rows) {
   for (int64_t m = 0; m < c.M; ++m) {
-    float top = 1e-30f;
-    for (int64_t d = 0; d < c.D; ++d) top = std::max(top, std::abs(to_float(q[m * c.D + d])));
-    for (int64_t d = 0; d < c.D; ++d) rounded[m * c.D + d] = bf16(int16_t(std::lrint(to_float(q[m * c.D + d]) * (32767 / top))));
-    rows[m].scale = c.scale * (top / 32767);
+    float top = 1e-30f, zero = 0;
+    for (int64_t d = 0; d < c.D; ++d) {
+      const float x = to_float(q[m * c.D + d]);
+      top = std::max(top, std::abs(x)), zero += 0 * x;
+    }
+    for (int64_t d = 0; d < c.D; ++d) rounded[m * c.P + d] = bf16(int16_t(std::lrint(to_float(q[m * c.D + d]) * (32767 / top))));
+    rows[m].scale = c.scale * (top / 32767) + zero;
   }
 }
 
 // Attention over slots begin .. end - 1 of a key head of batch row b. For each of its rows: the greatest score, best
-// [M], the sum of the weights, total [M], and the weighted sum of the values, out [M, D].
-template <class T>
-AVX512 void attend_avx512(const Attention& c, int64_t b, int64_t head, int64_t begin, int64_t end, float* best, float* total,
-                          float* out) {
+// [M], the sum of the weights, total [M], and the weighted sum of the values, out [M, P].
+template <class T, class MaybeWhole>
+AVX512 void attend_slots(const Attention& c, int64_t b, int64_t head, int64_t begin, int64_t end, float* best, float* total,
+                         float* out, MaybeWhole whole) {
   const bf16* q = c.q + (b * c.KV + head) * c.M * c.D;
   const T* keys = (const T*)c.k + b * c.k_strides[0] + head * c.k_strides[1];
   const T* values = (const T*)c.v + b * c.v_strides[0] + head * c.v_strides[1];
   const float* k_scales = c.k_scales + b * c.scale_strides[0] + head * c.scale_strides[1];
   const float* v_scales = c.v_scales + b * c.scale_strides[0] + head * c.scale_strides[1];
-  std::vector<bf16> rounded(quantized<T> ? c.M * c.D : 0), weights(c.M * CHUNK);
+  std::vector<bf16> padded_q(quantized<T> || c.P > c.D ? c.M * c.P : 0), weights(c.M * CHUNK);
   std::vector<float> scores(c.M * CHUNK);
   std::vector<Row> rows(c.M, Row{-INFINITY, 0.f, c.scale});
   std::vector<std::pair<float, float>> factors(c.M);
-  std::vector<float> room(c.M * c.D + LANES);
+  std::vector<float> room(c.M * c.P + LANES);
   __m512i* sums = (__m512i*)((uintptr_t(room.data()) + 63) / 64 * 64);
   const __m512i lower = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
   const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
-  if (quantized<T>) round_queries(c, q, rounded.data(), rows.data()), q = rounded.data();
-  std::fill_n(out, c.M * c.D, 0.f);
+  if (quantized<T>)
+    round_queries(c, q, padded_q.data(), rows.data());
+  else if (c.P > c.D)
+    for (int64_t m = 0; m < c.M; ++m) std::copy_n(q + m * c.D, c.D, padded_q.data() + m * c.P);
+  if (!padded_q.empty()) q = padded_q.data();
+  std::fill_n(out, c.M * c.P, 0.f);
   for (int64_t first = begin; first < end; first += CHUNK) {
     const int64_t n = std::min(CHUNK, end - first), padded = (n + TILE - 1) / TILE * TILE, last = end - 1;
     for (int64_t t = 0; t < n; t += LANES)
-      UP_TO_8_ROWS(score, keys, c.k_strides[2], first + t, last, c.D, q, m, scores.data() + t, values)
+      UP_TO_8_ROWS(score, keys, c.k_strides[2], first + t, last, c.D, c.P, whole, q, m, scores.data() + t, values)
     for (int64_t m = 0; m < c.M; ++m)
       factors[m] = weigh<T>(c, scores.data() + m * CHUNK, first, padded, c.positions[b * c.S + m % c.S], k_scales, v_scales,
                             rows[m], weights.data() + m * CHUNK);
-    std::fill_n(sums, c.M * c.D / LANES, _mm512_setzero_si512());
+    std::fill_n(sums, c.M * c.P / LANES, _mm512_setzero_si512());
     for (int64_t t = 0; t < n; t += TILE)
-      UP_TO_8_ROWS(add_values, values, c.v_strides[2], first + t, last, c.D, weights.data() + t, m, sums, keys + CHUNK * c.k_strides[2])
-    for (int64_t i = 0; i < c.M * c.D; i += 2 * LANES) {
-      const auto [factor, unit] = factors[i / c.D];
+      UP_TO_8_ROWS(add_values, values, c.v_strides[2], first + t, last, c.D, c.P, whole, weights.data() + t, m, sums,
+                   keys + CHUNK * c.k_strides[2])
+    for (int64_t i = 0; i < c.M * c.P; i += 2 * LANES) {
+      const auto [factor, unit] = factors[i / c.P];
       for (int64_t h = 0; h < 2; ++h) {
         const __m512i sum = _mm512_permutex2var_epi32(sums[i / LANES], h ? upper : lower, sums[i / LANES + 1]);
         const __m512 so_far = _mm512_mul_ps(_mm512_loadu_ps(out + i + LANES * h), _mm512_set1_ps(factor));
@@ -224,4 +243,13 @@ AVX512 void attend_avx512(const Attention& c, int64_t b, int64_t head, int64_t b
     }
   }
   for (int64_t m = 0; m < c.M; ++m) best[m] = rows[m].best, total[m] = rows[m].total;
+}
+
+template <class T>
+AVX512 void attend_avx512(const Attention& c, int64_t b, int64_t head, int64_t begin, int64_t end, float* best, float* total,
+                          float* out) {
+  if (c.P == c.D)
+    attend_slots<T>(c, b, head, begin, end, best, total, out, Whole());
+  else
+    attend_slots<T>(c, b, head, begin, end, best, total, out, std::false_type());
 }

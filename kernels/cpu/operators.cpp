@@ -175,19 +175,19 @@ void pack_bf16(const at::Tensor& weight, at::Tensor& out) {
   });
 }
 
-// Combines the partial results of row m, each with best, total and out [D], into y [D].
-void combine_parts(const std::vector<int64_t>& parts, int64_t m, int64_t M, int64_t D, const float* best, const float* total,
+// Combines the partial results of row m, each with best, total and out [P], into y [D].
+void combine_parts(const Attention& c, const std::vector<int64_t>& parts, int64_t m, const float* best, const float* total,
                    const float* out, bf16* y) {
   float greatest = -INFINITY, sum = 0;
-  for (int64_t i : parts) greatest = std::max(greatest, best[i * M + m]);
-  std::vector<float> values(D);
+  for (int64_t i : parts) greatest = std::max(greatest, best[i * c.M + m]);
+  std::vector<float> values(c.D);
   for (int64_t i : parts) {
-    if (best[i * M + m] == -INFINITY) continue;
-    const float factor = std::exp2(best[i * M + m] - greatest);
-    sum += factor * total[i * M + m];
-    for (int64_t d = 0; d < D; ++d) values[d] += factor * out[(i * M + m) * D + d];
+    if (total[i * c.M + m] == 0) continue;  // the row sees nothing of it; of scores that are NaN the total is NaN
+    const float factor = std::exp2(best[i * c.M + m] - greatest);
+    sum += factor * total[i * c.M + m];
+    for (int64_t d = 0; d < c.D; ++d) values[d] += factor * out[(i * c.M + m) * c.P + d];
   }
-  for (int64_t d = 0; d < D; ++d) y[d] = to_bf16(sum ? values[d] / sum : 0.f);
+  for (int64_t d = 0; d < c.D; ++d) y[d] = to_bf16(sum ? values[d] / sum : 0.f);
 }
 
 // The chunks of all key heads, one head after the other, are cut into equal pieces, one per thread. The part of head h
@@ -202,7 +202,7 @@ void attend(const Attention& c, int64_t B, bool is_int8, bf16* y) {
     units[h + 1] = units[h] + (ends[b] - begins[b] + CHUNK - 1) / CHUNK;
   }
   const int64_t n_pieces = std::min<int64_t>(units[n_heads], at::get_num_threads()), n_parts = n_pieces + n_heads - 1;
-  at::Tensor found = empty({n_parts * c.M * (c.D + 2)}, at::kFloat);
+  at::Tensor found = empty({n_parts * c.M * (c.P + 2)}, at::kFloat);
   float *best = static_cast<float*>(found.data_ptr()), *total = best + n_parts * c.M, *out = total + n_parts * c.M;
   const auto part = [&](int64_t t, int64_t h) {  // its range of chunks, counted from the head's first
     const int64_t from = std::max(units[h], units[n_heads] * t / n_pieces);
@@ -213,14 +213,14 @@ void attend(const Attention& c, int64_t B, bool is_int8, bf16* y) {
       if (const auto [from, until] = part(t, h); from < until) {
         const int64_t b = h / c.KV, i = (t + h) * c.M;
         const int64_t begin = begins[b] + from * CHUNK, end = std::min(begins[b] + until * CHUNK, ends[b]);
-        chosen.attend[is_int8](c, b, h % c.KV, begin, end, best + i, total + i, out + i * c.D);
+        chosen.attend[is_int8](c, b, h % c.KV, begin, end, best + i, total + i, out + i * c.P);
       }
   });
   for (int64_t h = 0; h < n_heads; ++h) {
     std::vector<int64_t> parts;
     for (int64_t t = 0; t < n_pieces; ++t)
       if (const auto [from, until] = part(t, h); from < until) parts.push_back(t + h);
-    for (int64_t m = 0; m < c.M; ++m) combine_parts(parts, m, c.M, c.D, best, total, out, y + (h * c.M + m) * c.D);
+    for (int64_t m = 0; m < c.M; ++m) combine_parts(c, parts, m, best, total, out, y + (h * c.M + m) * c.D);
   }
 }
 
@@ -237,8 +237,7 @@ at::Tensor decode_attention(const at::Tensor& q_any, const at::Tensor& k, const 
               "k and v of shape ", k.sizes(), " and ", v.sizes(), " do not fit q of shape ", q_any.sizes());
   TORCH_CHECK(positions_any.scalar_type() == at::kLong && positions_any.sizes() == at::IntArrayRef({B, S}),
               "positions must be int64 [B, S]");
-  TORCH_CHECK(D % 32 == 0 && k.stride(3) == 1 && v.stride(3) == 1,
-              "a head must be contiguous and a multiple of 32 elements, not ", D);
+  TORCH_CHECK(D > 0 && k.stride(3) == 1 && v.stride(3) == 1, "a head must be contiguous");
   Attention c{};
   if (is_int8) {
     TORCH_CHECK(k_scales && v_scales, "int8 keys and values need scales");
@@ -252,7 +251,7 @@ at::Tensor decode_attention(const at::Tensor& q_any, const at::Tensor& k, const 
   at::Tensor y = empty({B, H, S, D});
   c.q = static_cast<const bf16*>(q.const_data_ptr()), c.k = k.const_data_ptr(), c.v = v.const_data_ptr();
   c.positions = static_cast<const int64_t*>(positions.const_data_ptr());
-  c.KV = KV, c.M = H / KV * S, c.S = S, c.L = L, c.D = D, c.window = window;
+  c.KV = KV, c.M = H / KV * S, c.S = S, c.L = L, c.D = D, c.window = window, c.P = (D + 31) / 32 * 32;
   for (int i = 0; i < 3; ++i) c.k_strides[i] = k.stride(i), c.v_strides[i] = v.stride(i);
   c.scale = 1.44269504f / std::sqrt(float(D));
   attend(c, B, is_int8, static_cast<bf16*>(y.data_ptr()));

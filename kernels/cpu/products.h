@@ -50,6 +50,7 @@ struct Attention {
   const float *k_scales, *v_scales;  // int8: [B, KV, L], with strides
   const int64_t* positions;          // [B, S]
   int64_t KV, M, S, L, D, window, k_strides[3], v_strides[3], scale_strides[2];
+  int64_t P;            // D rounded up to whole registers: queries and sums are padded with zeros to it
   float scale;          // log2(e) / sqrt(D): a weight is 2^(score * scale)
 };
 
