@@ -5,6 +5,7 @@
 
 A decode step is one static graph that includes sampling and the increment of the position. On a GPU the host launches
 the next step before it reads a token, so that the GPU need not wait. `generate.py`, benchmarks and tests run this loop.
+Worth knowing: logits that are not numbers give the id -1, which the host finds when it reads the token, without a sync.
 """
 
 import time
@@ -43,7 +44,7 @@ def build_steps(model: Transformer, sampling: Sampling, compile: bool = False, c
         return sampling(model(idx, input_pos, kv_pos, logits_at=last))
 
     def decode(tokens: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, Tensor]:
-        return sampling(model(tokens, input_pos, kv_pos)), input_pos + 1
+        return sampling(model(tokens.clamp(min=0), input_pos, kv_pos)), input_pos + 1
 
     if compile_prefill:
         prefill = compile_step(prefill, dynamic_dims=(1, 0, 0, None))
@@ -79,16 +80,30 @@ def stream(steps: Steps, prompts: list[list[int]], max_new_tokens: int, cached: 
     """Yield the next token id of every row, `max_new_tokens` times; stop by leaving the loop.
 
     The rows may differ in length. `cached` leading positions, the same for all rows, are in the KV cache already and
-    `prompts` continues them. Raises ValueError when the text would outgrow the cache.
+    `prompts` continues them. Raises ValueError when the text would outgrow the cache, or logits are not numbers.
     """
     check_fit(steps.model, prompts, max_new_tokens, cached)
     in_flight: deque = deque()
-    for copy in _launch(steps, prompts, max_new_tokens, cached):
-        in_flight.append(copy)
+    for n, copy in enumerate(_launch(steps, prompts, max_new_tokens, cached)):
+        in_flight.append((n, copy))
         if len(in_flight) > steps.model.slots.is_cuda:  # a GPU runs the next step while the host reads a token
-            yield wait(*in_flight.popleft())[:, 0].tolist()
-    for copy in in_flight:
-        yield wait(*copy)[:, 0].tolist()
+            yield _read(steps.model, *in_flight.popleft())
+    for n, copy in in_flight:
+        yield _read(steps.model, n, copy)
+
+
+def _read(model: Transformer, n: int, copy: tuple[Tensor, torch.cuda.Event | None]) -> list[int]:
+    ids = wait(*copy)[:, 0].tolist()
+    if min(ids) < 0:
+        raise no_numbers(model, f"new token {n + 1}")
+    return ids
+
+
+def no_numbers(model: Transformer, where: str, whose: str = "the model's") -> ValueError:
+    """The error to raise where logits are not finite; `where`: for which tokens they were computed."""
+    is_half = model.tok_embeddings.weight.dtype == torch.float16
+    remedy = "too large for float16: try --dtype bfloat16" if is_half else "its weights are damaged: load them anew"
+    return ValueError(f"{whose} logits for {where} are NaN or infinite, {remedy}")
 
 
 def check_fit(model: Transformer, prompts: list[list[int]], max_new_tokens: int, cached: int) -> None:

@@ -9,11 +9,13 @@ Worth knowing: one transformer block is quantised at a time. In memory are that 
 hidden states of the calibration text; each Linear sees the inputs that the quantised Linears before it produce.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from fast.checkpoint import Checkpoint
 from fast.quantized import Int4Linear, int4_round, int4_scales, int4_values, pack_nibbles, quantized_linears
@@ -56,6 +58,8 @@ def gptq(
     Raises ValueError if the damped Hessian is not positive definite.
     """
     n_in = weight.shape[1]
+    if not hessian.sum().isfinite():
+        raise ValueError("its inputs are NaN or infinite: a weight before it is damaged")
     importance = hessian.diagonal() + 1e-12 * hessian.diagonal().mean()
     if act_order:
         order = importance.argsort(descending=True)
@@ -84,8 +88,8 @@ def gptq(
         w[:, start + blocksize :] -= errors @ spread[start : start + blocksize, start + blocksize :]
     q = torch.empty_like(q).index_copy_(1, order, q)
     weight_error = int4_values(q, scales, zeros) - weight
-    error = ((weight_error @ hessian * weight_error).sum() / (weight @ hessian * weight).sum()).sqrt()
-    return q, scales, zeros, float(error)
+    errors, outputs = (float((w @ hessian * w).sum()) for w in (weight_error, weight))
+    return q, scales, zeros, (errors / outputs) ** 0.5 if outputs > 0 else 0.0
 
 
 def _inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
@@ -125,7 +129,8 @@ def gptq_linears(
     """Yield (name, relative error of its outputs, the quantised Linear), in the model's order.
 
     scheme: "groupsize", "percdamp", "blocksize", "act_order", "skip". chunks: calibration text, equally long rows of
-    token ids. Raises ValueError as `gptq` does, with the Linear's name.
+    token ids. Raises ValueError as `gptq` does, with the Linear's name. Where all inputs are zero there is nothing to
+    compensate: such a Linear is rounded, which is said on stderr.
     """
     with torch.device("meta"):
         model = Transformer(checkpoint.args)
@@ -140,11 +145,15 @@ def gptq_linears(
 
     def quantize(name: str, linear: nn.Linear, hessian: Hessian) -> tuple[str, float, nn.Module]:
         weight = read_weight(checkpoint, name, device, torch.float32)
-        try:
-            q, scales, zeros, error = gptq(weight, hessian.mean, **options)
-        except ValueError as problem:
-            raise ValueError(f"{name}: {problem}") from None
-        module = Int4Linear.from_parts(pack_nibbles(q), scales, zeros, bias=linear.bias)
+        if not hessian.sum.any():
+            tqdm.write(f"{name}: its inputs are all zero on the calibration text, so it is rounded", file=sys.stderr)
+            error, module = 0.0, Int4Linear.from_float(weight, linear.bias, scale_search=True, **options)
+        else:
+            try:
+                q, scales, zeros, error = gptq(weight, hessian.mean, **options)
+            except ValueError as problem:
+                raise ValueError(f"{name}: {problem}") from None
+            module = Int4Linear.from_parts(pack_nibbles(q), scales, zeros, bias=linear.bias)
         linear.weight = nn.Parameter(module.dequantize(torch.bfloat16), requires_grad=False)
         return name, error, module
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from fast.decoding import no_numbers
 from model import Transformer
 
 CHUNK_ELEMENTS = 1 << 25  # logits converted to float32 at a time: 128 MiB
@@ -104,7 +105,10 @@ def _score(model: Transformer, ids: list[int], windows: list[tuple[int, int, int
         targets[row, : end - first] = torch.tensor(ids[first:end])
     slots = model.slots[:longest] if cached else None
     logits = model(idx.to(device), slots, slots, logits_at=logits_at.to(device))
-    return float(negative_log_likelihoods(logits, targets.to(device)).sum(dtype=torch.float64))
+    nll = float(negative_log_likelihoods(logits, targets.to(device)).sum(dtype=torch.float64))
+    if not math.isfinite(nll):
+        raise no_numbers(model, f"tokens {windows[0][1] + 1} to {windows[-1][2]} of the text")
+    return nll
 
 
 def negative_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:

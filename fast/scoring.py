@@ -8,6 +8,7 @@ prefix form a group: the prefix goes through the model once, its keys and values
 of the KV cache, and only the rest of each text is computed per row. Texts that share nothing need no cache.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fast.compiling import compile_step
-from fast.decoding import common_prefix, round_up
+from fast.decoding import common_prefix, no_numbers, round_up
 from fast.perplexity import negative_log_likelihoods
 from model import Transformer
 
@@ -255,6 +256,8 @@ class Scorer:
             logits = logits[torch.tensor(row_of, device=self.device)]
         wanted = torch.tensor(targets, device=self.device)
         nll = negative_log_likelihoods(logits, wanted).sum(1, dtype=torch.float64)
+        if bad := [n for n, x in zip(requests, nll.tolist(), strict=True) if not math.isfinite(x)]:
+            raise no_numbers(self.model, f"scored text {min(bad) + 1}")
         greedy = ((logits.argmax(-1) == wanted) | (wanted == -100)).all(1)
         return list(zip(requests, zip((-nll).tolist(), greedy.tolist(), strict=True), strict=True))
 

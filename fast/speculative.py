@@ -13,7 +13,6 @@ k + 1 slots of the cache and advances a row by 1 to k + 1 positions; a rejected 
 row's position and are overwritten before a query reads them. On a GPU the host reads ids and counts one step late.
 """
 
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 from fast.checkpoint import load_model
 from fast.compiling import compile_step
-from fast.decoding import Steps, check_fit, copy_to_host, kv_slots, lay_out, stream, time_kernels, wait
+from fast.decoding import Steps, check_fit, copy_to_host, kv_slots, lay_out, no_numbers, stream, time_kernels, wait
 from fast.layers import in_one_region
 from fast.metrics import bytes_per_step
 from fast.sampling import Sampling, draw
@@ -39,30 +38,43 @@ from tp import ALONE, Ranks
 
 MAX_K = 15  # with the token before them 16 rows, the most that the kernels for few rows take
 SPARE = MAX_K + 1  # extra cache slots, for drafts past `max_seq_length`
+BAD_DRAFT = -2  # in place of a step's ids, if the draft model's logits are not numbers
 AUTO_K = (2, 4, 7)  # the k that `choose_fastest` times; each is compiled
 
 
 class DraftModel(nn.Module):
-    """Drafts k tokens by a smaller or quantised model of the same vocabulary, with a cache like the target's."""
+    """Drafts k tokens by a smaller or quantised model of the same tokenizer, with a cache like the target's.
 
-    def __init__(self, model: Transformer, sampling: Sampling, k: int):
+    vocab_size: the target's (default: the draft's own). Models of one tokenizer differ in it where their embeddings are
+    padded, as Qwen 2.5's are, or where a fine-tune added tokens.
+    """
+
+    def __init__(self, model: Transformer, sampling: Sampling, k: int, vocab_size: int | None = None):
         super().__init__()
         self.model, self.sampling, self.k = model, sampling, k
+        self.vocab_size = vocab_size or model.args.vocab_size
 
     def prefill(self, idx: Tensor, input_pos: Tensor, kv_pos: Tensor, last: Tensor) -> None:
-        self.model(idx, input_pos, kv_pos, logits_at=last[:, :0])
+        self._logits(idx, input_pos, kv_pos, last[:, :0])
+
+    def _logits(self, idx: Tensor, input_pos: Tensor, kv_pos: Tensor, logits_at: Tensor) -> Tensor:
+        """Logits for the target's vocabulary; a token that the draft does not have is -inf, and read as its last."""
+        own = self.model.args.vocab_size
+        logits = self.model(idx.clamp(0, own - 1), input_pos, kv_pos, logits_at=logits_at)
+        missing = self.vocab_size - own
+        return F.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits[..., : self.vocab_size]
 
     def forward(self, new_ids: Tensor, new_pos: Tensor, last_two: Tensor, input_pos: Tensor, kv_pos: Tensor):
         """The drafts, int `[B, k]`, and the distributions they were drawn from, float32 `[B, k, V]`.
 
         last_two `[B, 2]`: the text's last two tokens, the second at `input_pos [B, 1]`. new_ids `[B, k+1]`: the last
         step's tokens, the first at `new_pos [B, 1]`; only PromptLookup uses them. At temperature 0 the distributions
-        are left out, `[B, k, 0]`.
+        are left out, `[B, k, 0]`. A draft is -1 where the logits are not numbers.
         """
         tokens, pos = last_two, torch.cat((input_pos - 1, input_pos), 1)  # draft k, if accepted, was not read yet
         drafts, probs = [], []
         for _ in range(self.k):
-            logits = self.model(tokens, pos, kv_pos, logits_at=torch.full_like(tokens[:, :1], tokens.shape[1] - 1))
+            logits = self._logits(tokens, pos, kv_pos, torch.full_like(tokens[:, :1], tokens.shape[1] - 1))
             q = logits[..., :0].float() if self.sampling.temperature == 0 else self.sampling.probs(logits)  # [B, 1, V]
             tokens = self.sampling(logits) if self.sampling.temperature == 0 else draw(q)
             pos = pos[:, -1:] + 1
@@ -120,7 +132,7 @@ def load_draft(
     ranks: Ranks = ALONE,
     replicate: bool = False,
 ) -> Transformer | None:
-    """The model at `path` that drafts for `target`. Raises ValueError if its tokens are not the target's.
+    """The model at `path` that drafts for `target`. Raises ValueError if its tokenizer is not the target's.
 
     `replicate`: every rank holds all of it, and rank 0's logits are broadcast for each draft. Else `ranks` shard it.
     """
@@ -128,13 +140,15 @@ def load_draft(
         return None
     draft = load_model(path, device=device, dtype=dtype, ranks=ranks, replicate=replicate)
     ours, theirs = target.args.vocab_size, draft.args.vocab_size
-    if ours != theirs:
-        raise ValueError(f"{path} has a vocabulary of {theirs} tokens, the target of {ours}: a draft needs the same")
-    with contextlib.suppress(FileNotFoundError):  # without a tokenizer only the vocabulary's size is checked
-        own = load_tokenizer(path)
-        probe = "The quick brown fox: jumps_over(13) lazy dogs? \u00dcn\u00efcode, 42.\n"
-        if own.encode(probe) != tokenizer.encode(probe):
+    probe = "The quick brown fox: jumps_over(13) lazy dogs? \u00dcn\u00efcode, 42.\n"
+    try:
+        # What each begins a text with, and how many embeddings it has, may differ.
+        if load_tokenizer(path).encode(probe, bos=False) != tokenizer.encode(probe, bos=False):
             raise ValueError(f"{path} has other token ids than the target: a draft needs the same tokenizer")
+    except FileNotFoundError:
+        if ours != theirs:
+            counts = f"{path} has {theirs} embeddings, the target {ours}"
+            raise ValueError(f"{counts}, and it has no tokenizer to compare: copy its tokenizer there") from None
     return draft
 
 
@@ -199,8 +213,9 @@ def build_speculative_steps(
     ahead = torch.arange(drafter.k + 1, device=model.tok_embeddings.weight.device)
 
     def verify(last_two: Tensor, input_pos: Tensor, drafts: Tensor, q: Tensor, kv_pos: Tensor, last_pos: Tensor):
-        idx = torch.cat((last_two[:, 1:], drafts), 1)  # [B, k+1]
-        new_ids, n = accept(sampling, model(idx, input_pos + ahead, kv_pos), drafts, q)
+        idx = torch.cat((last_two[:, 1:], drafts), 1).clamp(min=0)  # [B, k+1]
+        new_ids, n = accept(sampling, model(idx, input_pos + ahead, kv_pos), idx[:, 1:], q)
+        new_ids = new_ids.masked_fill((drafts < 0).any(1, keepdim=True), BAD_DRAFT)
         last_two = torch.cat((idx.gather(1, n), new_ids.gather(1, n)), 1)
         return new_ids, n, last_two, torch.minimum(input_pos + n + 1, last_pos)
 
@@ -217,7 +232,9 @@ def candidate_steps(
 ) -> list[SpeculativeSteps]:
     """Steps that draft `k` tokens with `draft`, or by prompt lookup if it is None; for "auto" one per k in AUTO_K."""
     drafters = [
-        PromptLookup(plain.model, sampling, n) if draft is None else DraftModel(draft, sampling, n)
+        PromptLookup(plain.model, sampling, n)
+        if draft is None
+        else DraftModel(draft, sampling, n, plain.model.args.vocab_size)
         for n in (AUTO_K if k == "auto" else (k,))
     ]
     return [build_speculative_steps(plain, drafter, sampling, compile) for drafter in drafters]
@@ -266,6 +283,11 @@ def speculate(
         copy, marks = in_flight.popleft()
         rows = wait(*copy).tolist()
         ids = [row[: row[-1] + 1] if done < max_new_tokens else [] for row, done in zip(rows, produced, strict=True)]
+        flat = [i for row in ids for i in row]
+        if BAD_DRAFT in flat:
+            raise no_numbers(steps.drafter.model, f"a draft of new token {min(produced) + 1}", "the draft model's")
+        if min(flat) < 0:
+            raise no_numbers(model, f"new token {min(produced) + 1}")
         produced = [done + len(row) for done, row in zip(produced, ids, strict=True)]
         yield StepResult(ids, *(_seconds(*span) for span in pairwise(marks)))
 

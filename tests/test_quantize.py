@@ -215,6 +215,36 @@ def test_gptq_of_a_singular_hessian_says_so():
         gptq(torch.randn(4, 64), torch.ones(64, 64), groupsize=32, percdamp=1e-30, blocksize=64, act_order=False)
 
 
+def test_gptq_rounds_a_linear_whose_inputs_are_all_zero(tmp_path, text, capsys):
+    """As a layer that was switched off has them."""
+    model = make_tiny("llama")
+    model.get_parameter("model.layers.1.mlp.up_proj.weight").zero_()  # so the inputs of w2 are zero
+    model.get_parameter("model.layers.0.self_attn.q_proj.weight").zero_()
+    model.save_pretrained(tmp_path)
+    shutil.copy(DEMO / "tokenizer.model", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "calibrate", lambda *_: [[1, 2, 3, 4]] * 64)
+        flags = ["--mode", "int4-gptq", "--calibration_file", text, "--checkpoint_path", tmp_path, "--device", "cpu"]
+        assert quantize.main([str(flag) for flag in flags]) == 0
+    err = capsys.readouterr().err
+    assert err.count("so it is rounded") == 1
+    assert "layers.1.feed_forward.w2: its inputs are all zero on the calibration text, so it is rounded\n" in err
+    tensors = open_checkpoint(tmp_path / "model_int4-gptq.g32.pth").tensors
+    name = "layers.1.feed_forward.w2"
+    weight = model.get_parameter("model.layers.1.mlp.down_proj.weight").data
+    expected = Int4Linear.from_float(weight, groupsize=32, scale_search=True).state_dict()
+    for part, value in expected.items():
+        assert tensors[f"{name}.{part}"].parts[0].read().equal(value)
+
+
+def test_gptq_of_inputs_that_are_no_numbers_says_so():
+    hessian = torch.eye(64)
+    hessian[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="its inputs are NaN or infinite"):
+        gptq(torch.randn(4, 64), hessian, groupsize=32)
+    assert gptq(torch.zeros(4, 64), torch.eye(64), groupsize=32)[3] == 0
+
+
 def test_gptq_observes_what_the_model_computes(tiny, monkeypatch):
     """With rounding switched off, every Hessian is that of the float model's own inputs."""
     monkeypatch.setattr(gptq_module, "int4_values", lambda q, scales, zeros: torch.full((), torch.nan))

@@ -171,18 +171,37 @@ def test_the_same_seed_draws_the_same_tokens(logits):
     [
         ({"temperature": -1}, r"temperature -1 must be 0 \(greedy\) or more"),
         ({"temperature": float("nan")}, "temperature nan must be 0"),
-        ({"top_k": 0}, "top_k 0 must be at least 1"),
         ({"top_k": -5}, "top_k -5 must be at least 1"),
         ({"top_p": 0.0}, "top_p 0.0 must be above 0 and at most 1"),
         ({"top_p": 1.01}, "top_p 1.01 must be above 0 and at most 1"),
         ({"top_p": float("nan")}, "top_p nan must be above 0"),
-        ({"min_p": 0}, "min_p 0 must be above 0 and at most 1"),
+        ({"min_p": -1}, "min_p -1 must be above 0 and at most 1"),
         ({"min_p": 2}, "min_p 2 must be above 0 and at most 1"),
     ],
 )
 def test_what_cannot_be_used_is_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+def test_0_is_off():
+    assert Sampling(0.8, top_k=0, min_p=0.0) == Sampling(0.8, top_k=None, min_p=None)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 9e-6])
+def test_the_coldest_temperatures_are_0(logits, temperature):
+    assert Sampling(temperature) == Sampling(0.0)
+    assert torch.equal(Sampling(1e-5).probs(logits).argmax(-1), logits.argmax(-1))  # the coldest that is drawn from
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.8, 5), Sampling(0.8, None), Sampling(1.0, 5, 0.9, 0.1)])
+def test_logits_that_are_not_numbers_give_minus_1(logits, sampling, compiled):
+    logits[1, 3], logits[2, 4], logits[3] = torch.nan, torch.inf, -torch.inf
+    logits[4, 5] = -torch.inf  # a token that is ruled out is no fault
+    ids = (torch.compile(sampling) if compiled else sampling)(logits)
+    assert [bool(x < 0) for x in ids] == [False, True, True, True, False]
+    assert ids.max() < VOCAB
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,12 @@
 Worth knowing: greedy tokens are compared in float32, where batching changes logits too little to change an argmax.
 """
 
+import base64
 import dataclasses
 import json
+import shutil
 import subprocess
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from conftest import GREEDY, make_tiny, prompt_of, tokens_of
 
 import generate
 from fast import chat, cli
-from fast.checkpoint import load_model
+from fast.checkpoint import load_model, open_checkpoint, save_checkpoint
 from fast.cli import DEMO
 from fast.compiling import compile_step
 from fast.decoding import build_steps
@@ -147,6 +150,35 @@ def test_demo_pair_is_plain_decoding_and_worth_it():
         for step in list(speculate(steps, [prompt], 60))[1:]:
             acceptance.add(step, [True])
     assert acceptance.mean() > 2
+
+
+@pytest.mark.parametrize("n", [100, 160])
+def test_a_draft_may_have_fewer_or_more_embeddings(ours, tmp_path, n):
+    make_tiny("llama", num_hidden_layers=1, vocab_size=n).save_pretrained(tmp_path)
+    expected = [tokens_of(build_steps(ours(), GREEDY), [prompt], 20)[0] for prompt in PROMPTS]
+    assert max(map(max, expected)) > 100
+    for sampling in (GREEDY, Sampling(0.5, None)):
+        target, draft = (with_cache(m, 4) for m in (ours(rows=4), load_model(tmp_path, dtype=torch.float32)))
+        drafter = DraftModel(draft, sampling, 3, target.args.vocab_size)
+        steps = build_speculative_steps(build_steps(target, sampling), drafter, sampling)
+        rows = rows_of(steps, PROMPTS, 20)
+        assert rows == expected if sampling == GREEDY else max(map(max, rows)) < 128
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, 20), Sampling(0.8, None)])
+@pytest.mark.parametrize("by", ["itself", "lookup"])
+def test_numbers_that_are_none_end_a_text(drafted, by, sampling):
+    steps = drafted(by, 3, sampling, rows=2)
+    for model in [steps.model] + ([steps.drafter.model] if by == "itself" else []):
+        found = speculate(steps, [PROMPTS[2]] * 2, 50)
+        n = sum(len(next(found).ids[0]) for _ in range(3))
+        norm = model.layers[1].ffn_norm.weight.data
+        kept, norm[7] = norm[7].item(), torch.nan
+        whose = "the model's logits for new" if model is steps.model else "the draft model's logits for a draft of new"
+        with pytest.raises(ValueError, match=f"{whose} token [0-9]+ are NaN or infinite"):
+            next(found)
+        norm[7] = kept
+    assert n >= 3
 
 
 # --- acceptance, and the caches afterwards ---------------------------------------------------------------------------
@@ -381,8 +413,8 @@ def test_a_stop_id_inside_an_accepted_run_ends_the_sample(main, monkeypatch, tmp
     )  # in the middle of a step's 9 tokens
     load = cli.load_tokenizer
 
-    def stopping(directory):
-        tokenizer = load(directory)
+    def stopping(*args):
+        tokenizer = load(*args)
         tokenizer.stop_ids = frozenset([tokens[at]])
         return tokenizer
 
@@ -425,10 +457,42 @@ def test_bad_flags_are_one_line(main, flags, message):
     assert err.count("error") == 1
 
 
-def test_a_draft_with_another_vocabulary_is_an_error(main, tiny):
-    code, _, err = main("--draft_checkpoint_path", tiny("llama")[1])
+def with_embeddings(n: int, path: Path, tokenizer: bool) -> Path:
+    """The demo's draft model with `n` embeddings, padded with zeros."""
+    path.mkdir()
+    if tokenizer:
+        for name in ("tokenizer.model", "tokenizer_config.json"):
+            shutil.copy(DEMO.parent / "draft" / name, path)
+    draft = open_checkpoint(DEMO.parent / "draft")
+
+    def fill(stored, out):
+        out.zero_()
+        stored.fill(out[: stored.shape[0]])
+
+    tensors = {
+        name: ((n, *s.shape[1:]) if name == "tok_embeddings.weight" else s.shape, torch.bfloat16, partial(fill, s))
+        for name, s in draft.tensors.items()
+    }
+    save_checkpoint(path / "model.pth", dataclasses.replace(draft.args, vocab_size=n), tensors)
+    return path
+
+
+def test_a_draft_may_have_more_embeddings_but_no_other_tokens(main, tiny, tmp_path):
+    """As Qwen 2.5's small models have fewer than its large ones."""
+    padded = with_embeddings(2112, tmp_path / "padded", tokenizer=True)
+    config = json.loads((padded / "tokenizer_config.json").read_text())
+    (padded / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": False}))
+    code, out, _ = main("--draft_checkpoint_path", padded, "--temperature", 0, "--max_new_tokens", 30)
+    assert (code, out) == (0, main("--temperature", 0, "--max_new_tokens", 30)[1])
+    code, _, err = main("--draft_checkpoint_path", with_embeddings(2112, tmp_path / "alone", tokenizer=False))
     assert code == 2
-    assert "has a vocabulary of 128 tokens, the target of 2048: a draft needs the same" in err
+    assert "has 2112 embeddings, the target 2048, and it has no tokenizer to compare: copy its tokenizer" in err
+    shutil.copytree(tiny("llama")[1], tmp_path / "other")
+    lines = [b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256)]  # Llama 3's format
+    (tmp_path / "other" / "tokenizer.model").write_bytes(b"".join(lines))
+    code, _, err = main("--draft_checkpoint_path", tmp_path / "other")
+    assert code == 2
+    assert "has other token ids than the target: a draft needs the same tokenizer" in err
 
 
 # --- the recipes -----------------------------------------------------------------------------------------------------
