@@ -27,6 +27,7 @@ from fast.cli import (
     resolve_kv_dtype,
     run_command,
     say,
+    template_args,
 )
 from fast.compiling import set_compile_flags
 from fast.perplexity import perplexity
@@ -37,7 +38,7 @@ from tp import ALONE, Ranks
 
 HARNESS = "lm_eval>=0.4.9,<0.5"
 FOR_TASKS = ("include_path", "num_fewshot", "limit", "apply_chat_template", "fewshot_as_multiturn", "max_seq_length")
-FOR_TASKS += ("seed", "output_path", "log_samples")
+FOR_TASKS += ("template_args", "seed", "output_path", "log_samples")
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def build_parser() -> Parser:
     add("--num_fewshot", type=int, help="examples before each question (default: as the task says)")
     add("--limit", type=float, help="take only the first X items of a task, or below 1 that share (default: all)")
     add("--apply_chat_template", action="store_true", help="put the prompts into the model's chat template")
+    add("--template_args", type=template_args, default={}, metavar="JSON", help="variables of the chat template")
     add("--fewshot_as_multiturn", action="store_true", help="each example becomes a turn of the chat template")
     add("--max_seq_length", type=int, help="cut contexts on the left to this length (default: the context length)")
     add("--seed", type=int, help="of the harness, which draws the examples (default: the harness's own seeds)")
@@ -140,7 +142,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--limit {args.limit:g} must be a whole number of items, or a share between 0 and 1")
     if args.include_path is not None and not args.include_path.is_dir():
         raise ValueError(f"--include_path {args.include_path} is not a directory")
-    for name, needed in (("log_samples", "output_path"), ("fewshot_as_multiturn", "apply_chat_template")):
+    uses_template = [(name, "apply_chat_template") for name in ("fewshot_as_multiturn", "template_args")]
+    for name, needed in (("log_samples", "output_path"), *uses_template):
         if getattr(args, name) and not getattr(args, needed):
             raise ValueError(f"--{name} needs --{needed}")
     if args.output_path is not None:
@@ -177,6 +180,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> dict[str, Any]:
     if args.compile:
         set_compile_flags(device)
     model, tokenizer = load(args.checkpoint_path, device, dtype, ranks)
+    tokenizer.template_args = args.template_args
     found: dict[str, Any] = {}
     if args.perplexity:
         batch_size = parse_batch_size(args.batch_size)

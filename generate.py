@@ -31,6 +31,7 @@ from fast.cli import (
     resolve_kv_dtype,
     run_command,
     say,
+    template_args,
     write_json,
 )
 from fast.compiling import set_compile_flags
@@ -39,7 +40,7 @@ from fast.layers import kernels_missing
 from fast.metrics import bytes_per_position, count_parameters, describe, free_memory, parameter_bytes, report
 from fast.prompts import DEFAULT, encode_prompts, read_prompts
 from fast.rows import Row, run_rows
-from fast.sampling import Sampling
+from fast.sampling import COLDEST, Sampling
 from fast.speculative import (
     MAX_K,
     SPARE,
@@ -74,6 +75,13 @@ def build_parser() -> Parser:
     add("--chat", action="store_true", help="put the prompt into the model's chat template")
     add("--interactive", action="store_true", help="a conversation: Ctrl-C stops an answer, Ctrl-D ends it")
     add("--system", help="the system message of --chat and --interactive")
+    add(
+        "--template_args",
+        type=template_args,
+        default={},
+        metavar="JSON",
+        help="variables of the chat template, such as '{\"enable_thinking\": false}'",
+    )
     add = parser.add_argument_group("the text").add_argument
     add("--max_new_tokens", type=int, help="the longest text (default: 200; in a conversation what the cache holds)")
     add(
@@ -83,7 +91,7 @@ def build_parser() -> Parser:
     )
     add("--stop", action="append", default=[], metavar="TEXT", help="end a row before this text; may be repeated")
     add("--temperature", type=float, default=0.6, help="0: always the likeliest token (default: 0.6)")
-    add("--top_k", type=int, default=200, help="draw from the k likeliest tokens (default: 200)")
+    add("--top_k", type=int, default=200, help="draw from the k likeliest tokens; 0: from all (default: 200)")
     add("--top_p", type=float, help="draw from the fewest tokens with this probability in all (default: off)")
     add("--min_p", type=float, help="draw from tokens with this share of the likeliest's probability (default: off)")
     add("--seed", type=int, default=1234, help="of the random draws (default: 1234)")
@@ -125,10 +133,11 @@ def check_args(args: argparse.Namespace) -> None:
     check_speculation(args)
     if args.draft_checkpoint_path is None:
         no_use("without --draft_checkpoint_path there is no draft model", "replicate_draft")
-    if args.temperature == 0:
-        no_use("--temperature 0 takes the likeliest token", "top_k", "top_p", "min_p")
-    if args.system is not None and not (args.chat or args.interactive):
-        raise ValueError("--system needs --chat or --interactive")
+    if args.temperature < COLDEST:
+        filters = [name for name in ("top_k", "top_p", "min_p") if getattr(args, name)]  # 0 is off
+        no_use(f"--temperature {args.temperature:g} takes the likeliest token", *filters)
+    if not (args.chat or args.interactive):
+        no_use("only --chat and --interactive use the chat template", "system", "template_args")
     if "" in args.stop:
         raise ValueError("--stop needs a text that is not empty")
     for path in (args.metrics_path, args.profile):
@@ -259,6 +268,7 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Transformer, Tr
     kernels_missing(device, dtype)  # builds the CPU's kernels at the first run
     build_s, start = time.perf_counter() - start, time.perf_counter()
     model, tokenizer = load(args.checkpoint_path, device, dtype, ranks)
+    tokenizer.template_args = args.template_args
     draft = load_draft(args.draft_checkpoint_path, model, tokenizer, device, dtype, ranks, args.replicate_draft)
     seconds = {"build_s": build_s, "load_s": time.perf_counter() - start}
     kind = str(dtype).removeprefix("torch.") + (f", {model.quantization['mode']}" if model.quantization else "")

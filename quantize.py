@@ -272,7 +272,7 @@ def calibrate(args: argparse.Namespace, model_args: ModelArgs, text: str | None)
         raise ValueError(
             f"--calibration_seq_length {length}: this model takes at most {model_args.context_length} tokens"
         )
-    tokenizer = load_tokenizer(args.checkpoint_path)
+    tokenizer = load_tokenizer(args.checkpoint_path, model_args.vocab_size)
     texts = task_documents(args.calibration_tasks) if text is None else [text]
     widest = max(model_args.hidden_dim, model_args.dim, model_args.n_heads * model_args.head_dim)
     return calibration_chunks(texts, tokenizer, length, args.calibration_limit, widest)

@@ -75,6 +75,14 @@ def add_model_flags(parser: Parser, kv_dtype: str | None = None) -> Callable[...
     return add
 
 
+def template_args(text: str) -> dict[str, Any]:
+    """The value of `--template_args`."""
+    with contextlib.suppress(ValueError):
+        if isinstance(value := json.loads(text), dict) and not value.keys() & {"messages", "add_generation_prompt"}:
+            return value
+    raise argparse.ArgumentTypeError(f'{text!r} is no JSON object of variables, like {{"enable_thinking": false}}')
+
+
 def say(*words: object) -> None:
     """Print on stderr: stdout is for results, which are written out first to keep the order."""
     print(end="", flush=True)
@@ -175,7 +183,7 @@ def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> t
         file = (path.parent if path.is_file() else path) / name
         if file.is_file() and (message := foreign(file)):
             raise ValueError(message)
-    return model, load_tokenizer(path)
+    return model, load_tokenizer(path, model.args.vocab_size)
 
 
 def drop_compile(args: argparse.Namespace, *flags: str) -> None:

@@ -33,6 +33,7 @@ from fast.tokenizer import Tokenizer
 from model import Transformer
 
 MAX_NEW_TOKENS = 256  # for tasks that set no maximum, as in HFLM
+NO_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "length_penalty": 1, "typical_p": 1}
 MAX_NEW_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -63,7 +64,10 @@ class FastLM(TemplateLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> "FastLM":
-        """From the harness's `--model_args`: checkpoint_path (or pretrained), dtype, compile, max_length."""
+        """From the harness's `--model_args`: checkpoint_path (or pretrained), dtype, compile, max_length, ...
+
+        Of the chat template's variables, as in HFLM: chat_template_args, a dict, and enable_thinking.
+        """
         given = {**{k: v for k, v in (additional_config or {}).items() if v is not None}, **arg_dict}
         path = Path(given.pop("checkpoint_path", given.pop("pretrained", DEMO)))
         device = given.pop("device", "cuda")
@@ -72,12 +76,24 @@ class FastLM(TemplateLM):
         where = argparse.Namespace(device=device, dtype=given.pop("dtype", None))
         names = ("batch_size", "max_length", "compile")
         options = {name: given.pop(name) for name in names if name in given}
+        template_args = given.pop("chat_template_args", None) or {}
+        template_args |= {name: given.pop(name) for name in ("enable_thinking",) if name in given}
         if unknown := given.keys() - {"max_batch_size"}:
-            known = ", ".join(("checkpoint_path", "pretrained", "device", "dtype", *names))
-            raise ValueError(f"--model_args: unknown {', '.join(sorted(unknown))}; known: {known}")
+            known = [
+                "checkpoint_path",
+                "pretrained",
+                "device",
+                "dtype",
+                *names,
+                "chat_template_args",
+                "enable_thinking",
+            ]
+            raise ValueError(f"--model_args: unknown {', '.join(sorted(unknown))}; known: {', '.join(known)}")
         if options.get("compile"):
             set_compile_flags(device)
-        return cls(*load(path, *resolve_device(where)), name=str(path), **options)
+        model, tokenizer = load(path, *resolve_device(where))
+        tokenizer.template_args = template_args
+        return cls(model, tokenizer, name=str(path), **options)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "FastLM":
@@ -107,9 +123,7 @@ class FastLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of `string`. By default with the model's beginning-of-text token, unless `string` begins with it."""
-        if add_special_tokens is None:
-            add_special_tokens = not (self.text.bos_token and string.startswith(self.text.bos_token))
-        return self.text.encode(string, bos=add_special_tokens)
+        return self.text.encode(string, bos=add_special_tokens is not False)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template's source, for the results file."""
@@ -195,9 +209,13 @@ class FastLM(TemplateLM):
         return results
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, stop: list[str], max_new: int) -> list[str]:
-        """Generate one batch until every row has ended; decode without the prompts, as the harness expects."""
+        """Generate one batch until every row has ended; decode without the prompts, as the harness expects.
+
+        As in HFLM, a stop string may name special tokens, but the text is cut at it without them.
+        """
         if sampling not in self._steps:
             self._steps[sampling] = build_steps(self.model, sampling, self.scorer.compile)
+        stop = [*stop, self.text.eos_token] if self.text.eos_token else stop
         rows = [Row(self.text, [], max_new, stop) for _ in prompts]
         if self.scorer.compile:  # fill the last batch: another size would be compiled again
             prompts = prompts + [prompts[-1][:1]] * (self.model.max_batch_size - len(prompts))
@@ -207,7 +225,8 @@ class FastLM(TemplateLM):
                     row.put(token)
             if all(row.finish_reason for row in rows):
                 break
-        return [row.text for row in rows]
+        texts = [self.text.decode(row.tokens) for row in rows]
+        return [min((text.partition(end)[0] for end in stop), key=len, default=text) for text in texts]
 
 
 def parse_generation(settings: dict[str, Any]) -> tuple[Sampling, list[str], int]:
@@ -221,8 +240,8 @@ def parse_generation(settings: dict[str, Any]) -> tuple[Sampling, list[str], int
     max_new = next((int(length) for length in lengths if length is not None), MAX_NEW_TOKENS)
     do_sample, temperature = settings.pop("do_sample", None), float(settings.pop("temperature", 0.0))
     filters = {name: settings.pop(name, None) for name in ("top_k", "top_p", "min_p")}
-    if settings:
-        raise ValueError(f"generation_kwargs: {', '.join(sorted(settings))} not supported")
+    if unknown := [f"{name} {value}" for name, value in sorted(settings.items()) if NO_EFFECT.get(name) != value]:
+        raise ValueError(f"generation_kwargs: {', '.join(unknown)} not supported")
     if do_sample is False or temperature == 0:
         return Sampling(temperature=0, top_k=None), _listed(stop), max_new
     return Sampling(temperature, **filters), _listed(stop), max_new

@@ -4,6 +4,7 @@
     run_rows(steps, rows, max_new_tokens=100, show=lambda i, text: print(i, text))
 
 Worth knowing: text that may be the start of a stop string, and an incomplete character, are held back until decided.
+A stop string may name special tokens ("<|im_end|>"), which are no part of the text: it is looked for where they stand.
 """
 
 import time
@@ -30,7 +31,9 @@ class Row:
         for token in prompt:  # so that the first new word keeps its leading space
             self._decoder.put(token)
         self._max_new_tokens, self._stop_ids, self._stop_strings = max_new_tokens, tokenizer.stop_ids, stop_strings
-        self._shown = 0
+        self._name_of = tokenizer.name_of
+        self._held = ""  # not shown yet, with special tokens by name
+        self._silent: list[tuple[int, int]] = []  # where these are in it
 
     def put(self, token: int) -> str:
         """Append the next token; return the text that is now final: it cannot become part of a stop string."""
@@ -39,18 +42,32 @@ class Row:
         if token in self._stop_ids:
             self.finish_reason = "stop"
         else:
-            self.text += self._decoder.put(token)
+            self._held += self._decoder.put(token)
+            if self._stop_strings and (name := self._name_of(token)):
+                self._silent.append((len(self._held), len(self._held) + len(name)))
+                self._held += name
             if len(self.tokens) == self._max_new_tokens:
                 self.finish_reason = "length"
         if self.finish_reason:
-            self.text += self._decoder.finish()
-        hits = [at for stop in self._stop_strings if (at := self.text.find(stop, self._shown)) >= 0]
+            self._held += self._decoder.finish()
+        hits = [at for stop in self._stop_strings if (at := self._held.find(stop)) >= 0]
         if hits:
-            self.finish_reason, self.text = "stop", self.text[: min(hits)]
-        beginnings = (n for stop in self._stop_strings for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
-        held = 0 if self.finish_reason else max(beginnings, default=0)
-        shown, self._shown = self._shown, len(self.text) - held
-        return self.text[shown : self._shown]
+            self.finish_reason, self._held = "stop", self._held[: min(hits)]
+        beginnings = (n for stop in self._stop_strings for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
+        shown = self._release(len(self._held) - (0 if self.finish_reason else max(beginnings, default=0)))
+        self.text += shown
+        return shown
+
+    def _release(self, n: int) -> str:
+        """Take the first `n` characters from what is held; return them without the names of special tokens."""
+        at, pieces = 0, []
+        for start, end in self._silent:
+            pieces.append(self._held[at : min(start, n)])
+            at = min(end, n)
+        pieces.append(self._held[at:n])
+        self._held = self._held[n:]
+        self._silent = [(max(start - n, 0), end - n) for start, end in self._silent if end > n]
+        return "".join(pieces)
 
     def figures(self, start: float) -> dict[str, Any]:
         """The row's entry in `--metrics_path`; `start` is when the prefill began. Rates are tokens per second."""

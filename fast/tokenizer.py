@@ -11,6 +11,7 @@ however long the text is, and a list is decoded as a stream.
 
 import base64
 import codecs
+import contextlib
 import importlib
 import json
 import re
@@ -40,6 +41,9 @@ _CHAR_TO_BYTE = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): b for 
 _BYTE_TO_CHAR = {byte: char for char, byte in _CHAR_TO_BYTE.items()}
 # The codec error handler "surrogateescape" turns an undecodable byte into one of these characters.
 _ESCAPED_TO_REPLACEMENT = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
+# The tokenizer classes of transformers 4 that replace a tokenizer.json's post-processor by what `add_bos_token` says.
+# DeepSeek's models rely on it: their post-processor adds nothing. (transformers 5 does not read `add_bos_token`.)
+ADD_BOS_TOKEN_DECIDES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
 
 class Tokenizer:
@@ -47,33 +51,55 @@ class Tokenizer:
 
     Attributes:
         bos_id, bos_token: the beginning-of-text token and its text, None where the model has none.
-        eos_id: id of the end-of-text token, None where the model has none.
+        eos_id, eos_token: the end-of-text token and its text, None where the model has none.
         stop_ids: ids that end a generation.
         vocab_size: all ids are below it. A model may have more embedding rows; those decode to no text.
+        template_args: further variables of the chat template, such as {"enable_thinking": False}.
     """
 
-    def __init__(self, backend: "_HuggingFace | _SentencePiece", stop_ids: Iterable[int], template: str):
+    def __init__(
+        self,
+        backend: "_HuggingFace | _SentencePiece",
+        stop_ids: Iterable[int],
+        template: str,
+        model_vocab_size: int | None = None,
+    ):
         self._backend = backend
         self._template = template
+        self.template_args: dict[str, Any] = {}
         ids = {name: backend.id_of(token) for name, token in backend.special.items()}
         self.vocab_size: int = backend.vocab_size
+        self._n_rows = self.vocab_size if model_vocab_size is None else model_vocab_size
         self.bos_id: int | None = ids.get("bos_token")
-        self.bos_token: str | None = backend.special.get("bos_token")
+        self.bos_token, self.eos_token = (backend.special.get(name) for name in ("bos_token", "eos_token"))
         self.eos_id: int | None = ids.get("eos_token")
         self.stop_ids: frozenset[int] = frozenset({*stop_ids, ids.get("eos_token")} - {None})
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of `text`. A special token's text ("</s>", "<|eot_id|>") becomes that token's id.
 
-        `bos=True` adds what the model's own configuration adds, which for Qwen is nothing. Pass `bos=False`
-        with the output of `apply_chat_template`: it holds its special tokens already. Raises ValueError for a text
-        that holds bytes which were not UTF-8 (lone surrogates, as Python reads them from a terminal or a pipe).
+        `bos=True` adds what the model's own configuration adds, which for Qwen is nothing, unless `text` begins with
+        it. Pass `bos=False` with the output of `apply_chat_template`: it holds its special tokens already.
+        Raises ValueError for a text that holds bytes which were not UTF-8 (lone surrogates, as Python reads them from a
+        terminal or a pipe), or a token that the model has no embedding for.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"not UTF-8 text: {error.object[error.start]!r} after {error.start} characters") from None
-        return self._backend.encode(text, bos)
+        ids = self._backend.encode(text, bos)
+        if ids[:2] == [self.bos_id] * 2 and bos and text.startswith(self.bos_token):
+            del ids[0]
+        if self.vocab_size > self._n_rows and (beyond := [i for i in ids if i >= self._n_rows]):
+            raise ValueError(
+                f"the text has the token {self.name_of(beyond[0]) or self.decode(beyond[:1])!r}, number {beyond[0]} of "
+                f"the tokenizer, but the model has embeddings for {self._n_rows} tokens: write it in other words"
+            )
+        return ids
+
+    def name_of(self, token_id: int) -> str:
+        """The text of a special token, for which `decode` gives none; "" for other tokens."""
+        return self._backend.names.get(token_id, "")
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`. Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
@@ -101,7 +127,7 @@ class Tokenizer:
             raise ValueError("no messages to apply the chat template to: pass at least one")
         jinja2 = _require("jinja2")
         messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
-        inputs = {"messages": messages, "tools": None, "documents": None, **self._backend.special}
+        inputs = {"tools": None, "documents": None, **self._backend.special, **self.template_args, "messages": messages}
         try:
             return _compile_template(self._template).render(inputs, add_generation_prompt=add_generation_prompt)
         except (jinja2.TemplateError, TypeError) as error:
@@ -137,13 +163,16 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, model_vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a model directory, or of the directory of a checkpoint file.
 
     It is tokenizer.json, else tokenizer.model (SentencePiece or Llama 3).
     Beside it are read, where present: tokenizer_config.json, special_tokens_map.json, added_tokens.json,
-    generation_config.json, config.json, chat_template.jinja. Whether BOS is added: as tokenizer.json's
-    post-processor says; for SentencePiece as `add_bos_token` says, true if absent; for Llama 3 ranks always.
+    generation_config.json, config.json, chat_template.jinja.
+    model_vocab_size: the number of embeddings, if texts are for a model.
+    Whether BOS is added: as tokenizer.json's post-processor says, or `add_bos_token` where the model's makers used it
+    (`ADD_BOS_TOKEN_DECIDES`); for SentencePiece as `add_bos_token` says, true if absent; for Llama 3 ranks always.
+    Which ids end a text: the tokenizer's own, and those of generation_config.json; of config.json if it names none.
     Raises FileNotFoundError if there is no tokenizer, ValueError naming the file if one is damaged, and
     ImportError with the command to run if the package for its format is missing.
     """
@@ -160,9 +189,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{path}: the file is empty, download it again")
     config = _read_json(directory / "tokenizer_config.json")
     special, added = _read_special_tokens(directory, config)
-    stop_ids = [*_read_eos(directory / "generation_config.json"), *_read_eos(directory / "config.json")]
+    # As in transformers: a fine-tune's config.json may still name the end of the model that it was made from.
+    stop_ids = _read_eos(directory / "generation_config.json") or _read_eos(directory / "config.json")
     if path.suffix == ".json":
-        backend = _HuggingFace(_parse_tokenizer_json(data, path), special, added)
+        decides = str(config.get("tokenizer_class")).startswith(ADD_BOS_TOKEN_DECIDES)
+        adds_bos = config.get("add_bos_token") if decides else None
+        backend = _HuggingFace(_parse_tokenizer_json(data, path), special, added, adds_bos)
     elif re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
         special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} | special
         backend = _HuggingFace(_parse_llama3_ranks(data, path), special, added)
@@ -170,27 +202,32 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     else:
         backend = _SentencePiece(data, path, config, special, added)
         stop_ids += [backend.model.eos_id()] if backend.model.eos_id() >= 0 else []
-    return Tokenizer(backend, stop_ids, _read_template(directory, config))
+    return Tokenizer(backend, stop_ids, _read_template(directory, config), model_vocab_size)
 
 
 class _HuggingFace:
     """A tokenizer of the `tokenizers` package: byte-level BPE, or a SentencePiece model rewritten as BPE."""
 
-    def __init__(self, encoder, special: dict[str, str], added: list[dict[str, Any]]):
+    def __init__(self, encoder, special: dict[str, str], added: list[dict[str, Any]], adds_bos: bool | None = None):
         self.encoder, self.special = encoder, special
         encoder.no_truncation()
         encoder.no_padding()
-        known = {token.content for token in encoder.get_added_tokens_decoder().values()}
+        known = {token.content: token for token in encoder.get_added_tokens_decoder().values()}
         flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
-        for token in added:
-            if token["content"] not in known:
-                given = {flag: token[flag] for flag in flags if flag in token}
-                encoder.add_tokens([_require("tokenizers").AddedToken(token["content"], **given)])
-        self.silent = {i for i, token in encoder.get_added_tokens_decoder().items() if token.special}
+        for token in added:  # what tokenizer_config.json says of a token goes before what tokenizer.json says
+            old = known.get(token["content"])
+            given = {flag: getattr(old, flag) for flag in flags} if old else {}
+            given |= {flag: token[flag] for flag in flags if flag in token}
+            encoder.add_tokens([_require("tokenizers").AddedToken(token["content"], **given)])
+        both = [*known.values(), *encoder.get_added_tokens_decoder().values()]  # special in one file is special
+        self.names = {encoder.token_to_id(token.content): token.content for token in both if token.special}
         self.vocab_size = 1 + max(encoder.get_vocab().values(), default=-1)
+        self.post_processed = adds_bos is None
+        self.bos = [self.id_of(special["bos_token"])] if adds_bos and "bos_token" in special else []
 
-        kind = encoder.decoder.__getstate__() if encoder.decoder else b""
-        self.byte_level, self.byte_fallback = b'"ByteLevel"' in kind, b'"ByteFallback"' in kind
+        kind, split = (part.__getstate__() if part else b"" for part in (encoder.decoder, encoder.pre_tokenizer))
+        # The pre-tokenizer spells what is in the vocabulary; some files have another kind's decoder.
+        self.byte_level, self.byte_fallback = b'"ByteLevel"' in (split or kind), b'"ByteFallback"' in kind
         # If a run of <0x..> tokens is not UTF-8, the package replaces the whole run, SentencePiece only the bad
         # bytes. So does this code: a character that has been shown cannot be taken back.
         self.utf8_errors = "surrogateescape" if self.byte_fallback else "replace"
@@ -198,14 +235,15 @@ class _HuggingFace:
         self.adds_space = any(self.join([t]) != self.join(["a", t])[1:] for t in ("a", "\u2581a"))
 
     def encode(self, text: str, bos: bool) -> list[int]:
-        return self.encoder.encode(text, add_special_tokens=bos).ids
+        ids = self.encoder.encode(text, add_special_tokens=bos and self.post_processed).ids
+        return self.bos + ids if bos else ids
 
     def id_of(self, token: str) -> int | None:
         return self.encoder.token_to_id(token)
 
     def bytes_of(self, token_id: int) -> bytes:
         token = self.encoder.id_to_token(token_id)
-        if token is None or token_id in self.silent:
+        if token is None or token_id in self.names:
             return b""
         if self.byte_level and _CHAR_TO_BYTE.keys() >= set(token):
             return bytes(_CHAR_TO_BYTE[char] for char in token)
@@ -242,7 +280,8 @@ class _SentencePiece:
             token_id = token.get("id", self.vocab_size if known is None else known)
             self.added[token["content"]] = {**token, "id": token_id}
             self.vocab_size = max(self.vocab_size, token_id + 1)
-        self.text_of = {t["id"]: "" if t.get("special") else content for content, t in self.added.items()}
+        self.names = {t["id"]: content for content, t in self.added.items() if t.get("special")}
+        self.text_of = {t["id"]: "" if t["id"] in self.names else content for content, t in self.added.items()}
         self.pattern = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))))
         ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
         self.special = {name: model.id_to_piece(i) for name, i in ids.items() if i >= 0} | special
@@ -286,7 +325,13 @@ def _parse_tokenizer_json(data: bytes, path: Path):
     try:
         return tokenizers.Tokenizer.from_str(data.decode())
     except Exception as error:  # the package raises nothing narrower
-        raise ValueError(f"{path}: not a Hugging Face tokenizer ({error}), download it again") from error
+        remedy = "download it again"
+        with contextlib.suppress(ValueError, TypeError):
+            if "model" in json.loads(data):
+                remedy = (
+                    f"it may need a newer package than tokenizers {tokenizers.__version__}: pip install -U tokenizers"
+                )
+        raise ValueError(f"{path}: not a Hugging Face tokenizer ({error}), {remedy}") from error
 
 
 def _parse_llama3_ranks(data: bytes, path: Path):
@@ -336,7 +381,7 @@ def _read_special_tokens(directory: Path, config: dict[str, Any]) -> tuple[dict[
     for value in [*named.values(), *(extra.values() if isinstance(extra, dict) else extra)]:
         token = value if isinstance(value, dict) else {"content": value}
         content = token["content"]
-        found[content] = {"normalized": False, **token, **found.get(content, {}), "special": True}
+        found[content] = {**token, **found.get(content, {}), "special": True}
     special = {key: value if isinstance(value, str) else value["content"] for key, value in named.items()}
     return special, sorted(found.values(), key=lambda token: token.get("id", float("inf")))
 

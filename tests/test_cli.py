@@ -747,7 +747,7 @@ def test_a_closed_stdout_is_no_error(checkpoint):
     [
         (["--temperature", 1, "--top_p", 0], "top_p 0.0 must be above 0 and at most 1"),
         (["--temperature", 1, "--min_p", 1.5], "min_p 1.5 must be above 0 and at most 1"),
-        (["--temperature", 1, "--top_k", 0], "top_k 0 must be at least 1"),
+        (["--temperature", 1, "--top_k", -1], "top_k -1 must be at least 1, or 0 for all tokens"),
         (["--temperature", -1], r"temperature -1.0 must be 0 \(greedy\) or more"),
         (["--batch_size", 0], "--batch_size 0 must be at least 1"),
         (["--num_samples", 0], "--num_samples 0 must be at least 1"),
@@ -771,7 +771,8 @@ def test_a_closed_stdout_is_no_error(checkpoint):
         (["--prompt_file", "no/such/file.txt"], "no/such/file.txt"),
         (["--prompt_file", ROOT], str(ROOT)),
         (["--stop", ""], "--stop needs a text that is not empty"),
-        (["--system", "Be brief"], "--system needs --chat or --interactive"),
+        (["--system", "Be brief"], "only --chat and --interactive use the chat template: leave out --system"),
+        (["--template_args", '{"a": 1}'], "use the chat template: leave out --template_args"),
         (["--interactive", "--prompt", "Hi"], "--interactive is a conversation of one: leave out --prompt$"),
         (["--prompt_file", __file__, "--prompt", "Hi"], "--prompt_file holds the prompts: leave out --prompt$"),
         (["--stats"], "--stats is for --interactive, .*: leave out --stats$"),
@@ -911,7 +912,17 @@ def test_an_empty_prompt_begins_with_bos(figures):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--no_such_flag"], ["--dtype", "int3"], ["--top_k", "many"], ["--speculate_k", "few"], ["--temp", "1"]]
+    "flags",
+    [
+        ["--no_such_flag"],
+        ["--dtype", "int3"],
+        ["--top_k", "many"],
+        ["--speculate_k", "few"],
+        ["--temp", "1"],
+        ["--template_args", "{x"],
+        ["--template_args", "[1]"],
+        ["--template_args", '{"messages": []}'],
+    ],
 )
 def test_argparse_errors_exit_with_2(main, capsys, flags):
     with pytest.raises(SystemExit) as stop:

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # both are read when datasets is imported
@@ -225,6 +226,34 @@ def test_without_a_generation_prompt_the_last_message_stays_open(both):
         assert lm.apply_chat_template(history, add_generation_prompt=False).endswith("<assistant>It is")
 
 
+# What `until` holds in the harness's published tasks, by kind: words, special tokens, both, lines, nothing.
+@pytest.mark.parametrize(
+    "until",
+    [" the", "</s>", ["<|im_end|>", "Q:"], ["</s>was<s>"], ["was</s>"], ["\n\n", "</s>"], ["."], []],
+)
+def test_a_text_ends_where_hflm_ends_it(both, monkeypatch, until):
+    """The same tokens, whatever a model would say, through HFLM's stopping and cutting and through ours."""
+    theirs, ours = both
+    encode = partial(ours.text.encode, bos=False)
+    ids = [*encode("She was not\n\nthe"), 1, *encode("was"), 2, *encode("was"), 1]
+    ids += [*encode(" of Q: the end. </s> <|im_end|>"), 0]  # the last names are spelt in letters
+
+    def generate(input_ids, max_length, stopping_criteria, **_):
+        for token in ids:
+            input_ids = torch.cat((input_ids, torch.tensor([[token]])), 1)
+            if token == 2 or stopping_criteria(input_ids, None):
+                break
+        return input_ids
+
+    monkeypatch.setattr(theirs.model, "generate", generate)
+    monkeypatch.setattr(harness, "stream", lambda *_: ([token] for token in ids))
+    monkeypatch.setattr(ours.text, "stop_ids", frozenset({2}))
+    for n_first in range(len(ids)):  # from every token on
+        ids = ids[min(1, n_first) :]
+        request = Instance("generate_until", {}, ("The list", {"until": until, "max_gen_toks": len(ids)}), 0)
+        assert ours.generate_until([request], True) == theirs.generate_until([request], True)
+
+
 def test_bos_is_not_added_twice(both):
     theirs, ours = both
     for text in ("<s>The list", "The list", ""):
@@ -237,7 +266,8 @@ def test_settings_of_a_generation():
     sampled = {"until": ["a", ""], "do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 7}
     assert parse_generation(sampled) == (Sampling(0.5, None, 0.9), ["a"], 7)
     assert parse_generation({"do_sample": False, "temperature": 0.5})[0].temperature == 0
-    with pytest.raises(ValueError, match="generation_kwargs: num_beams not supported"):
+    assert parse_generation({"num_beams": 1, "repetition_penalty": 1.0, "top_k": 0, "temperature": 1})[0].top_k is None
+    with pytest.raises(ValueError, match="generation_kwargs: num_beams 4 not supported"):
         parse_generation({"num_beams": 4})
 
 

@@ -29,21 +29,23 @@ class Pieces:
 
     utf8_errors, adds_space, special = "replace", False, {}
 
-    def __init__(self, pieces: list[bytes]):
-        self.pieces, self.vocab_size = pieces, len(pieces)
+    def __init__(self, pieces: list[bytes], names: dict[int, str] | None = None):
+        self.pieces, self.vocab_size, self.names = pieces, len(pieces), names or {}
 
     def bytes_of(self, token_id: int) -> bytes:
         return self.pieces[token_id]
 
 
 END = -1  # in the tests below: the stop id
+TURN, USER = "<turn>", "<user>"  # special tokens
 
 
 def put_all(pieces: list[str | bytes | int], stops: list[str]) -> tuple[Row, list[str]]:
     """A row that was given one token per piece, at most `len(pieces)`, until it ended; the text that each showed."""
-    spelled = [b"" if p == END else p.encode() if isinstance(p, str) else p for p in pieces]
+    names = {i: p for i, p in enumerate(pieces) if p in (TURN, USER)}
+    spelled = [b"" if p == END or i in names else p.encode() if isinstance(p, str) else p for i, p in enumerate(pieces)]
     ends = [i for i, p in enumerate(pieces) if p == END]
-    row, shown = Row(Tokenizer(Pieces([*spelled, b"prompt"]), ends, ""), [len(pieces)], len(pieces), stops), []
+    row, shown = Row(Tokenizer(Pieces([*spelled, b"prompt"], names), ends, ""), [len(pieces)], len(pieces), stops), []
     for token in range(len(pieces)):
         assert row.finish_reason is None
         shown.append(row.put(token))
@@ -76,6 +78,16 @@ def put_all(pieces: list[str | bytes | int], stops: list[str]) -> tuple[Row, lis
         (["ok", b"\xf0\x9f"], [], ["ok", "�"], "length"),
         (["caf", b"\xc3", b"\xa9t\xc3", b"\xa9", "x"], ["été"], ["caf", "", "", ""], "stop"),
         (["caf", b"\xc3", b"\xa9t", "x"], ["été"], ["caf", "", "", "étx"], "length"),
+        (["one", TURN, "two"], [], ["one", "", "two"], "length"),
+        (["one", TURN, "two"], ["STOP"], ["one", "", "two"], "length"),
+        (["one", TURN, "two"], [TURN], ["one", ""], "stop"),  # a special token by name
+        (["one", TURN, "you", USER, "x"], ["<turn>you<user>"], ["one", "", "", ""], "stop"),
+        (["one", TURN, "me", USER, "x"], ["<turn>you<user>"], ["one", "", "me", "", "x"], "length"),
+        (["one", TURN, "you", "x"], ["<turn>you<user>"], ["one", "", "", "youx"], "length"),
+        (["one\n", TURN], ["\n<turn>"], ["one", ""], "stop"),
+        (["one\n", USER, TURN], ["\n<turn>"], ["one", "\n", ""], "length"),
+        (["a", "<tu", "rn", ">b"], [TURN], ["a", "", "", ""], "stop"),  # spelt in letters
+        (["a", "<tu", TURN, "b"], ["<turn>b"], ["a", "", "<tu", ""], "stop"),
     ],
 )
 def test_row(pieces, stops, shown, reason):
