@@ -6,11 +6,11 @@
 Without `--checkpoint_path` the embedded demo model is evaluated. Tasks need the package lm_eval, perplexity does not.
 """
 
+import fast.startup  # isort: skip  # noqa: F401 - before the others, see there
 import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -36,7 +36,6 @@ from fast.tokenizer import Tokenizer
 from model import Transformer
 from tp import ALONE, Ranks
 
-HARNESS = "lm_eval>=0.4.9,<0.5"
 FOR_TASKS = ("include_path", "num_fewshot", "limit", "apply_chat_template", "fewshot_as_multiturn", "max_seq_length")
 FOR_TASKS += ("template_args", "seed", "output_path", "log_samples")
 
@@ -154,17 +153,6 @@ def check_args(args: argparse.Namespace) -> None:
     drop_compile(args, "compile")
 
 
-def import_harness() -> ModuleType:
-    """`fast/harness.py`, the adapter to lm_eval. Raises ImportError that says how to install lm_eval."""
-    try:
-        from fast import harness
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != "lm_eval":
-            raise
-        raise ImportError(f"--tasks needs the lm-evaluation-harness ({error}): pip install '{HARNESS}'") from None
-    return harness
-
-
 def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Evaluate as the flags say and print; return the harness's results and the `TextScore`, if asked for."""
     check_args(args)
@@ -173,7 +161,8 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> dict[str, Any]:
     if ranks.rank > 0:
         args.output_path, args.log_samples = None, False  # rank 0 alone writes
     if args.tasks:
-        harness = import_harness()
+        from fast import harness  # imports lm_eval
+
         tasks = harness.find_tasks(args.tasks, args.include_path)
     device, dtype = resolve_device(args)
     kv_dtype = resolve_kv_dtype(args)

@@ -5,6 +5,7 @@
 Without `--checkpoint_path` the embedded demo model runs. The loop itself is in `fast/decoding.py`.
 """
 
+import fast.startup  # isort: skip  # noqa: F401 - before the others, see there
 import argparse
 import dataclasses
 import sys

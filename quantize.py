@@ -6,6 +6,7 @@ Writes `model_int8.pth`, `model_int4.g32.pth` or `model_int4-gptq.g32.pth` besid
 Worth knowing: weights are quantised and written one Linear at a time; the file records how it was quantised.
 """
 
+import fast.startup  # isort: skip  # noqa: F401 - before the others, see there
 import argparse
 import contextlib
 import filecmp
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from fast.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from fast.cli import (
+    INSTALL_LM_EVAL,
     Parser,
     add_model_flags,
     check_at_least,
@@ -223,9 +225,7 @@ def check_args(args: argparse.Namespace) -> None:
     if not 0 < args.percdamp < 10:
         raise ValueError(f"--percdamp {args.percdamp}: give a share above 0, such as 0.01")
     if args.mode == "int4-gptq" and not args.calibration_file and find_spec("lm_eval") is None:
-        raise ImportError(
-            "--calibration_tasks needs lm_eval: pip install 'lm_eval>=0.4.9,<0.5', or give --calibration_file TEXT"
-        )
+        raise ImportError(f"--calibration_tasks needs lm_eval: {INSTALL_LM_EVAL}, or give --calibration_file TEXT")
 
 
 def check_output(target: Path, source: Path, args: ModelArgs, scheme: dict[str, Any]) -> list[Path]:

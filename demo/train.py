@@ -8,6 +8,7 @@ started again, it goes on from `training.pt`. On a busy machine, set OMP_WAIT_PO
 spin, while they wait for each other.
 """
 
+import fast.startup  # isort: skip  # noqa: F401 - before the others, see there
 import argparse
 import io
 import itertools

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections import deque
@@ -29,6 +30,7 @@ from fast.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer
 from tp import ALONE, Ranks
 
+INSTALL_LM_EVAL = "pip install 'lm_eval>=0.4.9,<0.5'"
 CACHE_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo" / "target"
@@ -309,6 +311,9 @@ def exit_code(work: Callable[[], Any], ranks: Ranks = ALONE, stopped: str = "sto
 
     stopped: printed on Ctrl-C.
     """
+    ends_python = signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # see fast/startup.py
+    if ends_python:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stderr is None:  # closed: what is printed there would go to stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     try:
@@ -327,4 +332,7 @@ def exit_code(work: Callable[[], Any], ranks: Ranks = ALONE, stopped: str = "sto
     except KeyboardInterrupt:
         ranks.report_error(f"\n{stopped}")
         return ranks.exit(130)
+    finally:
+        if ends_python:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     return 0

@@ -7,14 +7,26 @@ Needs the package lm_eval, which nothing else in the project does; so import thi
 are tokenised and truncated exactly as in the harness's own HFLM, so that results can be compared number by number.
 """
 
+import fast.startup  # isort: skip  # noqa: F401 - before the others, see there
 import argparse
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval import simple_evaluate
+
+from fast.cli import DEMO, INSTALL_LM_EVAL, exit_code, load, resolve_device
+
+try:
+    from lm_eval import simple_evaluate
+except ImportError as error:
+    message = f"tasks need the lm-evaluation-harness ({error}): {INSTALL_LM_EVAL}"
+    if __name__ == "__main__":
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    raise ImportError(message) from None
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -23,7 +35,6 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table, simple_parse_args_string
 from tqdm import tqdm
 
-from fast.cli import DEMO, load, resolve_device
 from fast.compiling import set_compile_flags
 from fast.decoding import Steps, build_steps, stream
 from fast.rows import Row
@@ -307,4 +318,4 @@ def evaluate(lm: FastLM, tasks: tuple[list[str], TaskManager], args: argparse.Na
 
 
 if __name__ == "__main__":
-    cli_evaluate()
+    sys.exit(exit_code(cli_evaluate))

@@ -8,3 +8,5 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import fast.startup  # noqa: E402, F401 - before torch, see there

@@ -30,7 +30,7 @@ import torch
 from conftest import make_tiny
 
 import generate
-from fast import chat, compiling, prompts, rows
+from fast import chat, cli, compiling, prompts, rows
 from fast.checkpoint import load_model
 from fast.cli import DEMO, check_device
 from fast.decoding import build_steps, stream
@@ -716,6 +716,34 @@ def test_ctrl_c_ends_a_run(checkpoint):
         process.kill()
     assert process.returncode == 130
     assert err.endswith("\nstopped\n")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["generate.py"], ["quantize.py"], ["eval.py"], ["scripts/convert_hf_checkpoint.py"],
+        ["scripts/gpu_report.py"], ["-m", "fast.harness"], ["-m", "demo.train"],
+        *(["-m", f"scripts.bench.{name}"] for name in ("speed", "busy", "speculation", "scoring", "quality")),
+    ],
+    ids=lambda argv: argv[-1],
+)  # fmt: skip
+def test_ctrl_c_while_torch_is_imported_is_silent(argv, tmp_path):
+    """As a shell reports it, the exit code is 130."""
+    code = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    (tmp_path / "torch.py").write_text(code)  # in place of torch
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_is_python_s_own_while_a_script_works():
+    for before, during in ((signal.SIG_DFL, signal.default_int_handler), (signal.SIG_IGN, signal.SIG_IGN)):
+        kept, seen = signal.signal(signal.SIGINT, before), []
+        try:
+            assert cli.exit_code(lambda seen=seen: seen.append(signal.getsignal(signal.SIGINT))) == 0
+            assert (seen[0], signal.getsignal(signal.SIGINT)) == (during, before)
+        finally:
+            signal.signal(signal.SIGINT, kept)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

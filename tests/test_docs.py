@@ -20,9 +20,9 @@ import pytest
 import torch
 from test_eval import TEMPLATE, datasets, write_datasets
 
-import eval as eval_cli
 import quantize
 from fast import cli
+from fast.cli import INSTALL_LM_EVAL
 
 ROOT = Path(cli.__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,7 +33,7 @@ ELSEWHERE = {
     "pip install -r requirements.txt": ".ci/run",
     "pip install -r requirements-dev.txt": ".ci/run",
     "python -m pytest": ".ci/run",
-    f'pip install "{eval_cli.HARNESS}"': ".ci/run",  # requirements-dev.txt has the same line
+    INSTALL_LM_EVAL.replace("'", '"'): ".ci/run",  # requirements-dev.txt has the same line
     f"./scripts/prepare.sh {REPOS[0]}": "tests/test_checkpoint.py::test_prepare_downloads_then_converts",
     f"python scripts/download.py {REPOS[0]} --revision main": "tests/test_download.py",
     "python scripts/gpu_report.py": "tests/test_gpu_report.py::test_the_table_and_the_json",

@@ -6,6 +6,7 @@ Worth knowing: all cases take turns. The busy processes run at the same priority
 between them and the threads; only decoding is timed, as prefill's threads are PyTorch's own.
 """
 
+import fast.startup  # isort: skip  # noqa: F401 - before the others, see there
 import argparse
 import contextlib
 import os

@@ -9,6 +9,7 @@ quantises in a temporary folder, one file at a time; GPTQ is calibrated on `--ca
 demo was trained on.
 """
 
+import fast.startup  # isort: skip  # noqa: F401 - before the others, see there
 import argparse
 import contextlib
 import shutil

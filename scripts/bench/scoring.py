@@ -7,6 +7,7 @@ random. The two take turns, a few items at a time, so that a drift in the machin
 and transformers.
 """
 
+import fast.startup  # isort: skip  # noqa: F401 - before the others, see there
 import argparse
 import random
 import sys

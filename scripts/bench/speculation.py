@@ -7,6 +7,7 @@ them: tokens per step * decode / (draft + verify). The table has this prediction
 and speculative decoding take turns, since a rented machine's bandwidth drifts; figures are medians over the turns.
 """
 
+import fast.startup  # isort: skip  # noqa: F401 - before the others, see there
 import argparse
 import dataclasses
 import sys

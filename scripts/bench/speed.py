@@ -11,6 +11,7 @@ these two; the table gives medians; all points take turns within a run. A flag w
 value is measured with the first value of the other flags, and in every mode.
 """
 
+import fast.startup  # isort: skip  # noqa: F401 - before the others, see there
 import argparse
 import dataclasses
 import importlib.util
