@@ -89,10 +89,13 @@ class Conversation:
         limit = min(self.limit, self.capacity - len(prompt) + 1)  # the last token is not cached
         row, known = Row(self.tokenizer, prompt, limit, self.stop), common_prefix(self.cached, prompt[:-1])
         self.cached, self.stats = [], "the last answer was stopped"
-        with contextlib.suppress(*caught):
+        try:
             figures = run_rows(self.steps, [row], limit, lambda _, text: print(text, end="", flush=True), known)
             self.stats = describe(figures)
-        print(flush=True)
+        except caught:
+            pass
+        finally:
+            print(flush=True)
         if not row.tokens:
             self.turns = turns
             return

@@ -102,8 +102,9 @@ def _read(model: Transformer, n: int, copy: tuple[Tensor, torch.cuda.Event | Non
 def no_numbers(model: Transformer, where: str, whose: str = "the model's") -> ValueError:
     """The error to raise where logits are not finite; `where`: for which tokens they were computed."""
     is_half = model.tok_embeddings.weight.dtype == torch.float16
-    remedy = "too large for float16: try --dtype bfloat16" if is_half else "its weights are damaged: load them anew"
-    return ValueError(f"{whose} logits for {where} are NaN or infinite, {remedy}")
+    damaged = "its weights may be damaged, download or quantise it again"
+    remedy = "they may be too large for float16, try --dtype bfloat16" if is_half else damaged
+    return ValueError(f"{whose} logits for {where} are NaN or infinite: {remedy}")
 
 
 def check_fit(model: Transformer, prompts: list[list[int]], max_new_tokens: int, cached: int) -> None:

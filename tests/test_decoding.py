@@ -330,7 +330,7 @@ def test_on_a_gpu_decoding_never_waits_and_equals_eager(ours, rows):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, 20), Sampling(0.8, None)])
-@pytest.mark.parametrize(("dtype", "remedy"), [(torch.float32, "its weights are"), (torch.float16, "try --dtype bf")])
+@pytest.mark.parametrize(("dtype", "remedy"), [(torch.float32, "its weights"), (torch.float16, "they may .* try --dtype bfloat16")])
 def test_numbers_that_are_none_end_a_text(tiny, sampling, dtype, remedy):
     model = load_model(tiny("llama")[1], dtype=dtype)
     model.setup_caches(2, 64)
@@ -339,7 +339,7 @@ def test_numbers_that_are_none_end_a_text(tiny, sampling, dtype, remedy):
     for _ in range(4):
         assert min(next(found)) >= 0
     model.layers[1].ffn_norm.weight.data[7] = torch.nan
-    with pytest.raises(ValueError, match=f"the model's logits for new token 5 are NaN or infinite, .*{remedy}"):
+    with pytest.raises(ValueError, match=f"the model's logits for new token 5 are NaN or infinite: {remedy}"):
         next(found)
 
 
