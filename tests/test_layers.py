@@ -179,7 +179,7 @@ def test_a_step_is_held_together_where_kernels_do_all_of_it(tiny):
     assert is_together(tiny("llama-head-dim")[1], kv_dtype=torch.int8) == attends
     assert not is_together(tiny("llama-head-dim")[1], kv_dtype=torch.float8_e4m3fn)
     assert not is_together(tiny("llama-head-dim")[1], torch.float32)
-    assert not is_together(tiny("llama")[1])  # head_dim 16, which the attention kernel does not take
+    assert is_together(tiny("llama")[1]) == attends  # head_dim 16
 
 
 def test_a_device_without_a_backend_says_so():
