@@ -87,19 +87,12 @@ class FastLM(TemplateLM):
         where = argparse.Namespace(device=device, dtype=given.pop("dtype", None))
         names = ("batch_size", "max_length", "compile")
         options = {name: given.pop(name) for name in names if name in given}
-        template_args = given.pop("chat_template_args", None) or {}
-        template_args |= {name: given.pop(name) for name in ("enable_thinking",) if name in given}
+        template_args = dict(given.pop("chat_template_args", None) or {})
+        if "enable_thinking" in given:
+            template_args["enable_thinking"] = given.pop("enable_thinking")
         if unknown := given.keys() - {"max_batch_size"}:
-            known = [
-                "checkpoint_path",
-                "pretrained",
-                "device",
-                "dtype",
-                *names,
-                "chat_template_args",
-                "enable_thinking",
-            ]
-            raise ValueError(f"--model_args: unknown {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+            known = f"checkpoint_path, pretrained, device, dtype, {', '.join(names)}, chat_template_args, enable_thinking"
+            raise ValueError(f"--model_args: unknown {', '.join(sorted(unknown))}; known: {known}")
         if options.get("compile"):
             set_compile_flags(device)
         model, tokenizer = load(path, *resolve_device(where))
