@@ -91,7 +91,9 @@ class FastLM(TemplateLM):
         if "enable_thinking" in given:
             template_args["enable_thinking"] = given.pop("enable_thinking")
         if unknown := given.keys() - {"max_batch_size"}:
-            known = f"checkpoint_path, pretrained, device, dtype, {', '.join(names)}, chat_template_args, enable_thinking"
+            known = (
+                f"checkpoint_path, pretrained, device, dtype, {', '.join(names)}, chat_template_args, enable_thinking"
+            )
             raise ValueError(f"--model_args: unknown {', '.join(sorted(unknown))}; known: {known}")
         if options.get("compile"):
             set_compile_flags(device)

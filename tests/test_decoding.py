@@ -330,7 +330,9 @@ def test_on_a_gpu_decoding_never_waits_and_equals_eager(ours, rows):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, 20), Sampling(0.8, None)])
-@pytest.mark.parametrize(("dtype", "remedy"), [(torch.float32, "its weights"), (torch.float16, "they may .* try --dtype bfloat16")])
+@pytest.mark.parametrize(
+    ("dtype", "remedy"), [(torch.float32, "its weights"), (torch.float16, "they may .* try --dtype bfloat16")]
+)
 def test_numbers_that_are_none_end_a_text(tiny, sampling, dtype, remedy):
     model = load_model(tiny("llama")[1], dtype=dtype)
     model.setup_caches(2, 64)
