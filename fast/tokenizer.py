@@ -214,11 +214,14 @@ class _HuggingFace:
         encoder.no_padding()
         known = {token.content: token for token in encoder.get_added_tokens_decoder().values()}
         flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
-        for token in added:  # what tokenizer_config.json says of a token goes before what tokenizer.json says
+        changed = []  # what tokenizer_config.json says of a token goes before what tokenizer.json says
+        for token in added:
             old = known.get(token["content"])
-            given = {flag: getattr(old, flag) for flag in flags} if old else {}
-            given |= {flag: token[flag] for flag in flags if flag in token}
-            encoder.add_tokens([_require("tokenizers").AddedToken(token["content"], **given)])
+            were = {flag: getattr(old, flag) for flag in flags} if old else None
+            given = (were or {}) | {flag: token[flag] for flag in flags if flag in token}
+            if given != were:
+                changed.append(_require("tokenizers").AddedToken(token["content"], **given))
+        encoder.add_tokens(changed)
         both = [*known.values(), *encoder.get_added_tokens_decoder().values()]  # special in one file is special
         self.names = {encoder.token_to_id(token.content): token.content for token in both if token.special}
         self.vocab_size = 1 + max(encoder.get_vocab().values(), default=-1)
@@ -232,7 +235,9 @@ class _HuggingFace:
         # bytes. So does this code: a character that has been shown cannot be taken back.
         self.utf8_errors = "surrogateescape" if self.byte_fallback else "replace"
         self.join = encoder.decoder.decode if encoder.decoder else " ".join
-        self.adds_space = any(self.join([t]) != self.join(["a", t])[1:] for t in ("a", "\u2581a"))
+        self.adds_space = not self.byte_level and any(
+            self.join([t]) != self.join(["a", t])[1:] for t in ("a", "\u2581a")
+        )
 
     def encode(self, text: str, bos: bool) -> list[int]:
         ids = self.encoder.encode(text, add_special_tokens=bos and self.post_processed).ids

@@ -595,9 +595,10 @@ def test_the_pre_tokenizer_says_how_the_vocabulary_is_spelt(tmp_path, llama3):
     data = json.loads((llama3 / "tokenizer.json").read_text())
     replace = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
     data["decoder"] = {"type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]}
+    data["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     write_json(variant(llama3, tmp_path / "copy") / "tokenizer.json", data)
     tokenizer = load_tokenizer(tmp_path / "copy")
-    for text in ("How are you?", "Größe 你好 😀"):
+    for text in ("How are you?", "Größe 你好 😀", " a word's space"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
