@@ -8,6 +8,7 @@ Without `--checkpoint_path` the embedded demo model is evaluated. Tasks need the
 
 import fast.startup  # isort: skip  # noqa: F401 - before the others, see there
 import argparse
+import codecs
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def score_file(
     Defaults: a window of the model's context length, at most 2048, and a stride of half of it. Raises ValueError for
     a file that is not UTF-8 or too short, and for sizes that do not fit.
     """
-    data = path.read_bytes()
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

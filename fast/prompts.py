@@ -29,7 +29,7 @@ def read_stdin() -> str:
     if not select.select([sys.stdin], [], [], 1)[0]:
         say("reading the prompt from stdin" + (": Ctrl-D ends it" if sys.stdin.isatty() else " ..."))
     try:
-        return sys.stdin.read()
+        return sys.stdin.read().removeprefix("\ufeff")  # a byte-order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"stdin is not UTF-8 text: {error}") from None
 

@@ -156,9 +156,9 @@ class IncrementalDecoder:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises ValueError naming the file if it is not UTF-8."""
+    """The text of a UTF-8 file, without a byte-order mark. Raises ValueError naming the file if it is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
@@ -402,7 +402,7 @@ def _read_eos(path: Path) -> list[int]:
 def _read_template(directory: Path, config: dict[str, Any]) -> str:
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     template = config.get("chat_template") or ""
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
@@ -442,7 +442,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):

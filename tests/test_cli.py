@@ -275,8 +275,10 @@ def test_stdin_is_the_prompt(main, pipe, checkpoint, tmp_path):
     (tmp_path / "prompt.txt").write_text(text + "\n")
     expected = main("--prompt", text)
     assert expected[1].startswith("The list A module")  # as this tokenizer writes it
-    for flags in ([], ["--prompt", "-"], ["--prompt", f"@{tmp_path / 'prompt.txt'}"]):
-        pipe(text.encode() + b"\n")
+    (tmp_path / "marked.txt").write_text("\ufeff" + text)  # a byte-order mark is not text
+    files = [f"@{tmp_path / name}" for name in ("prompt.txt", "marked.txt")]
+    for flags in ([], ["--prompt", "-"], *(["--prompt", file] for file in files)):
+        pipe((text if flags else "\ufeff" + text).encode() + b"\n")
         assert main(*flags)[:2] == expected[:2]
     pipe(text.encode())
     lines = main("--prompt_file", "-", "--batch_size", 1)[1]

@@ -3,6 +3,7 @@
 python -m pytest tests/test_perplexity.py
 """
 
+import codecs
 import math
 import re
 import sys
@@ -98,9 +99,11 @@ def test_neither_batches_nor_chunks_change_it(tiny, monkeypatch, family):
     assert together.nll == pytest.approx(alone.nll, rel=1e-6)
 
 
-def test_the_command_line_prints_tokens_bytes_and_bits(excerpt, capsys, monkeypatch):
+def test_the_command_line_prints_tokens_bytes_and_bits(excerpt, tmp_path, capsys, monkeypatch):
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes(codecs.BOM_UTF8 + excerpt.read_bytes())  # which is no text
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
-    argv = ["--perplexity", str(excerpt), "--window", "64", "--stride", "32", "--dtype", "float32", "--compile"]
+    argv = ["--perplexity", str(marked), "--window", "64", "--stride", "32", "--dtype", "float32", "--compile"]
     assert eval_cli.main(argv) == 0
     out, err = capsys.readouterr()
     assert "--compile is for --tasks" in err

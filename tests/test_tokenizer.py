@@ -500,7 +500,8 @@ def test_stop_ids(llama3, qwen, llama2, tmp_path, piece_model):
     write_json(tmp_path / "config.json", {"eos_token_id": [7, 8]})
     write_json(tmp_path / "generation_config.json", {"temperature": 0.6})
     assert load_tokenizer(tmp_path).stop_ids == {2, 7, 8}
-    write_json(tmp_path / "generation_config.json", {"eos_token_id": 9})  # this one is right where both name one
+    # This one is right where both name one; some editors begin it with a byte-order mark.
+    (tmp_path / "generation_config.json").write_text('\ufeff{"eos_token_id": 9}')
     assert load_tokenizer(tmp_path).stop_ids == {2, 9}
     (tmp_path / "generation_config.json").unlink()
     write_json(tmp_path / "config.json", {"eos_token_id": "</s>"})
