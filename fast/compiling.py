@@ -1,9 +1,11 @@
-"""torch.compile for decoding: dynamic sizes, Inductor's settings, and what a machine lacks to compile.
+"""torch.compile for decoding: dynamic sizes, CUDA graphs, Inductor's settings, and what a machine lacks to compile.
 
     set_compile_flags("cpu")
-    decode = compile_step(decode, dynamic_dims=(None, None, 0), mode="reduce-overhead")
+    decode = compile_step(decode, dynamic_dims=(None, None, 0), record=True)
 
 Only a command line changes these settings, never an import.
+Worth knowing: CUDA graphs are recorded here, not by torch.compile's mode "reduce-overhead", which checks at each replay
+all that a step depends on, the address of each weight included, while a small model's GPU waits.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ import sysconfig
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,26 +26,69 @@ from torch import Tensor
 from kernels.cpu.build import compiler_missing
 
 Dims = int | tuple[int, ...] | None
+Outputs = Tensor | tuple[Tensor, ...]
 
 
-def compile_step(step: Callable, dynamic_dims: tuple[Dims, ...], mode: str | None = None) -> Callable:
+def compile_step(step: Callable, dynamic_dims: tuple[Dims, ...], record: bool = False) -> Callable:
     """Compile `step` once for every size above 1 of its dynamic dimensions, one per argument (None: static).
 
-    mode: as for torch.compile; "reduce-overhead" records CUDA graphs.
+    record: on a GPU, replay it as a CUDA graph, see `recorded`; arguments with dynamic dimensions are read in place.
     """
-    compiled = torch.compile(step, mode=mode, fullgraph=True)
+    compiled = torch.compile(step, fullgraph=True)
 
-    def run(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def run(*tensors: Tensor) -> Outputs:
         for tensor, dims in zip(tensors, dynamic_dims, strict=True):
             for dim in dims if isinstance(dims, tuple) else (dims,):
                 if dim is not None and dim < tensor.dim() and tensor.shape[dim] > 1:
                     torch._dynamo.mark_dynamic(tensor, dim)
-        out = compiled(*tensors)
-        if mode is None or not tensors[0].is_cuda:
-            return out
-        return out.clone() if isinstance(out, Tensor) else tuple(o.clone() for o in out)  # a replay overwrites them
+        return compiled(*tensors)
+
+    graphs = recorded(run, [dims is not None for dims in dynamic_dims], record_graph)
+    return lambda *tensors: (graphs if record and tensors[0].is_cuda else run)(*tensors)
+
+
+@dataclass
+class Recording:
+    """A step recorded for arguments of certain sizes: where it reads them, what replays it, the outputs it writes."""
+
+    inputs: list[Tensor]
+    replay: Callable[[], None] | None = None  # None: not recorded yet
+    out: Outputs = ()
+
+
+def recorded(step: Callable[..., Outputs], in_place: list[bool], record: Callable) -> Callable[..., Outputs]:
+    """`step`, recorded for every combination of sizes that its arguments take, and from then on replayed.
+
+    The first call with new sizes runs it, so that it compiles; the second records. Each call copies its arguments to
+    where the recording reads them, except those `in_place`: for another address of these it is recorded anew.
+    """
+    recordings: dict[tuple, Recording] = {}
+
+    def run(*tensors: Tensor) -> Outputs:
+        each = list(zip(tensors, in_place, strict=True))
+        key = tuple((tensor.shape, stays and tensor.data_ptr()) for tensor, stays in each)
+        if (found := recordings.get(key)) is None:
+            found = recordings[key] = Recording([tensor if stays else tensor.clone() for tensor, stays in each])
+            out = step(*found.inputs)
+        else:
+            if found.replay is None:
+                found.replay, found.out = record(step, found.inputs)
+            for recorded_at, (tensor, stays) in zip(found.inputs, each, strict=True):
+                if not stays:
+                    recorded_at.copy_(tensor)
+            found.replay()
+            out = found.out
+        return out.clone() if isinstance(out, Tensor) else tuple(o.clone() for o in out)  # the next replay writes there
 
     return run
+
+
+def record_graph(step: Callable[..., Outputs], inputs: list[Tensor]) -> tuple[Callable[[], None], Outputs]:
+    """Record `step` as a CUDA graph, without running it: what replays it, and the outputs that a replay writes."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's threads may go on meanwhile
+        out = step(*inputs)
+    return graph.replay, out
 
 
 def set_compile_flags(device: str) -> None:
@@ -58,7 +104,6 @@ def set_compile_flags(device: str) -> None:
             torch._inductor.config.cpp_cache_precompile_headers = False
     else:
         torch._inductor.config.shape_padding = False  # else Inductor times products with padded operands
-        torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None  # sizes are few: see `kv_slots`
 
 
 def precompile_header() -> None:

@@ -49,17 +49,31 @@ def build_steps(model: Transformer, sampling: Sampling, compile: bool = False, c
     if compile_prefill:
         prefill = compile_step(prefill, dynamic_dims=(1, 0, 0, None))
     if compile:
-        decode = compile_step(decode, dynamic_dims=(None, None, 0), mode="reduce-overhead")
+        decode = compile_step(decode, dynamic_dims=(None, None, 0), record=True)
     return Steps(model, prefill, in_one_region(model, decode), compile_prefill)
 
 
 def kv_slots(n: int, capacity: int) -> int:
     """The number of cache slots to read when `n` are valid: `n` rounded up by `round_up`, at most `capacity`.
 
-    At most 127 slots or a quarter of `n` are read in excess. There must be few sizes, as a CUDA graph is recorded for
-    each, unless a GPU kernel attends: it takes the whole cache and finds the number of valid slots on the device.
+    At most 127 slots or a quarter of `n` are read in excess. Sizes must be few: a CUDA graph is recorded for each.
     """
     return min(round_up(n, at_least=128, per_octave=4), capacity)
+
+
+def slots_to_read(model: Transformer, n: int) -> Tensor:
+    """`kv_pos` of a decode step after which `n` slots are valid, in as few sizes as `kv_slots` has.
+
+    All slots if a GPU's kernel attends: it finds on the device how many are valid, and one CUDA graph serves them all.
+    """
+    kernel = getattr(model.layers[0].attention.kv_cache, "kernel", None)
+    is_found = kernel is not None and kernel.takes_qkv
+    return model.slots if is_found else model.slots[: kv_slots(n, len(model.slots))]
+
+
+def every_size(model: Transformer, counts: Iterable[int]) -> Iterable[Tensor]:
+    """The different `slots_to_read` for these numbers of valid slots."""
+    return {len(slots): slots for slots in (slots_to_read(model, n) for n in counts)}.values()
 
 
 def round_up(n: int, at_least: int, per_octave: int) -> int:
@@ -137,7 +151,7 @@ def _launch(steps: Steps, prompts: list[list[int]], max_new_tokens: int, cached:
     tokens, input_pos = steps.prefill(*layout), cached + layout[-1] + 1
     for n in range(valid + 1, valid + max_new_tokens):
         yield copy_to_host(tokens)
-        tokens, input_pos = steps.decode(tokens, input_pos, model.slots[: kv_slots(n, model.max_seq_length)])
+        tokens, input_pos = steps.decode(tokens, input_pos, slots_to_read(model, n))
     yield copy_to_host(tokens)
 
 
@@ -186,6 +200,6 @@ def record(steps: Steps, n_rows: int, valid: Iterable[int]) -> None:
     model = steps.model
     # Two tensors: torch.compile would recompile the step if both arguments were the same tensor.
     tokens, input_pos = (torch.zeros(n_rows, 1, dtype=torch.long, device=model.slots.device) for _ in range(2))
-    for slots in sorted({kv_slots(n, model.max_seq_length) for n in valid}):
-        for _ in range(3):  # warm-up, recording, replay
-            steps.decode(tokens, input_pos, model.slots[:slots])
+    for kv_pos in every_size(model, valid):
+        for _ in range(2):  # the first call compiles
+            steps.decode(tokens, input_pos, kv_pos)

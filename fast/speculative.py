@@ -28,7 +28,18 @@ from torch import Tensor, nn
 
 from fast.checkpoint import load_model
 from fast.compiling import compile_step
-from fast.decoding import Steps, check_fit, copy_to_host, kv_slots, lay_out, no_numbers, stream, time_kernels, wait
+from fast.decoding import (
+    Steps,
+    check_fit,
+    copy_to_host,
+    every_size,
+    lay_out,
+    no_numbers,
+    slots_to_read,
+    stream,
+    time_kernels,
+    wait,
+)
 from fast.layers import in_one_region
 from fast.metrics import bytes_per_step
 from fast.sampling import Sampling, draw
@@ -221,8 +232,8 @@ def build_speculative_steps(
 
     draft = drafter.forward
     if compile:
-        draft = compile_step(draft, (None, None, None, None, 0), mode="reduce-overhead")
-        verify = compile_step(verify, (None, None, None, None, 0, None), mode="reduce-overhead")
+        draft = compile_step(draft, (None, None, None, None, 0), record=True)
+        verify = compile_step(verify, (None, None, None, None, 0, None), record=True)
     drafting = drafter.model if isinstance(drafter, DraftModel) else model
     return SpeculativeSteps(plain, drafter, in_one_region(drafting, draft), in_one_region(model, verify))
 
@@ -270,7 +281,7 @@ def speculate(
         # On a CPU the host reads a step before the next one begins; a GPU runs a step ahead.
         while len(in_flight) < 1 + on_gpu and min(produced) + len(in_flight) < max_new_tokens:
             known = max(length + min(done, max_new_tokens) for length, done in zip(lengths, produced, strict=True))
-            kv_pos = model.slots[: kv_slots(known + len(in_flight) * (k + 1) + k, len(model.slots))]
+            kv_pos = slots_to_read(model, known + len(in_flight) * (k + 1) + k)
             marks = [_mark(on_gpu)]
             drafts, q = steps.draft(new_ids, new_pos, last_two, input_pos, kv_pos)
             marks.append(_mark(on_gpu))
@@ -318,10 +329,10 @@ def warm_up_speculation(steps: SpeculativeSteps, prompts: list[list[int]], max_n
     if model.slots.is_cuda and max_new_tokens > 1:
         zeros = torch.zeros(len(prompts), 1, dtype=torch.long, device=model.slots.device)
         new_ids, longest = zeros.expand(-1, k + 1).clone(), max(map(len, prompts)) + k + 1
-        for slots in sorted({kv_slots(longest + n, len(model.slots)) for n in range(max_new_tokens + k + 2)}):
-            for _ in range(3):  # warm-up, recording, replay
-                drafts, q = steps.draft(new_ids, zeros, new_ids[:, :2].clone(), zeros + 1, model.slots[:slots])
-                steps.verify(new_ids[:, :2].clone(), zeros + 1, drafts, q, model.slots[:slots], zeros)
+        for kv_pos in every_size(model, range(longest, longest + max_new_tokens + k + 2)):
+            for _ in range(2):  # the first call compiles
+                drafts, q = steps.draft(new_ids, zeros, new_ids[:, :2].clone(), zeros + 1, kv_pos)
+                steps.verify(new_ids[:, :2].clone(), zeros + 1, drafts, q, kv_pos, zeros)
         torch.cuda.synchronize()
     return time.perf_counter() - start
 

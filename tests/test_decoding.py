@@ -18,10 +18,12 @@ import torch
 from conftest import GREEDY, make_tiny, prompt_of, tokens_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from fast import decoding
 from fast.checkpoint import load_model
-from fast.compiling import missing_compiler
-from fast.decoding import Steps, build_steps, kv_slots, record, stream, warm_up
+from fast.compiling import missing_compiler, recorded
+from fast.decoding import Steps, build_steps, every_size, kv_slots, record, stream, warm_up
 from fast.sampling import Sampling
+from kernels import Attention
 
 
 @pytest.fixture(autouse=True)
@@ -214,7 +216,7 @@ def graphs(monkeypatch, fresh_dynamo):
         seen.append(module.graph)
         return module
 
-    def spy(function, fullgraph, mode=None):
+    def spy(function, fullgraph):
         return compile(function, backend=backend, fullgraph=fullgraph)
 
     monkeypatch.setattr(torch, "compile", spy)
@@ -299,12 +301,89 @@ def test_the_first_compile_uses_the_precompiled_header(tmp_path, monkeypatch, op
 def test_what_is_recorded_is_what_was_compiled(ours, monkeypatch):
     """`record` compiles nothing anew at any size of the cache."""
     compile, counter = torch.compile, CompileCounterWithBackend("eager")
-    monkeypatch.setattr(torch, "compile", lambda step, mode, fullgraph: compile(step, backend=counter))
+    monkeypatch.setattr(torch, "compile", lambda step, fullgraph: compile(step, backend=counter))
     steps = build_steps(ours(capacity=600), GREEDY, compile=True)
     tokens_of(steps, [prompt_of(3)], 3)
     assert counter.frame_count == 1
     record(steps, 1, range(3, 500))
     assert counter.frame_count == 1
+
+
+def record_without_a_gpu(step, inputs):
+    """As `compiling.record_graph`: no results yet, and a replay reads `inputs` and writes the same outputs."""
+    out = step(*inputs)
+    each = [out] if isinstance(out, torch.Tensor) else out
+    for tensor in each:
+        tensor.fill_(-1)
+
+    def replay():
+        new = step(*inputs)
+        for tensor, value in zip(each, [new] if isinstance(new, torch.Tensor) else new, strict=True):
+            tensor.copy_(value)
+
+    return replay, out
+
+
+def test_a_recording_reads_its_arguments_and_its_results_last():
+    calls, buffer = [], torch.arange(10.0)
+
+    def step(x, y, table):
+        calls.append((x is not y, table.data_ptr()))
+        return x + y + table.sum(), x.clone()
+
+    step = recorded(step, [False, False, True], record_without_a_gpu)
+    x, found = torch.tensor([1.0]), []
+    for i in range(5):
+        found.append(step(x, x, buffer[:4])[0])  # the same tensor twice, as the first speculative step gives
+        x = x + 1
+        buffer[0] = i
+    assert [float(y) for y in found] == [2 + 6, 4 + 6, 6 + 7, 8 + 8, 10 + 9]
+    n = len(calls)
+    assert set(calls) == {(True, buffer.data_ptr())}
+    other = buffer.clone()
+    for table, size in ((buffer[:5], 1), (other[:4], 1), (buffer[:4], 2)):  # each is compiled, recorded, replayed
+        for value in (3.0, 5.0, 7.0):
+            x = torch.full((size,), value)
+            total, same = step(x, x, table)
+            assert torch.equal(total, 2 * x + table.sum())
+            assert torch.equal(same, x)
+    assert len(calls) == n + 3 * 4
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window"])
+def test_recorded_steps_give_what_eager_ones_give(ours, monkeypatch, family):
+    """Every size of the cache is recorded once, in the warm-up; a new cache is recorded anew."""
+    recordings = []
+
+    def spy(step, inputs):
+        recordings.append(len(inputs[2]))
+        return record_without_a_gpu(step, inputs)
+
+    def compile_step(step, dynamic_dims, record=False):
+        return recorded(step, [dims is not None for dims in dynamic_dims], spy) if record else step
+
+    expected = tokens_of(build_steps(ours(family, rows=2, capacity=600), GREEDY), prompts := [prompt_of(100), [5]], 400)
+    monkeypatch.setattr(decoding, "compile_step", compile_step)
+    model = ours(family, rows=2, capacity=600)
+    steps = build_steps(model, GREEDY, compile=True)
+    record(steps, 2, range(101, 501))
+    sizes = [128, 256, 384, 512]
+    assert recordings == sizes
+    for _ in range(2):
+        assert tokens_of(steps, prompts, 400) == expected
+    assert recordings == sizes
+    model.setup_caches(2, 600)
+    assert tokens_of(steps, prompts, 400) == expected
+    assert recordings == 2 * sizes
+
+
+def test_a_kernel_that_finds_the_valid_slots_gets_all(ours):
+    model = ours(capacity=600)
+    assert [len(slots) for slots in every_size(model, range(1, 300))] == [128, 256, 384]
+    for layer in model.layers:
+        layer.attention.kv_cache.kernel = Attention(torch.relu, max_positions=16, takes_qkv=True)
+    (slots,) = every_size(model, range(1, 300))
+    assert slots is model.slots
 
 
 @pytest.mark.cuda

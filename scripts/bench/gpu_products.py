@@ -144,10 +144,10 @@ def product_rows(
             yield product_row(card, model, name, mode, rows, others)
 
 
-def attention_rows(card: Card, batch: int) -> Iterator[Row]:
+def attention_rows(card: Card, model: str, batch: int) -> Iterator[Row]:
     """Attention of one new position per row, with our kernel and with Inductor; 8 KV caches take turns."""
     make_headroom(card)
-    args, kernels = MODELS["8B"], {"Inductor": None}
+    args, kernels = MODELS[model], {"Inductor": None}
     if backend := kernels_of(card):
         kernels["kernels/gpu"] = backend.attention
 
@@ -169,11 +169,14 @@ def attention_rows(card: Card, batch: int) -> Iterator[Row]:
             given = (layers, qkv, *rope_table(args, position), position, context, mask)
             way = attend if attention else compiled
             calls[label] = partial(replay_seconds, card.device, call_all, way, *given)
-        fastest, seconds, failed = time_each(calls, f"8B attention, {batch} at {context}: no way works")
+        fastest, seconds, failed = time_each(calls, f"{model} attention, {batch} at {context}: no way works")
         n_bytes = sum(x.nbytes for x in layers[0].kv_cache.buffers())
         predicted = card.step_seconds(n_bytes, COUNTED_ATTENTION)
         us = {label: total / len(layers) * 1e6 for label, total in seconds.items()}
-        more, what = {"us": us, "failed": failed, "bytes": n_bytes}, f"8B attention, {batch} at {context}: {fastest}"
+        more, what = (
+            {"us": us, "failed": failed, "bytes": n_bytes},
+            f"{model} attention, {batch} at {context}: {fastest}",
+        )
         yield Row(what, "us", predicted and predicted * 1e6, us[fastest], False if failed else None, more)
 
 
@@ -181,14 +184,15 @@ QUANTIZED = ("int4", "int8", "int4 g128")
 # The most important parts come first: compiling takes long, and the step may run out of time.
 PRODUCTS: list[Part] = [
     partial(product_rows, model="8B", modes=QUANTIZED, rows=1),
-    partial(product_rows, model="8B", modes=QUANTIZED, rows=6),
-    partial(attention_rows, batch=1),
-    partial(product_rows, model="8B", modes=("int4",), rows=1, others=True, names=("w13", "w2")),
-    partial(product_rows, model="8B", modes=("bf16",), rows=1),
-    partial(product_rows, model="8B", modes=("bf16",), rows=1, others=True),
     partial(product_rows, model="7B", modes=QUANTIZED, rows=1),
+    partial(attention_rows, model="8B", batch=1),
+    partial(attention_rows, model="7B", batch=1),
+    partial(product_rows, model="8B", modes=QUANTIZED, rows=6),
     partial(product_rows, model="7B", modes=("bf16",), rows=1),
-    partial(attention_rows, batch=8),
+    partial(product_rows, model="8B", modes=("bf16",), rows=1),
+    partial(product_rows, model="8B", modes=("int4",), rows=1, others=True, names=("w13", "w2")),
+    partial(product_rows, model="8B", modes=("bf16",), rows=1, others=True),
+    partial(attention_rows, model="8B", batch=8),
     partial(product_rows, model="8B", modes=("bf16",), rows=6),
     partial(product_rows, model="7B", modes=("bf16", *QUANTIZED), rows=6),
     partial(product_rows, model="8B", modes=("int8", "int4 g128"), rows=1, others=True, names=("w13", "w2")),

@@ -11,7 +11,6 @@ import dataclasses
 import gzip
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ import quantize
 from fast.checkpoint import load_model
 from fast.cli import DEMO, profiled
 from fast.compiling import compile_step
-from fast.decoding import Steps, build_steps, kv_slots, record, stream, time_kernels, warm_up
+from fast.decoding import Steps, build_steps, record, slots_to_read, stream, time_kernels, warm_up
 from fast.metrics import bytes_per_step
 from fast.sampling import Sampling
 from fast.speculative import SPARE, PromptLookup, build_speculative_steps, speculate, warm_up_speculation
@@ -51,8 +50,7 @@ from scripts.bench.gpu_card import (
 from scripts.bench.measuring import Decode, Yardstick, operations, replay_seconds, timed
 from scripts.bench.random_models import build_model, with_caches
 
-N_LAYERS = 8  # instead of the 8B shape's 32, to fit small GPUs
-FEWER_LAYERS = 4  # the difference to N_LAYERS gives the time of one layer
+N_LAYERS = 8  # instead of the 8B shape's 32, for the waits and where 32 do not fit the GPU's memory
 NEW_TOKENS = 32
 PROMPT_LENGTHS = (200, 517, 1111)
 
@@ -84,14 +82,6 @@ def trace_tokens(steps: Steps, prompts: list[list[int]], cached: int, path: Path
     return {"kernels": len(microseconds) / n, "busy_us": sum(microseconds) / n, "graphs": graphs / n}
 
 
-def recorded_graphs() -> int:
-    """The number of CUDA graphs that torch.compile has recorded so far in this process."""
-    from torch._inductor.cudagraph_trees import get_manager
-
-    manager = get_manager(0, create_if_none_exists=False)
-    return 0 if manager is None else int(re.search(r"\d+", repr(manager.graph_counter))[0])
-
-
 def regret(model: Transformer, prompt: list[int], tokens: list[int]) -> float:
     """The largest gap between `model`'s highest logit and its logit of the chosen token, in standard deviations."""
     idx = torch.tensor([prompt + tokens], device=model.tok_embeddings.weight.device)
@@ -109,8 +99,6 @@ def demo_rows(card: Card, mode: str) -> Iterator[Row]:
             raise RuntimeError(f"quantize.py --mode {mode} failed")
         float32, model = (load_model(path, card.device, dtype) for dtype in (torch.float32, card.dtype))
     model.setup_caches(1, 256)
-    counters = torch._dynamo.utils.counters["inductor"]
-    recorded, skipped = recorded_graphs(), counters["cudagraph_skips"]
     steps = build_steps(model, Sampling(temperature=0), card.compile)
     compile_s, seconds = warm_up(steps, prompts, n), []
     for _ in range(3):
@@ -123,9 +111,6 @@ def demo_rows(card: Card, mode: str) -> Iterator[Row]:
     yield Row(f"demo, {mode}: GPU busy", "%", None, 100 * launched["busy_us"] / 1e6 / median(seconds))
     is_right = launched["graphs"] == 1 if launched["kernels"] else None  # None: the profiler saw nothing
     yield Row(f"demo, {mode}: CUDA graphs launched", "a token", 1, launched["graphs"], is_right)
-    yield Row(f"demo, {mode}: CUDA graphs recorded", "", 1, recorded_graphs() - recorded)
-    skips = counters["cudagraph_skips"] - skipped
-    yield Row(f"demo, {mode}: CUDA graphs skipped", "", 0, skips, skips == 0)
     worst = regret(float32, prompts[0], [token for (token,) in stream(steps, prompts, n)])
     yield within(f"demo, {mode}: worst greedy token, by float32", "sigma", 0.25, worst)
 
@@ -136,22 +121,24 @@ DEMO_PARTS: list[Part] = [partial(demo_rows, mode=mode) for mode in WHOLE_MODELS
 # ---- Step 5: whole decode steps.
 
 
-@dataclasses.dataclass(frozen=True)
-class Timed:
-    """A decode step of a model: its bytes, and its seconds on the GPU when its graph is replayed back to back."""
-
-    n_bytes: float
-    seconds: float
+def build(card: Card, name: str, mode: str, n_layers: int) -> Transformer:
+    shape = dataclasses.replace(MODELS[name], n_layers=n_layers)
+    return build_model(shape, card.device, card.dtype, MODES[mode])
 
 
-def time_replays(card: Card, model: Transformer, batch: int, context: int) -> Timed:
-    """Time the step's graph, captured outside torch.compile and replayed without work on the host in between."""
+def build_fitting(card: Card, name: str, mode: str, batch: int, room: int) -> Transformer:
+    """The model with its KV cache; with N_LAYERS if the GPU's memory does not hold all of its layers."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        return with_caches(build(card, name, mode, MODELS[name].n_layers), batch, [room])[0]
+    return with_caches(build(card, name, mode, N_LAYERS), batch, [room])[0]
+
+
+def time_replays(card: Card, model: Transformer, batch: int, context: int) -> float:
+    """Seconds of a decode step on the GPU: its graph, replayed back to back without work on the host in between."""
     step = build_steps(model, Sampling()).decode
     step = compile_step(step, dynamic_dims=(None, None, 0)) if card.compile else step
     tokens, position = torch.zeros(2, batch, 1, dtype=torch.long, device=card.device)
-    slots = model.slots[: kv_slots(context + 1, model.max_seq_length)]
-    seconds = replay_seconds(card.device, step, tokens, position + context, slots)
-    return Timed(bytes_per_step(model, batch, context + 1), seconds)
+    return replay_seconds(card.device, step, tokens, position + context, slots_to_read(model, context + 1))
 
 
 def time_stream(steps: Steps, yardstick: Yardstick, mode: str, batch: int, context: int) -> tuple[float, float]:
@@ -164,58 +151,43 @@ def time_stream(steps: Steps, yardstick: Yardstick, mode: str, batch: int, conte
     return batch / figures["tokens_per_s"], figures["share"][0]
 
 
-def predicted_rate(card: Card, batch: int, n_layers: int, n_bytes: float) -> float | None:
-    """Tokens per second predicted from the bytes and the counted launches."""
-    per_layer, around = COUNTED_LAUNCHES[batch]
-    return inverse(card.step_seconds(n_bytes, n_layers * per_layer + around), batch)
+def decode_rows(card: Card, name: str, mode: str, batch: int, n_contexts: int = len(CONTEXTS)) -> Iterator[Row]:
+    """Decode steps of a whole model after the first `n_contexts` of CONTEXTS, with a Chrome trace of each.
 
-
-def layer_rows(card: Card, what: str, batch: int, looped: float, deep: Timed, shallow: Timed) -> Iterator[Row]:
-    """The time of a layer, from the graphs of models of two depths; from it, the speed of 32 layers in the loop."""
-    n = N_LAYERS - FEWER_LAYERS
-    seconds, n_bytes = (deep.seconds - shallow.seconds) / n, (deep.n_bytes - shallow.n_bytes) / n  # per layer
-    predicted = predicted_rate(card, batch, N_LAYERS, deep.n_bytes)
-    yield Row(f"{what}: {N_LAYERS} layers, the graph alone", "tokens/s", predicted, inverse(deep.seconds, batch))
-    if card.read and card.launch:
-        reading, launching = n_bytes / card.read, COUNTED_LAUNCHES[batch][0] * card.launch
-        yield Row(f"{what}: a layer's bytes, plainly read", "us", None, reading * 1e6)
-        yield Row(f"{what}: the rest of a layer", "us", launching * 1e6, (seconds - reading) * 1e6)
-    more = 32 - N_LAYERS
-    predicted = predicted_rate(card, batch, 32, deep.n_bytes + more * n_bytes)
-    yield Row(f"{what}: 32 layers, from these", "tokens/s", predicted, inverse(looped + more * seconds, batch))
-
-
-def build(card: Card, mode: str, n_layers: int) -> Transformer:
-    shape = dataclasses.replace(MODELS["8B"], n_layers=n_layers)
-    return build_model(shape, card.device, card.dtype, MODES[mode])
-
-
-def decode_rows(card: Card, mode: str, batch: int) -> Iterator[Row]:
-    """Decode steps of the 8B shape at each context length, with a Chrome trace of each."""
-    yardstick, room = Yardstick(MODELS["8B"], card.device, card.dtype), max(CONTEXTS) + NEW_TOKENS
-    deep, shallow = (with_caches(build(card, mode, n), batch, [room])[0] for n in (N_LAYERS, FEWER_LAYERS))
-    per_layer, around = COUNTED_LAUNCHES[batch]
-    steps = build_steps(deep, Sampling(), card.compile)
-    time_kernels(deep, batch, 1)
-    for context in CONTEXTS:
-        what = f"8B, {mode}, {batch} at {context}"
+    The time of a layer includes its share of the output projection and of sampling.
+    """
+    yardstick, contexts = Yardstick(MODELS[name], card.device, card.dtype), CONTEXTS[:n_contexts]
+    model = build_fitting(card, name, mode, batch, max(contexts) + NEW_TOKENS)
+    n_layers, (per_layer, around) = model.args.n_layers, COUNTED_LAUNCHES[batch]
+    steps, launches = build_steps(model, Sampling(), card.compile), n_layers * per_layer + around
+    time_kernels(model, batch, 1)
+    for context in contexts:
+        what = f"{name}, {mode}, {batch} at {context}"
+        what += "" if n_layers == MODELS[name].n_layers else f", {n_layers} layers"
         seconds, share = time_stream(steps, yardstick, mode, batch, context)
-        n_bytes = bytes_per_step(deep, batch, context + NEW_TOKENS / 2)
-        predicted = predicted_rate(card, batch, N_LAYERS, n_bytes)
-        yield Row(f"{what}: {N_LAYERS} layers", "tokens/s", predicted, inverse(seconds, batch))
+        n_bytes = bytes_per_step(model, batch, context + NEW_TOKENS / 2)
+        predicted = inverse(card.step_seconds(n_bytes, launches), batch)
+        yield Row(what, "tokens/s", predicted, inverse(seconds, batch), None, {"bytes": n_bytes})
         yield Row(f"{what}: share of a plain read's bandwidth", "%", None, 100 * share)
-        path = card.out / f"8B_{mode}_{batch}_at_{context}.json.gz"
+        path = card.out / f"{name}_{mode}_{batch}_at_{context}.json.gz"
         launched = trace_tokens(steps, [[1]] * batch, context - 1, path)["kernels"]
-        yield Row(f"{what}: kernels", "a token", N_LAYERS * per_layer + around, launched)
-        both = (time_replays(card, model, batch, context) for model in (deep, shallow))
-        yield from layer_rows(card, what, batch, seconds, *both)
+        yield Row(f"{what}: kernels", "a token", launches, launched)
+        alone, n_bytes = time_replays(card, model, batch, context), bytes_per_step(model, batch, context + 1)
+        yield Row(f"{what}: the graph alone", "tokens/s", predicted, inverse(alone, batch))
+        if card.read and card.launch:
+            reading, launching = n_bytes / card.read, launches * card.launch
+            yield Row(f"{what}: a layer's bytes, plainly read", "us", None, reading / n_layers * 1e6)
+            yield Row(
+                f"{what}: the rest of a layer", "us", launching / n_layers * 1e6, (alone - reading) / n_layers * 1e6
+            )
 
 
 def overlap_rows(card: Card, mode: str) -> Iterator[Row]:
     """Tokens/s of the model's graph with programmatic dependent launch; as the prediction, without it."""
     if card.device.startswith("cuda") and torch.cuda.get_device_capability(card.device) < (9, 0):
         return
-    (model,) = with_caches(build(card, mode, N_LAYERS), 1, [CONTEXTS[0] + 1])
+    (model,) = with_caches(build(card, "8B", mode, N_LAYERS), 1, [CONTEXTS[0] + 1])
+    time_kernels(model, 1, 1)
     as_loaded = gpu.OVERLAP
     args = *torch.full((2, 1, 1), CONTEXTS[0], device=card.device), model.slots
     rates, logits = [], []
@@ -229,9 +201,10 @@ def overlap_rows(card: Card, mode: str) -> Iterator[Row]:
     yield Row(f"8B, {mode}, 1 at {CONTEXTS[0]}: overlapping kernels, no sampling", "tokens/s", *rates, is_right)
 
 
-DECODES: list[Part] = [partial(decode_rows, mode=mode, batch=1) for mode in WHOLE_MODELS]
+DECODES: list[Part] = [partial(decode_rows, name="8B", mode=mode, batch=1) for mode in WHOLE_MODELS]
+DECODES += [partial(decode_rows, name="7B", mode=mode, batch=1, n_contexts=1) for mode in WHOLE_MODELS]
 DECODES += [partial(overlap_rows, mode="int4")]
-DECODES += [partial(decode_rows, mode=mode, batch=8) for mode in WHOLE_MODELS]
+DECODES += [partial(decode_rows, name="8B", mode=mode, batch=8) for mode in WHOLE_MODELS]
 
 
 # ---- Step 6: a user's waiting times.
@@ -239,7 +212,7 @@ DECODES += [partial(decode_rows, mode=mode, batch=8) for mode in WHOLE_MODELS]
 
 def verify_rows(card: Card, mode: str) -> Iterator[Row]:
     """The time of the pass that verifies five drafts, compared with that of a decoded token."""
-    model = build(card, mode, N_LAYERS)
+    model = build(card, "8B", mode, N_LAYERS)
     prompts = [torch.randint(model.args.vocab_size, (128,)).tolist()]
     model.setup_caches(1, 128 + NEW_TOKENS, spare=SPARE)
     plain = build_steps(model, Sampling(), card.compile)
@@ -261,7 +234,7 @@ def first_token_rows(card: Card, how: str) -> Iterator[Row]:
 
     how: "eager", "compiled", or "eager with cuDNN", whose attention builds a plan for every new length.
     """
-    model, is_compiled = build(card, "bf16", N_LAYERS), how == "compiled"
+    model, is_compiled = build(card, "8B", "bf16", N_LAYERS), how == "compiled"
     every = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     model.setup_caches(1, 2048)
     make_headroom(card)
@@ -282,7 +255,7 @@ def first_token_rows(card: Card, how: str) -> Iterator[Row]:
 
 def chat_rows(card: Card) -> Iterator[Row]:
     """A turn of 40 tokens after a history of 300, and its answer, after a warm-up like that of `--interactive`."""
-    model = build(card, "bf16", N_LAYERS)
+    model = build(card, "8B", "bf16", N_LAYERS)
     model.setup_caches(1, 2048)
     steps, blank = build_steps(model, Sampling(), card.compile), [[0] * 64]
     warm_up(steps, blank, 200)
