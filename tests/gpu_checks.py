@@ -380,7 +380,7 @@ def test_the_report_times_both_attentions(monkeypatch, patched_interpreter):
     monkeypatch.setitem(gpu_products.MODELS, "8B", REPORTED)
     launched = launches_of(monkeypatch, "_attend_share", flash_decoding)
     card = gpu_products.Card(DEVICE, torch.float16, None, compile=False)
-    (row,) = gpu_products.attention_rows(card, 2)
+    (row,) = gpu_products.attention_rows(card, "8B", 2)
     assert (row.is_right, row.more["failed"]) == (None, {})
     assert set(row.more["us"]) == {"Inductor", "kernels/gpu"}
     assert launched
