@@ -91,12 +91,12 @@ def build_parser() -> Parser:
         help="tokens that the KV cache holds (default: what is needed; 4096 in a conversation)",
     )
     add("--stop", action="append", default=[], metavar="TEXT", help="end a row before this text; may be repeated")
-    add("--temperature", type=float, default=0.6, help="0: always the likeliest token (default: 0.6)")
-    add("--top_k", type=int, default=200, help="draw from the k likeliest tokens; 0: from all (default: 200)")
+    add("--temperature", type=float, default=0.6, help="0: always the likeliest token")
+    add("--top_k", type=int, default=200, help="draw from the k likeliest tokens; 0: from all")
     add("--top_p", type=float, help="draw from the fewest tokens with this probability in all (default: off)")
     add("--min_p", type=float, help="draw from tokens with this share of the likeliest's probability (default: off)")
-    add("--seed", type=int, default=1234, help="of the random draws (default: 1234)")
-    add("--num_samples", type=int, default=1, help="texts for each prompt, one after the other (default: 1)")
+    add("--seed", type=int, default=1234, help="of the random draws")
+    add("--num_samples", type=int, default=1, help="texts for each prompt, one after the other")
     add = parser.add_argument_group("speculative decoding", "with a draft model or --prompt_lookup").add_argument
     add("--speculate_k", type=_number_or_auto, metavar="K", help=f"drafts per step, 1 to {MAX_K} or auto (default: 5)")
     add("--draft_checkpoint_path", type=Path, help="the model that drafts (demo/draft for the demo with --speculate_k)")
@@ -224,14 +224,13 @@ def run_batch(
     def show(_: int, text: str) -> None:
         nonlocal printed
         if numbers is None:
-            print(text, end="", flush=True)
+            print(text if printed else beginnings[0] + text, end="", flush=True)
+            printed = 1
             return
         while printed < len(rows) and rows[printed].finish_reason:
             print(f"[{numbers[printed]}] {beginnings[printed]}{rows[printed].text}\n", flush=True)
             printed += 1
 
-    if numbers is None:
-        print(beginnings[0], end="", flush=True)
     try:
         figures = run_rows(steps, rows, args.max_new_tokens, show, acceptance=acceptance)
     except ValueError:  # to be said on a line of its own

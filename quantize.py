@@ -173,7 +173,7 @@ def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
     add_model_flags(parser)
     add = parser.add_argument_group("the result").add_argument
-    add("--mode", choices=LINEARS, default="int8", help="default: int8")
+    add("--mode", choices=LINEARS, default="int8", help="how weights are stored")
     add("--groupsize", type=int, choices=GROUP_SIZES, help="inputs that share a scale in int4 (default: 32)")
     add("--scale_search", action="store_true", help="int4: choose each group's scale for the least squared error")
     add("--skip", nargs="+", default=[], metavar="NAME", help="Linears to leave in bf16, as in `output w2 layers.0.wo`")

@@ -73,7 +73,7 @@ def make_last_words(sentences: list[str], draw: random.Random) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=DEMO.parent / "tasks")
+    parser.add_argument("--out", type=Path, default=DEMO.parent / "tasks", help="where they go (default: demo/tasks)")
     out = parser.parse_args(argv).out
     out.mkdir(parents=True, exist_ok=True)
     sentences, draw = split_sentences(HELDOUT.read_text(encoding="utf-8")), random.Random(0)

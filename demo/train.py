@@ -312,14 +312,14 @@ def write_report(out: Path, report: dict[str, Any]) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--steps", type=int, default=9000, help="steps of the target model (default: 9000)")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="where the models and the report go")
+    parser.add_argument("--steps", type=int, default=9000, help="steps of the target model")
     parser.add_argument("--draft_steps", type=int, help="steps of the draft model (default: half as many)")
-    parser.add_argument("--batch_size", type=int, default=4, help=f"windows of {CONTEXT} tokens in a step (default: 4)")
-    parser.add_argument("--dropout", type=float, default=0.2, help="in the target's training (default: 0.2)")
-    parser.add_argument("--vocab_size", type=int, default=2048, help="pieces of the tokenizer (default: 2048)")
+    parser.add_argument("--batch_size", type=int, default=4, help=f"windows of {CONTEXT} tokens in a step")
+    parser.add_argument("--dropout", type=float, default=0.2, help="in the target's training")
+    parser.add_argument("--vocab_size", type=int, default=2048, help="pieces of the tokenizer")
     parser.add_argument("--max_chapters", type=int, help="take only the first chapters, to try the script out")
-    parser.add_argument("--seed", type=int, default=1337, help="default: 1337")
+    parser.add_argument("--seed", type=int, default=1337, help="of weights, batches and dropout")
     return parser.parse_args()
 
 

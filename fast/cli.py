@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from fast.checkpoint import foreign, load_model, naming, weight_files
 from fast.compiling import missing_compiler
@@ -50,13 +51,21 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """A flag, what it takes and its meaning on one line."""
+    """A flag, what it takes, its meaning and its default on one line."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return {int: "N", float: "X", Path: "PATH"}.get(action.type, "TEXT")
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        if isinstance(action, argparse.BooleanOptionalAction):
+            default = "on" if default else "off"
+        if text is None or "default" in text or default in (None, False, argparse.SUPPRESS, [], {}):
+            return text
+        return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
 
 
 def add_model_flags(parser: Parser, kv_dtype: str | None = None) -> Callable[..., Any]:
@@ -306,6 +315,16 @@ def run_command(parser: Parser, run: Callable[[argparse.Namespace, Ranks], Any],
     return exit_code(work, ranks)
 
 
+@contextlib.contextmanager
+def _bars_closed() -> Iterator[None]:
+    """Close all progress bars at the end, so that an error has a line of its own."""
+    try:
+        yield
+    finally:
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
+
+
 def exit_code(work: Callable[[], Any], ranks: Ranks = ALONE, stopped: str = "stopped") -> int:
     """Run `work` and return the exit code. An error prints one line on stderr and ends the other ranks too.
 
@@ -317,7 +336,8 @@ def exit_code(work: Callable[[], Any], ranks: Ranks = ALONE, stopped: str = "sto
     if sys.stderr is None:  # closed: what is printed there would go to stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     try:
-        work()
+        with _bars_closed():
+            work()
     except BrokenPipeError:  # the reader of our output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         ranks.report_error("")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fast.compiling import compile_step
 from fast.layers import in_one_region
@@ -46,11 +47,30 @@ def build_steps(model: Transformer, sampling: Sampling, compile: bool = False, c
     def decode(tokens: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, Tensor]:
         return sampling(model(tokens.clamp(min=0), input_pos, kv_pos)), input_pos + 1
 
-    if compile_prefill:
-        prefill = compile_step(prefill, dynamic_dims=(1, 0, 0, None))
+    prefill = compile_step(prefill, dynamic_dims=(1, 0, 0, None)) if compile_prefill else with_bar(model, prefill)
     if compile:
         decode = compile_step(decode, dynamic_dims=(None, None, 0), record=True)
     return Steps(model, prefill, in_one_region(model, decode), compile_prefill)
+
+
+def with_bar(model: Transformer, prefill: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`prefill`, and on a terminal a progress bar over the model's layers if it takes more than two seconds."""
+
+    def run(*layout: Tensor) -> Tensor:
+        what = {"desc": f"reading {layout[0].numel()} tokens", "unit": "layer"}
+        with tqdm(total=len(model.layers), delay=2, leave=False, disable=None, **what) as bar:
+
+            def count(*_: object) -> None:  # what a hook returns would replace the layer's output
+                bar.update()
+
+            hooks = [layer.register_forward_hook(count) for layer in model.layers]
+            try:
+                return prefill(*layout)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    return run
 
 
 def kv_slots(n: int, capacity: int) -> int:

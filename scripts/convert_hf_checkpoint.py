@@ -48,7 +48,7 @@ def convert(directory: Path, dtype: torch.dtype) -> Path:
 def main() -> int:
     parser = Parser("Convert a Hugging Face or Meta checkpoint to DIR/model.pth.")
     parser.add_argument("--checkpoint_dir", type=Path, required=True, metavar="DIR", help="directory of the model")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
     args = parser.parse_args()
 
     def work() -> None:

@@ -152,6 +152,7 @@ def explain(error: Exception, repo_id: str, revision: str | None) -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Download models from the Hugging Face hub.")
+    parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists the flags\n")
     parser.add_argument("repo_ids", nargs="+", metavar="REPO_ID", help="OWNER/NAME on the hub")
     parser.add_argument("--revision", help="branch, tag or commit (default: the main branch)")
     parser.add_argument("--checkpoint_dir", type=Path, default=Path("checkpoints"), help="models go to DIR/REPO_ID")

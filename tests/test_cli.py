@@ -6,6 +6,7 @@ Worth knowing: importing torch takes seconds, so most tests call `generate.main`
 of a terminal and of exit codes start a new one.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import fcntl
@@ -28,6 +29,7 @@ import pytest
 import sentencepiece
 import torch
 from conftest import make_tiny
+from tqdm import tqdm
 
 import generate
 from fast import chat, cli, compiling, prompts, rows
@@ -755,6 +757,40 @@ def test_an_error_is_one_line_and_exit_code_2():
     done = run("--checkpoint_path", "nowhere/at/all")
     assert (done.returncode, done.stdout) == (2, "")
     assert_one_error(done.stderr, "nowhere/at/all")
+
+
+def test_an_error_ends_the_progress_bars_above_it(capsys):
+    def work():
+        for _ in tqdm(range(3), desc="outer"):
+            for i in tqdm(range(3), desc="inner", leave=False):
+                if i:
+                    raise ValueError("too bad")
+
+    assert cli.exit_code(work) == 2
+    err = capsys.readouterr().err
+    assert "outer:   0%" in err
+    assert err.endswith("\nerror: too bad\n")
+
+
+def test_help_says_every_default(capsys):
+    parser = cli.Parser("a program")
+    for name, options in {
+        "number": {"default": 8, "help": "of items"}, "several": {"default": [1, 2], "nargs": "+", "help": "of all"},
+        "named": {"default": 8, "help": "of others (default: eight)"}, "none": {"help": "of nobody"},
+        "on": {"action": argparse.BooleanOptionalAction, "default": True, "help": "of light"},
+        "off": {"action": "store_true", "help": "of dark"}, "bare": {"default": 8},
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{name}", **options)
+    lines = [" ".join(line.split()) for line in parser.format_help().splitlines()]
+    assert lines[-7:] == [
+        "--number TEXT of items (default: 8)",
+        "--several TEXT [TEXT ...] of all (default: 1 2)",
+        "--named TEXT of others (default: eight)",
+        "--none TEXT of nobody",
+        "--on, --no-on of light (default: on)",
+        "--off of dark",
+        "--bare TEXT",
+    ]
 
 
 def test_a_closed_stdout_is_no_error(checkpoint):

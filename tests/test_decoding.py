@@ -405,6 +405,41 @@ def test_on_a_gpu_decoding_never_waits_and_equals_eager(ours, rows):
     assert [list(row) for row in zip(*columns, strict=True)] == expected
 
 
+# --- what a person sees ----------------------------------------------------------------------------------------------
+
+
+def test_a_prefill_moves_a_bar_over_the_layers(ours, monkeypatch):
+    moved, closed = [], []
+
+    class Bar:
+        def __init__(self, total, desc, **options):
+            moved.append([total, desc, 0])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            closed.append(error[0])
+
+        def update(self):
+            moved[-1][2] += 1
+            return False  # as tqdm, where nothing was drawn
+
+    model, prompts = ours(rows=2), [prompt_of(9), prompt_of(4)]
+    expected = tokens_of(build_steps(model, GREEDY), prompts, 5)
+    monkeypatch.setattr(decoding, "tqdm", Bar)
+    steps, n = build_steps(model, GREEDY), len(model.layers)
+    assert tokens_of(steps, prompts, 5) == expected
+    assert moved == [[n, "reading 18 tokens", n]]
+    assert not any(layer._forward_hooks for layer in model.layers)
+    monkeypatch.setattr(model.layers[1], "forward", lambda *args: [][0])
+    with pytest.raises(IndexError):
+        tokens_of(steps, prompts, 5)
+    assert moved[1:] == [[n, "reading 18 tokens", 1]]
+    assert closed == [None, IndexError]
+    assert not any(layer._forward_hooks for layer in model.layers)
+
+
 # --- bounds ----------------------------------------------------------------------------------------------------------
 
 

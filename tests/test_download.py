@@ -76,6 +76,11 @@ def assert_error(result, *words):
     assert all(word in err for word in words), err
 
 
+@pytest.mark.parametrize("args", [[], [REPO, "--branch", "main"]])
+def test_flags_that_it_does_not_know_are_one_line(tmp_path, args):
+    assert_error(run(tmp_path, "http://127.0.0.1:9", *args), "--help lists the flags", *args[1:])
+
+
 def test_choose_files_prefers_one_set_of_weights():
     both = ["config.json", "adapter_model.safetensors", "consolidated.safetensors", "model.safetensors"]
     both += ["pytorch_model.bin", "original/consolidated.00.pth", "original/params.json", "onnx/model.onnx", "run.py"]

@@ -72,11 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_line.build_parser(__doc__)
     parser.set_defaults(device="cpu")
     add = parser.add_argument
-    add("--mode", choices=["bf16", "int8", "int4"], default="bf16", help="the weights (default: bf16)")
+    add("--mode", choices=["bf16", "int8", "int4"], default="bf16", help="the weights")
     counts = sorted({1, torch.get_num_threads()})
     add("--threads", type=int, nargs="+", default=counts, help="default: 1 and one a core")
-    add("--new_tokens", type=int, default=500, help="of a turn (default: 500)")
-    add("--repeats", type=int, default=9, help="turns of every case (default: 9)")
+    add("--new_tokens", type=int, default=500, help="of a turn")
+    add("--repeats", type=int, default=9, help="turns of every case")
     return parser
 
 

@@ -26,7 +26,7 @@ def build_parser(description: str) -> Parser:
     add = parser.add_argument
     add("--model", required=True, help="a preset of fast/families.py, such as tinyllama-1.1b")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile ours")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cpu or cuda:1")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")
     add("--json_path", type=Path, help="write the figures to this file too")
     return parser

@@ -101,9 +101,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt_lookup", action="store_true", help="draft by prompt lookup instead")
     add("--mode", choices=["none", "int8", "int4"], default="none", help="how the target is quantised")
     add("--accept", type=int, nargs="+", default=[2], help="how many drafts a step is forced to accept; one or several")
-    sizes = {"speculate_k": 5, "prompt_length": 64, "new_tokens": 33, "batch_size": 1, "repeats": 5}
-    for name, default in sizes.items():
-        add(f"--{name}", type=int, default=default)
+    add("--speculate_k", type=int, default=5, help="drafts per step")
+    add("--prompt_length", type=int, default=64, help="tokens before the first new one")
+    add("--new_tokens", type=int, default=33, help="of a run")
+    add("--batch_size", type=int, default=1, help="rows")
+    add("--repeats", type=int, default=5, help="runs of every case, which take turns")
     return parser
 
 

@@ -201,8 +201,8 @@ def build_parser() -> argparse.ArgumentParser:
     }
     for name, (default, text) in axes.items():
         add(f"--{name}", type=int, nargs="+", default=default, help=f"{text}; one or several")
-    for name, default in {"new_tokens": 32, "repeats": 5}.items():
-        add(f"--{name}", type=int, default=default)
+    add("--new_tokens", type=int, default=32, help="of a run")
+    add("--repeats", type=int, default=5, help="runs of every point, which take turns")
     add("--shapes", action="store_true", help="the single products of a decode step instead, --batch_size rows each")
     add("--startup", action="store_true", help="compile times and peak memory too, in fresh processes")
     add("--plot", type=Path, help="draw every prefill and decode under the device's roofline in this PNG")
