@@ -313,7 +313,8 @@ def report(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path, copied:
         print(f"  copied too  {', '.join(file.name for file in copied)}")
     if any((target.parent / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         script = os.path.relpath(Path(__file__).with_name("generate.py"))
-        print("next:", shlex.join(["python", script, "--compile", "--checkpoint_path", str(target)]))
+        path = target.absolute() if str(target).startswith("-") else target  # else it would be taken for a flag
+        print("next:", shlex.join(["python", script, "--compile", "--checkpoint_path", str(path)]))
 
 
 def main(argv: list[str] | None = None) -> int:

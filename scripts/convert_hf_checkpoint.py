@@ -53,7 +53,8 @@ def main() -> int:
 
     def work() -> None:
         target = convert(args.checkpoint_dir, DTYPES[args.dtype])
-        print(f"next: python generate.py --checkpoint_path {shlex.quote(str(target))}")
+        path = target.absolute() if str(target).startswith("-") else target  # else it would be taken for a flag
+        print(f"next: python generate.py --checkpoint_path {shlex.quote(str(path))}")
 
     return exit_code(work, stopped="stopped; nothing was written")
 

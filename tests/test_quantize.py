@@ -459,6 +459,13 @@ def test_the_next_command_works_as_printed(run, source, tmp_path, monkeypatch, c
         assert parameters.split() == ["parameters", "0.6", "M"]
 
 
+def test_the_next_command_names_a_file_that_looks_like_a_flag(run, source, monkeypatch):
+    monkeypatch.chdir(source)
+    code, out, err = run("--checkpoint_path", source, "--mode", "int8", "--output_path=-q.pth")
+    assert code == 0, err
+    assert out.splitlines()[-1].endswith(f" --checkpoint_path {source / '-q.pth'}")
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_files_of_another_model_beside_the_output_are_refused(fails, source, tmp_path, name):
     other = tmp_path / "other"
