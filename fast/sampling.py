@@ -90,8 +90,10 @@ class Sampling:
         The id is -1 where the largest logit is NaN or infinite; NaN counts as the largest.
         """
         if self.temperature == 0:
-            largest, ids = logits.float().max(dim=-1)
-            return torch.where(largest.isfinite(), ids, -1)
+            # Two reductions, which a compiled step divides among many cores; an argmax would keep to one.
+            largest, vocab_size = logits.amax(dim=-1, keepdim=True), logits.shape[-1]
+            ids = torch.where(logits == largest, torch.arange(vocab_size, device=logits.device), vocab_size)
+            return torch.where(largest[..., 0].isfinite(), ids.amin(dim=-1), -1)
         if self.top_k is None:
             return draw(self.probs(logits))
         # Draw among the likeliest alone: noise for the whole vocabulary would be wasted on ids that top-k rules out.
