@@ -110,6 +110,14 @@ def test_the_demo(card):
         assert (card.out / f"demo_{mode}.json.gz").stat().st_size > 0
 
 
+@pytest.mark.parametrize(
+    ("spans", "total"),
+    [([], 0), ([(5, 7), (0, 2)], 4), ([(0, 10), (2, 3), (9, 12)], 12), ([(0, 2), (2, 5), (0, 1)], 5)],
+)
+def test_the_gpu_is_busy_once_where_kernels_overlap(spans, total):
+    assert gpu_speed.covered(spans) == total
+
+
 def test_a_token_that_is_not_greedy_is_regretted(card):
     model = gpu_speed.load_model(gpu_speed.DEMO, "cpu", torch.float32)
     prompt = [5, 6, 7]

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import math
 import os
 import subprocess
 import sys
@@ -77,9 +78,18 @@ def trace_tokens(steps: Steps, prompts: list[list[int]], cached: int, path: Path
             next(tokens)
         synchronize()
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    microseconds = [event["dur"] for event in events if event.get("cat") == "kernel"]
+    spans = [(event["ts"], event["ts"] + event["dur"]) for event in events if event.get("cat") == "kernel"]
     graphs = sum(event.get("name") == "cudaGraphLaunch" for event in events)
-    return {"kernels": len(microseconds) / n, "busy_us": sum(microseconds) / n, "graphs": graphs / n}
+    return {"kernels": len(spans) / n, "busy_us": covered(spans) / n, "graphs": graphs / n}
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """The length of the union of these (start, end), which may overlap."""
+    total, until = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
 
 
 def regret(model: Transformer, prompt: list[int], tokens: list[int]) -> float:
