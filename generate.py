@@ -234,7 +234,8 @@ def run_batch(
     try:
         figures = run_rows(steps, rows, args.max_new_tokens, show, acceptance=acceptance)
     except ValueError:  # to be said on a line of its own
-        print(flush=True)
+        if printed:
+            print(flush=True)
         raise
     several = numbers is not None or args.num_samples > 1  # texts, on stdout with an empty line after each
     if numbers is None:

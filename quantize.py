@@ -30,6 +30,7 @@ from fast.cli import (
     INSTALL_LM_EVAL,
     Parser,
     add_model_flags,
+    as_argument,
     check_at_least,
     check_device,
     check_writable,
@@ -313,8 +314,7 @@ def report(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path, copied:
         print(f"  copied too  {', '.join(file.name for file in copied)}")
     if any((target.parent / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         script = os.path.relpath(Path(__file__).with_name("generate.py"))
-        path = target.absolute() if str(target).startswith("-") else target  # else it would be taken for a flag
-        print("next:", shlex.join(["python", script, "--compile", "--checkpoint_path", str(path)]))
+        print(f"next: python {shlex.quote(script)} --compile --checkpoint_path {as_argument(target)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -98,6 +99,11 @@ def say(*words: object) -> None:
     """Print on stderr: stdout is for results, which are written out first to keep the order."""
     print(end="", flush=True)
     print(*words, file=sys.stderr, flush=True)
+
+
+def as_argument(path: Path) -> str:
+    """`path`, quoted for a shell; in full if it would be taken for a flag."""
+    return shlex.quote(str(path.absolute() if str(path).startswith("-") else path))
 
 
 def set_threads(args: argparse.Namespace) -> None:

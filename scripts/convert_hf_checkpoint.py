@@ -7,7 +7,6 @@ converted too. The file gets its name only once it is complete.
 """
 
 import math
-import shlex
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fast.checkpoint import Stored, open_checkpoint, save_checkpoint
-from fast.cli import Parser, exit_code
+from fast.cli import Parser, as_argument, exit_code
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -53,8 +52,7 @@ def main() -> int:
 
     def work() -> None:
         target = convert(args.checkpoint_dir, DTYPES[args.dtype])
-        path = target.absolute() if str(target).startswith("-") else target  # else it would be taken for a flag
-        print(f"next: python generate.py --checkpoint_path {shlex.quote(str(path))}")
+        print(f"next: python generate.py --checkpoint_path {as_argument(target)}")
 
     return exit_code(work, stopped="stopped; nothing was written")
 

@@ -173,10 +173,8 @@ def attention_rows(card: Card, model: str, batch: int) -> Iterator[Row]:
         n_bytes = sum(x.nbytes for x in layers[0].kv_cache.buffers())
         predicted = card.step_seconds(n_bytes, COUNTED_ATTENTION)
         us = {label: total / len(layers) * 1e6 for label, total in seconds.items()}
-        more, what = (
-            {"us": us, "failed": failed, "bytes": n_bytes},
-            f"{model} attention, {batch} at {context}: {fastest}",
-        )
+        more = {"us": us, "failed": failed, "bytes": n_bytes}
+        what = f"{model} attention, {batch} at {context}: {fastest}"
         yield Row(what, "us", predicted and predicted * 1e6, us[fastest], False if failed else None, more)
 
 
