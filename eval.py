@@ -29,6 +29,7 @@ from fast.cli import (
     run_command,
     say,
     template_args,
+    warn_beyond,
 )
 from fast.compiling import set_compile_flags
 from fast.perplexity import perplexity
@@ -171,6 +172,8 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> dict[str, Any]:
         set_compile_flags(device)
     model, tokenizer = load(args.checkpoint_path, device, dtype, ranks)
     tokenizer.template_args = args.template_args
+    for flag, length in (("--window", args.window), ("--max_seq_length", args.max_seq_length)):
+        warn_beyond(flag, length or 0, model.args.context_length)
     found: dict[str, Any] = {}
     if args.perplexity:
         batch_size = parse_batch_size(args.batch_size)

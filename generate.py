@@ -33,6 +33,7 @@ from fast.cli import (
     run_command,
     say,
     template_args,
+    warn_beyond,
     write_json,
 )
 from fast.compiling import set_compile_flags
@@ -180,8 +181,6 @@ def set_up(
 
     Without `args.max_new_tokens` the texts may fill the caches.
     """
-    if draft is not None and room > draft.args.context_length:
-        raise ValueError(f"the draft model takes {draft.args.context_length} positions, fewer than {room}")
     spare, kv_dtype = SPARE if args.speculate_k else 0, resolve_kv_dtype(args)
     for part in (model, draft):
         if part is not None:
@@ -298,6 +297,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     torch.manual_seed(args.seed)
     models = [part for part in (model, draft) if part is not None]
     context = min(part.args.context_length for part in models)
+    warn_beyond("--max_seq_length", args.max_seq_length or 0, context)
     if args.interactive:
         room = args.max_seq_length or min(context, 4096)
         check_system(tokenizer, args.system, room)

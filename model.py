@@ -4,10 +4,10 @@
     model.setup_caches(max_batch_size=1, max_seq_length=2048)
     logits = model(idx, input_pos)
 
-One class covers Llama 1 to 3.3, CodeLlama, Mistral, Qwen 2, 2.5 and 3: they differ only in their configuration. The
-query, key and value projections are stacked into one matrix (`wqkv`), gate and up projections into another (`w13`):
-at batch size one a layer's time goes to kernel launches as well as to reading weights. Every shape is static, so that
-the decode step can be recorded as a CUDA graph; only `kv_pos`, the cache slots attention may read, grows with the text.
+One class covers Llama and the families that differ from it only in their configuration (docs/models.md). The query,
+key and value projections are stacked into one matrix (`wqkv`), gate and up projections into another (`w13`): at batch
+size one a layer's time goes to kernel launches as well as to reading weights. Every shape is static, so that the decode
+step can be recorded as a CUDA graph; only `kv_pos`, the cache slots attention may read, grows with the text.
 """
 
 import dataclasses
@@ -23,13 +23,20 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE frequencies are stretched to longer contexts: `linear` (Chen et al. 2023) or `llama3` (Llama 3.1)."""
+    """How RoPE frequencies are stretched to longer contexts.
+
+    type: `linear` (Chen et al. 2023), `llama3` (Llama 3.1), `yarn` (Peng et al. 2023), `longrope` (Ding et al. 2024).
+    """
 
     type: str
     factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    low_freq_factor: float = 1.0  # pairs that turn less often than this in the original context are stretched,
+    high_freq_factor: float = 4.0  # those that turn more often than this are kept, those in between are mixed
     original_context_length: int = 8192
+    attention_factor: float = 1.0  # of cosines and sines
+    truncate: bool = True  # yarn: mix from a whole pair to a whole pair
+    short_factors: tuple[float, ...] = ()  # longrope: a factor per pair, up to the original context length
+    long_factors: tuple[float, ...] = ()  # and beyond it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +60,27 @@ class ModelArgs:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm on every query and key head (Qwen 3)
     sliding_window: int | None = None  # a query sees this many keys, its own included
+    sliding_layers: tuple[int, ...] | None = None  # layers with that window, the others see all keys; None: all layers
+    unrotated_layers: tuple[int, ...] = ()  # layers without RoPE (Kazemnejad et al. 2023)
+    rotary_dim: int | None = None  # elements of a head that RoPE rotates; None: all
+    attention_scale: float | None = None  # of queries times keys; None: head_dim ** -0.5
+    embedding_scale: float = 1.0
+    logits_scale: float = 1.0
 
     def __post_init__(self):
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs of elements")
+        if self.rotary_dim is not None and self.rotary_dim % 2:
+            raise ValueError(f"rotary_dim {self.rotary_dim} must be even: RoPE rotates pairs of elements")
+
+    def of_layer(self, i: int) -> "ModelArgs":
+        """The arguments of a model whose layers are all as layer `i` of this one."""
+        slides = self.sliding_layers is None or i in self.sliding_layers
+        unrotated = {"rotary_dim": 0, "rope_scaling": None} if i in self.unrotated_layers else {}
+        window = self.sliding_window if slides else None
+        return dataclasses.replace(self, sliding_window=window, sliding_layers=None, unrotated_layers=(), **unrotated)
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ModelArgs":
@@ -72,21 +94,51 @@ class ModelArgs:
         return cls(**{**config, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
 
-def rope_table(args: ModelArgs, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the RoPE angles (Su et al. 2021), each float32 `[*positions.shape, head_dim // 2]`."""
-    exponents = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device=positions.device) / args.head_dim
-    freqs = 1.0 / args.rope_theta**exponents
-    scaling = args.rope_scaling
-    if scaling is not None and scaling.type == "linear":
-        freqs = freqs / scaling.factor
-    elif scaling is not None:
-        # Long wavelengths are stretched, short ones kept, those in between interpolated (Llama 3.1's reference code).
-        turns = scaling.original_context_length * freqs / (2 * math.pi)
-        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        kept = kept.clamp(0, 1)
-        freqs = freqs * kept + freqs / scaling.factor * (1 - kept)
-    angles = positions.float()[..., None] * freqs
-    return angles.cos(), angles.sin()
+def rope_frequencies(args: ModelArgs, length: int, device: torch.device) -> Tensor:
+    """The angle by which each pair turns from one position to the next, float32 `[rotary_dim / 2]`.
+
+    length: of the text, or of the cache that will hold it, which decides between longrope's factors.
+    """
+    rotary_dim, scaling = args.head_dim if args.rotary_dim is None else args.rotary_dim, args.rope_scaling
+    pairs = torch.arange(rotary_dim // 2, dtype=torch.float32, device=device)
+    freqs = 1.0 / args.rope_theta ** (2 * pairs / rotary_dim)
+    if scaling is None:
+        return freqs
+    if scaling.type == "linear":
+        return freqs / scaling.factor
+    if scaling.type == "longrope":
+        is_long = length > scaling.original_context_length
+        return freqs / torch.tensor(scaling.long_factors if is_long else scaling.short_factors, device=device)
+    # Pairs that turn slowly are stretched, fast ones kept, those in between mixed: by their turns or by their numbers.
+    low, high, original = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_context_length
+    if scaling.type == "llama3":
+        kept = (original * freqs / (2 * math.pi) - low) / (high - low)
+    else:
+        last, first = (
+            rotary_dim / 2 * math.log(original / (2 * math.pi * turns), args.rope_theta) for turns in (low, high)
+        )
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, rotary_dim - 1)
+        kept = 1 - (pairs - first) / max(last - first, 0.001)
+    kept = kept.clamp(0, 1)
+    return freqs * kept + freqs / scaling.factor * (1 - kept)
+
+
+def rope_table(args: ModelArgs, positions: Tensor, length: int = 0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the RoPE angles (Su et al. 2021), each float32 `[*positions.shape, head_dim / 2]`.
+
+    A pair that is not rotated has angle 0. `attention_scale` is part of the table: queries and keys are multiplied by
+    it, so scores, which attention multiplies by head_dim ** -0.5, by its square. length: as for `rope_frequencies`.
+    """
+    freqs = rope_frequencies(args, length, positions.device)
+    sizes = torch.full_like(freqs, 1.0 if args.rope_scaling is None else args.rope_scaling.attention_factor)
+    unrotated = (0, args.head_dim // 2 - len(freqs))
+    angles = positions.float()[..., None] * F.pad(freqs, unrotated)
+    sizes = F.pad(sizes, unrotated, value=1.0)
+    if args.attention_scale is not None:
+        sizes = sizes * (args.attention_scale * args.head_dim**0.5) ** 0.5
+    return angles.cos() * sizes, angles.sin() * sizes
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -129,6 +181,10 @@ class Embedding(nn.Embedding):
     collective: Callable[[Tensor], Tensor] | None = None
     first_id: int | None = None  # the first id of this rank's share; None: the whole vocabulary is here
 
+    def __init__(self, n_ids: int, dim: int, scale: float = 1.0):
+        super().__init__(n_ids, dim)
+        self.scale = scale
+
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:  # random numbers on `meta` would import the compiler, which takes a second
             super().reset_parameters()
@@ -140,6 +196,7 @@ class Embedding(nn.Embedding):
             row = idx - self.first_id
             ours = (row >= 0) & (row < self.num_embeddings)
             y = super().forward(row.where(ours, 0)) * ours[..., None]
+        y = y if self.scale == 1.0 else y * self.scale
         return y if self.collective is None else self.collective(y)
 
 
@@ -322,8 +379,11 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.tok_embeddings = Embedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
+        self.tok_embeddings = Embedding(args.vocab_size, args.dim, args.embedding_scale)
+        layers = [args.of_layer(i) for i in range(args.n_layers)]
+        self.layers = nn.ModuleList(map(TransformerBlock, layers))
+        self.kinds = list(dict.fromkeys(layers))  # layers of one kind share a RoPE table and a mask
+        self.kind_of_layer = [self.kinds.index(layer) for layer in layers]
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size, False, Sharding(collective="gather"))
         if args.tie_embeddings:
@@ -338,13 +398,10 @@ class Transformer(nn.Module):
 
         spare: extra slots at the end, for draft tokens that may be rejected (speculative decoding).
         kv_dtype: one of KV_DTYPES to quantise the cache. None: the dtype of the weights.
-        Raises ValueError for a size below 1, or for more positions than the model's `context_length`.
+        Raises ValueError for a size below 1. More positions than `context_length` are the caller's to answer for.
         """
-        if max_batch_size < 1 or not 1 <= max_seq_length <= self.args.context_length:
-            raise ValueError(
-                f"a cache of {max_batch_size} x {max_seq_length} positions does not fit: "
-                f"this model takes at least 1 row and 1 to {self.args.context_length} positions"
-            )
+        if max_batch_size < 1 or max_seq_length < 1:
+            raise ValueError(f"a cache of {max_batch_size} x {max_seq_length} positions: it needs at least 1 x 1")
         self.max_batch_size, self.max_seq_length = max_batch_size, max_seq_length
         weight = self.tok_embeddings.weight
         # The last slot is never used: a contiguous `cache[:, :, :n]` would make torch.compile build a second graph.
@@ -353,10 +410,10 @@ class Transformer(nn.Module):
         for layer in self.layers:
             layer.attention.kv_cache = self.new_cache(shape, weight.device, kv_dtype or weight.dtype)
         slots = torch.arange(max_seq_length + spare, device=weight.device)
-        cos, sin = rope_table(self.args, slots)
+        cos, sin = zip(*(rope_table(kind, slots, max_seq_length) for kind in self.kinds), strict=True)
         self.register_buffer("slots", slots, persistent=False)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("cos", torch.stack(cos), persistent=False)  # [kinds, slots, head_dim / 2]
+        self.register_buffer("sin", torch.stack(sin), persistent=False)
 
     def forward(
         self,
@@ -379,22 +436,23 @@ class Transformer(nn.Module):
         if input_pos is None:
             kv_pos = torch.arange(S, device=idx.device)
             positions = kv_pos.expand(B, S)
-            cos, sin = rope_table(self.args, positions)
+            tables = [rope_table(kind, positions, S) for kind in self.kinds]
         else:
             if kv_pos is None:
                 n_slots = self._check_positions(idx, input_pos)
                 kv_pos = self.slots[:n_slots]
             positions = input_pos.expand(B, S)
-            cos, sin = self.cos[positions], self.sin[positions]
+            tables = [(cos[positions], sin[positions]) for cos, sin in zip(self.cos, self.sin, strict=True)]
         n_slots = kv_pos.shape[0]  # read before the loop, or torch.compile would compile every layer separately
-        mask = attention_mask(self.args, positions, kv_pos)
+        masks = [attention_mask(kind, positions, kv_pos) for kind in self.kinds]
         x = self.tok_embeddings(idx)
         cached_at = None if input_pos is None else positions
-        for layer in self.layers:
-            x = layer(x, cos, sin, cached_at, n_slots, mask)
+        for layer, kind in zip(self.layers, self.kind_of_layer, strict=True):
+            x = layer(x, *tables[kind], cached_at, n_slots, masks[kind])
         if logits_at is not None:
             x = x.gather(1, logits_at[:, :, None].expand(-1, -1, x.shape[-1]))
-        return self.output(self.norm(x))
+        logits = self.output(self.norm(x))
+        return logits if self.args.logits_scale == 1.0 else logits * self.args.logits_scale
 
     def _check_positions(self, idx: Tensor, input_pos: Tensor) -> int:
         """The number of cache slots in use once `input_pos` is stored; ValueError if it does not fit the cache."""

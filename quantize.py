@@ -40,6 +40,7 @@ from fast.cli import (
     replacing,
     say,
     set_threads,
+    warn_beyond,
 )
 from fast.gptq import check_finite, gptq_linears, read_weight
 from fast.metrics import count_parameters
@@ -269,14 +270,12 @@ def describe(scheme: dict[str, Any]) -> str:
 def calibrate(args: argparse.Namespace, model_args: ModelArgs, text: str | None) -> list[list[int]]:
     """The calibration text, or the documents of the tasks that the flags name, as token ids."""
     length = args.calibration_seq_length or min(2048, model_args.context_length)
-    if length > model_args.context_length:
-        raise ValueError(
-            f"--calibration_seq_length {length}: this model takes at most {model_args.context_length} tokens"
-        )
     tokenizer = load_tokenizer(args.checkpoint_path, model_args.vocab_size)
     texts = task_documents(args.calibration_tasks) if text is None else [text]
     widest = max(model_args.hidden_dim, model_args.dim, model_args.n_heads * model_args.head_dim)
-    return calibration_chunks(texts, tokenizer, length, args.calibration_limit, widest)
+    chunks = calibration_chunks(texts, tokenizer, length, args.calibration_limit, widest)
+    warn_beyond("--calibration_seq_length", length, model_args.context_length)
+    return chunks
 
 
 def run(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -180,7 +181,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         if content.get("format") != FORMAT or not content.keys() >= {"config", "quantization", "model"}:
             raise ValueError(f"{path}: not a checkpoint in this project's format {FORMAT}, and no directory of another")
         args, quantization = ModelArgs.from_dict(content["config"]), content["quantization"]
-        return _match(path, args, quantization, _parts(_tensors(path, content["model"])), {})
+        return _match(path, args, quantization, _parts(_tensors(path, content["model"])), families.OURS)
     config = _read_json(path / "config.json") if (path / "config.json").exists() else None
     if files := _hf_files(path):
         if config is None:
@@ -188,9 +189,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         parts = _read_hf(files)
         if any(name.endswith(".qweight") for name in parts):  # older directories do not say it in config.json
             config = {"quantization_config": {"quant_method": "gptq or awq"}, **config}
-        return _match(path, families.args_from_hf(config), None, parts, families.family_of(config).modules)
+        return _match(path, families.args_from_hf(config), None, parts, families.family_of(config).naming)
     args, parts = _read_meta(path, config)
-    return _match(path, args, None, parts, families.META_MODULES)
+    return _match(path, args, None, parts, families.META)
 
 
 def save_checkpoint(
@@ -281,15 +282,22 @@ def _share_of_skeleton(checkpoint: Checkpoint, world_size: int) -> Transformer:
 
 
 def _match(
-    path: Path, args: ModelArgs, quantization: dict | None, parts: dict[str, Part], modules: dict[str, tuple[str, ...]]
+    path: Path, args: ModelArgs, quantization: dict | None, parts: dict[str, Part], naming: families.Naming
 ) -> Checkpoint:
     """Find the parts of every tensor of the model; ValueError lists, by the file's names, those that do not fit."""
+    modules = naming.modules
+    head, table = (modules.get(name, (name,))[0] + ".weight" for name in ("output", "tok_embeddings"))
+    # As transformers does: an output projection of its own is used, even if the configuration says that it is tied.
+    if args.tie_embeddings and quantization is None and parts.keys() >= {head, table}:
+        is_tied = parts[head].shape == parts[table].shape and parts[head].read().equal(parts[table].read())
+        args = dataclasses.replace(args, tie_embeddings=is_tied)
+    order = None if naming is families.OURS else families.head_order(args, naming.interleaved)
     model = _skeleton(args, quantization)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    ignored = IGNORED_TENSORS
+    ignored = IGNORED_TENSORS + naming.left_out
     if model.output.weight is model.tok_embeddings.weight:  # a quantised output projection is no longer tied
         del expected["output.weight"]
-        ignored += (modules.get("output", ("output",))[0] + ".weight",)
+        ignored += (head,)
     matched, missing, wrong = {}, [], []
     unexpected = {name for name in parts if not any(fnmatch(name, pattern) for pattern in ignored)}
     for name, (n_rows, *width) in expected.items():
@@ -303,16 +311,37 @@ def _match(
             elif parts[part].shape != shape:
                 wrong.append(f"{part} is {list(parts[part].shape)}, expected {list(shape)}")
         unexpected.difference_update(theirs)
-        matched[name] = Stored((n_rows, *width), tuple(parts[part] for part in theirs if part in parts))
-    found = {
+        found = [parts[part] for part in theirs if part in parts]
+        if order and template.endswith("wqkv"):
+            found = _reordered(found, order, (args.n_heads + args.n_kv_heads) * args.head_dim)
+        matched[name] = Stored((n_rows, *width), tuple(found))
+    problems = {
         "missing tensors": missing,
         "unexpected tensors": [f"{name} {list(parts[name].shape)}" for name in sorted(unexpected)],
         "wrongly shaped tensors": wrong,
     }
-    if any(found.values()):
-        lines = [f"{kind}: {_listing(names)}" for kind, names in found.items() if names]
+    if any(problems.values()):
+        lines = [f"{kind}: {_listing(names)}" for kind, names in problems.items() if names]
         raise ValueError(f"{path}: {'; '.join(lines)}")
+    if left_out := [name for name in parts if any(fnmatch(name, pattern) for pattern in naming.left_out)]:
+        print(f"{path}: only its language model is used; left out: {_listing(left_out, 1)}", file=sys.stderr)
     return Checkpoint(args, quantization, matched)
+
+
+def _reordered(parts: list[Part], order: list[int], n_rows: int) -> list[Part]:
+    """The `parts` with the elements of each head, in their first `n_rows` rows together, in the given order."""
+
+    def read(part: Part, n: int) -> Tensor:
+        rows = part.read()
+        heads = rows[:n].unflatten(0, (-1, len(order)))[:, order]
+        return torch.cat((heads.flatten(0, 1), rows[n:]))
+
+    result = []
+    for part in parts:
+        n = min(max(n_rows, 0), part.shape[0])
+        result.append(dataclasses.replace(part, read=partial(read, part, n)) if n else part)
+        n_rows -= part.shape[0]
+    return result
 
 
 def _listing(names: list[str], limit: int = 8) -> str:
@@ -364,7 +393,7 @@ def _read_hf(files: list[Path]) -> dict[str, Part]:
 
 
 def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, dict[str, Part]]:
-    """Arguments and tensors of Meta's own files: model-parallel shards are joined, query and key rows reordered."""
+    """Arguments and tensors of Meta's own files, whose model-parallel shards are joined."""
     origin, files = _meta_folder(folder), weight_files(folder)
     if not files:
         held = ((sorted(file.name for file in folder.glob(pattern)), kind) for pattern, kind in FOREIGN_FILES.items())
@@ -384,18 +413,10 @@ def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, 
         if dim is not None:
             shape[dim] = sum(shard[name].shape[dim] for shard in shards)
         pieces = [shard[name] for shard in shards] if dim is not None else [first]
-        pair_dim = families.meta_head_dim(params) if name.endswith((".wq.weight", ".wk.weight")) else None
-        parts[name] = Part(tuple(shape), first.dtype, partial(_join, pieces, dim, pair_dim))
+        read = pieces[0].detach if len(pieces) == 1 else partial(torch.cat, pieces, dim)
+        parts[name] = Part(tuple(shape), first.dtype, read)
     shapes = {name: part.shape for name, part in parts.items()}
     return families.args_from_hf(config) if config else families.args_from_meta(params, shapes), parts
-
-
-def _join(shards: list[Tensor], dim: int | None, head_dim: int | None) -> Tensor:
-    """Join a tensor's shards; with `head_dim`, reorder its rows from interleaved RoPE pairs (Meta) to halves (ours)."""
-    whole = torch.cat(shards, dim) if len(shards) > 1 else shards[0]
-    if head_dim is not None:
-        whole = whole.view(-1, head_dim // 2, 2, whole.shape[1]).transpose(1, 2).reshape(whole.shape)
-    return whole
 
 
 def _tensors(path: Path, content: Any = None) -> dict[str, Tensor]:

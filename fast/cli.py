@@ -101,6 +101,12 @@ def say(*words: object) -> None:
     print(*words, file=sys.stderr, flush=True)
 
 
+def warn_beyond(flag: str, length: int, context_length: int) -> None:
+    """Say so where the user asks for more positions than the model's configuration vouches for."""
+    if length > context_length:
+        say(f"{flag} {length}: the model's configuration vouches for {context_length} positions")
+
+
 def as_argument(path: Path) -> str:
     """`path`, quoted for a shell; in full if it would be taken for a flag."""
     return shlex.quote(str(path.absolute() if str(path).startswith("-") else path))
@@ -176,16 +182,10 @@ def _is_fetched(folder: Path) -> bool:
 
 
 def _fetch(repo_id: str) -> None:
-    from scripts.download import download, explain  # imports huggingface_hub
+    from scripts.download import download  # imports huggingface_hub
 
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            download(repo_id, ROOT / "checkpoints")
-    except Exception as error:
-        message = explain(error, repo_id, None)
-        if message is None:
-            raise
-        raise OSError(message) from error
+    with contextlib.redirect_stdout(sys.stderr):
+        download(repo_id, ROOT / "checkpoints")
 
 
 def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> tuple[Transformer, Tokenizer]:

@@ -1,12 +1,13 @@
-"""Model families as data: what their configuration files mean, how they name their tensors, the shapes of known models.
+"""Model families as data: what their configuration files mean, and how they name their tensors.
 
     args = args_from_hf(json.load(open("config.json")))
-    args = preset("llama-2-7b")
 
 Adding a family that this Transformer can compute is one entry in `FAMILIES`; `docs/extending.md` shows how.
 """
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,51 +43,227 @@ def hf_weights(model: Transformer) -> dict[str, Tensor]:
     return found
 
 
+# Field of ModelArgs -> its key in config.json, for what a number or a switch says alone.
+HF_KEYS: dict[str, str] = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "qkv_bias": "attention_bias",
+    "out_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+}
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How files name and arrange the tensors of a model.
+
+    modules: our module -> theirs, as `HF_MODULES`; modules that are not listed have the same name as ours.
+    interleaved: RoPE rotates the elements 2i and 2i + 1 of a head; loading reorders the rows of queries and keys.
+    left_out: patterns of tensors that are no part of the language model.
+    """
+
+    modules: dict[str, tuple[str, ...]]
+    interleaved: bool = False
+    left_out: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Family:
     """An architecture of Hugging Face transformers.
 
+    model_type: its name in a config.json without `architectures`.
     assumed: the defaults of its configuration class, for keys that config.json does not have.
     fixed: fields of `ModelArgs` that its code fixes, whatever config.json says.
+    keys: where its keys are not those of `HF_KEYS`.
     window_switch: the key that must be set for its code to use `sliding_window`; None: it never does.
-    modules: the names of its tensors, as `HF_MODULES`.
+    partial_rotary: whether its code heeds `partial_rotary_factor`. rope_types: its own names for types of RoPE.
+    particular: further fields of `ModelArgs`, from config.json and the fields that are read already.
+    text_model: the `model_type` of its `text_config`, which describes the language model of one that sees, too.
+    naming: the names of its tensors.
     """
 
+    model_type: str
     assumed: dict[str, Any]
     fixed: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
     window_switch: str | None = None
-    modules: dict[str, tuple[str, ...]] = field(default_factory=lambda: HF_MODULES)
+    partial_rotary: bool = False
+    rope_types: dict[str, str] = field(default_factory=dict)
+    particular: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
+    text_model: str | None = None
+    naming: Naming = field(default_factory=lambda: Naming(HF_MODULES))
+
+
+def _smollm3(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
+    interval = _read(config, "no_rope_layer_interval", int)
+    rotated = config.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(args["n_layers"])]
+    if not isinstance(rotated, list) or len(rotated) != args["n_layers"]:
+        raise ValueError(f"config.json: no_rope_layers is {rotated!r}; expected {args['n_layers']} of 1 and 0")
+    unrotated = tuple(i for i, rotates in enumerate(rotated) if not rotates)
+    slides = args.get("sliding_window") and config.get("layer_types") is None
+    return {"unrotated_layers": unrotated, **({"sliding_layers": unrotated} if slides else {})}
+
+
+def _granite(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
+    """`x + m f(norm(x))` is `m (y + f(norm'(y)))` for y = x / m, where norm' has its eps divided by the square of m.
+
+    So the residual multiplier m goes into two numbers; the last norm takes it out again.
+    """
+    residual = _read(config, "residual_multiplier", float)
+    return {
+        "attention_scale": _read(config, "attention_multiplier", float),
+        "embedding_scale": _read(config, "embedding_multiplier", float) / residual,
+        "logits_scale": 1 / _read(config, "logits_scaling", float),
+        "norm_eps": args["norm_eps"] / residual**2,
+    }
+
+
+def _granite_hybrid(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
+    if config["num_local_experts"] or not config.get("layer_types"):  # its default are layers without attention
+        raise ValueError("config.json: layers with experts (num_local_experts) or without attention are not supported")
+    rotates = config.get("position_embedding_type") == "rope"
+    return {**_granite(config, args), **({} if rotates else {"rotary_dim": 0})}
+
+
+def _renamed(changes: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """`HF_MODULES` with the parts of names in `changes` replaced."""
+
+    def rename(name: str) -> str:
+        for old, new in changes.items():
+            name = name.replace(old, new)
+        return name
+
+    return {ours: tuple(dict.fromkeys(map(rename, theirs))) for ours, theirs in HF_MODULES.items()}
 
 
 _QWEN = {
     "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096,
     "max_window_layers": 28,
 }  # fmt: skip
+_MISTRAL = {
+    "rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8,
+}  # fmt: skip
+_GRANITE = {
+    "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_multiplier": 1.0, "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0, "logits_scaling": 1.0,
+}  # fmt: skip
+_NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
 
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family({"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}),
-    "MistralForCausalLM": Family(
-        {
-            "rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8,
-        },
+    "LlamaForCausalLM": Family("llama", {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}),
+    "MistralForCausalLM": Family("mistral", _MISTRAL, _NO_BIAS, window_switch="sliding_window"),
+    "MinistralForCausalLM": Family("ministral", _MISTRAL, _NO_BIAS, window_switch="sliding_window"),
+    "Mistral3ForConditionalGeneration": Family(
+        "mistral3",
+        {**_MISTRAL, "tie_word_embeddings": True},
+        _NO_BIAS,
         window_switch="sliding_window",
+        text_model="mistral",
+        naming=Naming(
+            _renamed({"model.": "language_model.model.", "lm_head": "language_model.lm_head"}),
+            left_out=("vision_tower.*", "multi_modal_projector.*"),
+        ),
     ),
-    "Qwen2ForCausalLM": Family(_QWEN, {"qkv_bias": True, "out_bias": False}, "use_sliding_window"),
-    "Qwen3ForCausalLM": Family({**_QWEN, "head_dim": 128}, {"qk_norm": True}, "use_sliding_window"),
+    "Qwen2ForCausalLM": Family(
+        "qwen2", _QWEN, {"qkv_bias": True, "out_bias": False, "mlp_bias": False}, window_switch="use_sliding_window"
+    ),
+    "Qwen3ForCausalLM": Family(
+        "qwen3",
+        {**_QWEN, "head_dim": 128},
+        {"qk_norm": True, "mlp_bias": False},
+        window_switch="use_sliding_window",
+    ),
+    "Phi3ForCausalLM": Family(
+        "phi3",
+        {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+        _NO_BIAS,
+        window_switch="sliding_window",
+        partial_rotary=True,
+        rope_types={"su": "longrope", "yarn": "longrope"},
+        naming=Naming(
+            _renamed(
+                {
+                    ".q_proj": ".qkv_proj", ".k_proj": ".qkv_proj", ".v_proj": ".qkv_proj",
+                    ".gate_proj": ".gate_up_proj", ".up_proj": ".gate_up_proj",
+                }
+            )
+        ),
+    ),
+    "SmolLM3ForCausalLM": Family(
+        "smollm3",
+        {
+            "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6,
+            "tie_word_embeddings": True, "no_rope_layer_interval": 4,
+        },
+        window_switch="use_sliding_window",
+        particular=_smollm3,
+    ),
+    "GraniteForCausalLM": Family("granite", _GRANITE, particular=_granite),
+    "GraniteMoeHybridForCausalLM": Family(
+        "granitemoehybrid",
+        {**_GRANITE, "num_local_experts": 8, "shared_intermediate_size": 1024},
+        {"mlp_bias": False},
+        {"hidden_dim": "shared_intermediate_size"},
+        particular=_granite_hybrid,
+        naming=Naming(
+            _renamed(
+                {
+                    "mlp.": "shared_mlp.", "gate_proj": "input_linear", "up_proj": "input_linear",
+                    "down_proj": "output_linear",
+                }
+            )
+        ),
+    ),
+    "SeedOssForCausalLM": Family(
+        "seed_oss",
+        {
+            "rms_norm_eps": 1e-6, "max_position_embeddings": 524288, "num_key_value_heads": 8, "head_dim": 128,
+            "attention_bias": True,
+        },
+        keys={"out_bias": "attention_out_bias"},
+    ),
+    "Ernie4_5ForCausalLM": Family(
+        "ernie4_5",
+        {
+            "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "num_key_value_heads": 2, "head_dim": 128,
+            "rope_theta": 5e5, "tie_word_embeddings": True,
+        },
+        keys=dict.fromkeys(_NO_BIAS, "use_bias"),
+        naming=Naming(HF_MODULES, interleaved=True),
+    ),
+    "HeliumForCausalLM": Family(
+        "helium",
+        {
+            "rms_norm_eps": 1e-8, "max_position_embeddings": 4096, "num_key_value_heads": 20, "head_dim": 128,
+            "rope_theta": 1e5,
+        },
+        {"out_bias": False},
+        naming=Naming(HF_MODULES, interleaved=True),
+    ),
 }  # fmt: skip
-REQUIRED_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-SUPPORTED_VALUES: dict[str, tuple] = {
-    "hidden_act": ("silu", "swish"),
-    "partial_rotary_factor": (1.0, None),
-}
+ALIASES = {"LLaMAForCausalLM": "LlamaForCausalLM"}  # in directories of 2023
+NULL_IS_A_VALUE = ("num_key_value_heads", "head_dim", "sliding_window")  # elsewhere null is as good as absent
+LAYER_TYPES = ("full_attention", "attention", "sliding_attention")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def family_of(config: dict[str, Any]) -> Family:
     """The family that `config.json` names. Raises ValueError for one that this Transformer does not compute."""
-    architecture = (config.get("architectures") or [None])[0]
-    if architecture not in FAMILIES:
-        raise ValueError(f"architecture {architecture!r} is not supported; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[architecture]
+    by_type = {family.model_type: name for name, family in FAMILIES.items()}
+    model_type = str(config.get("model_type"))
+    names = config.get("architectures") or [by_type.get(model_type, model_type)]
+    name = ALIASES.get(str(names[0]), names[0]) if isinstance(names, list) else names
+    if name not in FAMILIES:
+        raise ValueError(f"architecture {name!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
 
 
 def args_from_hf(config: dict[str, Any]) -> ModelArgs:
@@ -96,73 +273,164 @@ def args_from_hf(config: dict[str, Any]) -> ModelArgs:
     Raises ValueError for an architecture or a setting that this Transformer does not compute.
     """
     if quantized := config.get("quantization_config"):
-        method = quantized.get("quant_method", "in a way it does not name")
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         remedy = "give the unquantised model; quantize.py makes int8 or int4 of it"
         raise ValueError(f"these weights are quantised already ({method}): {remedy}")
     family = family_of(config)
-    config = {**family.assumed, **config}
-    missing = [key for key in REQUIRED_KEYS if config.get(key) is None]
-    if missing:
-        raise ValueError(f"config.json has no {', '.join(missing)}")
-    for key, supported in SUPPORTED_VALUES.items():
-        if config.get(key, supported[0]) not in supported:
-            raise ValueError(f"config.json: {key} {config[key]!r} is not supported; supported: {supported}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    n_heads = config["num_attention_heads"]
-    args = {
-        "dim": config["hidden_size"],
-        "n_layers": config["num_hidden_layers"],
-        "n_heads": n_heads,
-        "n_kv_heads": config.get("num_key_value_heads") or n_heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // n_heads,
-        "hidden_dim": config["intermediate_size"],
-        "vocab_size": config["vocab_size"],
-        "context_length": config["max_position_embeddings"],
-        "norm_eps": config["rms_norm_eps"],
-        "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        "rope_scaling": _rope_scaling(rope, config["max_position_embeddings"]),
-        "tie_embeddings": bool(config.get("tie_word_embeddings")),
-        "qkv_bias": bool(config.get("attention_bias")),
-        "out_bias": bool(config.get("attention_bias")),
-        "mlp_bias": bool(config.get("mlp_bias")),
-        "sliding_window": _sliding_window(config, family.window_switch),
-    }
+    if family.text_model:
+        config = _text_config(config, family.text_model)
+    given = {key: value for key, value in config.items() if value is not None or key in NULL_IS_A_VALUE}
+    config = {**family.assumed, **given}
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; supported: silu, swish")
+    kinds = {field.name: field.type for field in fields(ModelArgs)}
+    args: dict[str, Any] = {}
+    for name, key in {**HF_KEYS, **family.keys}.items():
+        default = False if kinds[name] is bool else None
+        if name in ("n_kv_heads", "head_dim"):
+            default = args["n_heads"] if name == "n_kv_heads" else args["dim"] // args["n_heads"]
+        args[name] = _read(config, key, kinds[name], default)
+    args |= _rope(config, family, args["head_dim"], args["context_length"])
+    args |= _windows(config, family.window_switch, args["n_layers"])
+    if family.particular:
+        args |= family.particular(config, args)
     return ModelArgs(**{**args, **family.fixed})
 
 
-def _rope_scaling(rope: dict[str, Any], context_length: int) -> RopeScaling | None:
+def _read(config: dict[str, Any], key: str, kind: type, default: Any = None, above: int = 0) -> Any:
+    """`config[key]`, a finite number above `above` or a bool, as `kind` says; `default` if it is absent or null.
+
+    Raises ValueError for any other value, or without a value and a default.
+    """
+    value = default if config.get(key) is None else config[key]
+    if value is None:
+        raise ValueError(f"config.json has no {key}")
+    if kind is bool:
+        fits, wanted = isinstance(value, bool), "true or false"
+    else:
+        fits = isinstance(value, (int, kind)) and not isinstance(value, bool) and above < value < math.inf
+        wanted = f"a {'whole ' if kind is int else ''}number above {above}"
+    if not fits:
+        raise ValueError(f"config.json: {key} is {value!r}; expected {wanted}")
+    return kind(value)
+
+
+def _text_config(config: dict[str, Any], model_type: str) -> dict[str, Any]:
+    """The configuration of the language model in that of one that also sees."""
+    inner = config.get("text_config")
+    if not isinstance(inner, dict) or inner.get("model_type", model_type) != model_type:
+        found = inner.get("model_type") if isinstance(inner, dict) else inner
+        raise ValueError(f"config.json: text_config of {found!r} is not supported; supported: {model_type}")
+    outer = {key: config[key] for key in ("tie_word_embeddings",) if key in config}  # the outer one applies
+    return {**inner, **outer}
+
+
+def _rope(config: dict[str, Any], family: Family, head_dim: int, context_length: int) -> dict[str, Any]:
+    """What transformers 4 calls `rope_scaling` and 5 `rope_parameters`, as fields of `ModelArgs`."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope_scaling is {rope!r}; expected an object with rope_type and factor")
+    if nested := {key: value for key, value in rope.items() if isinstance(value, dict)}:  # for every type of layer
+        used = [value for key, value in nested.items() if key in (config.get("layer_types") or nested)]
+        if not used or any(value != used[0] for value in used):
+            raise ValueError(f"config.json: RoPE that differs among layers ({', '.join(nested)}) is not supported")
+        rope = used[0]
+    # What stands beside the object applies where it is silent, but for the original length, as in transformers.
+    beside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    outer = {key: config[key] for key in beside if config.get(key) is not None}
+    rope = {**outer, **rope, **{key: outer[key] for key in beside[2:] if key in outer}}
+    share = _read(rope, "partial_rotary_factor", float, 1.0)
+    if share > 1 or (share < 1 and not family.partial_rotary):
+        raise ValueError(f"config.json: partial_rotary_factor {share} is not supported")
+    rotary_dim = int(head_dim * share)
+    scaling = _rope_scaling(rope, context_length, family.rope_types, rotary_dim // 2)
+    if scaling and scaling.type == "yarn":
+        context_length = max(context_length, int(scaling.factor * scaling.original_context_length))
+    return {
+        "rope_theta": _read(rope, "rope_theta", float, 10000.0, above=1),
+        "rope_scaling": scaling,
+        "rotary_dim": None if share == 1 else rotary_dim,
+        "context_length": context_length,
+    }
+
+
+def _rope_scaling(rope: dict[str, Any], context_length: int, names: dict[str, str], n_pairs: int) -> RopeScaling | None:
+    """`names`: the family's own for types of RoPE. Defaults are those of transformers' modeling_rope_utils.py."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if rope.get("partial_rotary_factor") not in (None, 1.0):
-        raise ValueError(f"config.json: partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
+    kind = names.get(str(kind), kind)
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     if kind == "default":
         return None
-    if kind not in ("linear", "llama3"):
-        raise ValueError(f"config.json: rope type {kind!r} is not supported; supported: default, linear, llama3")
+    original = _read(rope, "original_max_position_embeddings", int, context_length, above=1)
+    factor = _read(rope, "factor", float, context_length / original if kind in ("yarn", "longrope") else None)
     if kind == "linear":
-        return RopeScaling("linear", float(rope["factor"]))
-    original = rope.get("original_max_position_embeddings") or context_length
-    factors = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    return RopeScaling("llama3", *factors, original)
+        return RopeScaling("linear", factor)
+    if kind == "llama3":
+        turns = [_read(rope, key, float) for key in ("low_freq_factor", "high_freq_factor")]
+        return RopeScaling("llama3", factor, *turns, original)
+    log = math.log(max(factor, 1.0))
+    if kind == "longrope":
+        attention = _read(rope, "attention_factor", float, math.sqrt(1 + log / math.log(original)))
+        factors = {f"{which}s": _read_numbers(rope, which, n_pairs) for which in ("short_factor", "long_factor")}
+        return RopeScaling(kind, factor, 1.0, 4.0, original, attention, **factors)
+    over, under = (_read(rope, key, float, 0.0, above=-1) for key in ("mscale", "mscale_all_dim"))
+    attention = (0.1 * over * log + 1) / (0.1 * under * log + 1) if over and under else 0.1 * log + 1
+    attention = _read(rope, "attention_factor", float, attention)
+    turns = _read(rope, "beta_slow", float, 1.0), _read(rope, "beta_fast", float, 32.0)
+    return RopeScaling(kind, factor, *turns, original, attention, _read(rope, "truncate", bool, True))
 
 
-def _sliding_window(config: dict[str, Any], switch: str | None) -> int | None:
-    window = config.get("sliding_window") if switch and config.get(switch) else None
-    layer_types = set(config.get("layer_types") or [])
-    unknown = layer_types - {"full_attention", "sliding_attention"}
-    first_window_layer = config.get("max_window_layers", 0) if window and not layer_types else 0
-    if unknown or len(layer_types) > 1 or 0 < first_window_layer < config["num_hidden_layers"]:
-        raise ValueError(f"config.json: layers of several attention types {sorted(layer_types)} are not supported")
-    no_layer_slides = layer_types == {"full_attention"} or first_window_layer >= config["num_hidden_layers"]
-    return None if no_layer_slides else window
+def _read_numbers(config: dict[str, Any], key: str, n: int) -> tuple[float, ...]:
+    values = config.get(key)
+    if not isinstance(values, list) or len(values) != n:
+        found = f"{len(values)} numbers" if isinstance(values, list) else repr(values)
+        raise ValueError(f"config.json: {key} is {found}; expected {n} numbers, one for each pair that RoPE rotates")
+    return tuple(_read({key: value}, key, float) for value in values)
+
+
+def _windows(config: dict[str, Any], switch: str | None, n_layers: int) -> dict[str, Any]:
+    """The sliding window and the layers that have it."""
+    types = config.get("layer_types")
+    if types is None:
+        n_full = min(n_layers, _read(config, "max_window_layers", int, 0, above=-1))  # the first layers of a Qwen
+        types = ["full_attention"] * n_full + ["sliding_attention"] * (n_layers - n_full)
+    if not isinstance(types, list) or len(types) != n_layers:
+        raise ValueError(f"config.json: layer_types is {types!r}; expected a list of {n_layers}, one per layer")
+    if unknown := [kind for kind in types if kind not in LAYER_TYPES]:
+        raise ValueError(f"config.json: layers of type {unknown[0]!r} are not supported; supported: {LAYER_TYPES}")
+    sliding = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+    if not switch or not config.get(switch) or config.get("sliding_window") is None or not sliding:
+        return {}
+    window = {"sliding_window": _read(config, "sliding_window", int)}
+    return window if len(sliding) == n_layers else {**window, "sliding_layers": sliding}
+
+
+def head_order(args: ModelArgs, interleaved: bool) -> list[int] | None:
+    """Where the elements of our query and key heads lie in the file's; None: at the same places.
+
+    Ours rotates the pairs (i, i + head_dim / 2), those with the lowest i if not all are rotated. A file has them beside
+    each other (`interleaved`), or i and i + rotary_dim / 2, and in any case those that are not rotated at the end.
+    """
+    rotated = args.head_dim if args.rotary_dim is None else args.rotary_dim
+    first, second, rest = range(0, rotated, 2), range(1, rotated, 2), range(rotated, args.head_dim)
+    if not interleaved:
+        first, second = range(rotated // 2), range(rotated // 2, rotated)
+    order = [*first, *rest[: len(rest) // 2], *second, *rest[len(rest) // 2 :]]
+    return None if order == sorted(order) else order
 
 
 # ---- Meta's own files: params.json and consolidated.*.pth.
 
-# As `HF_MODULES`; modules that are not listed have the same name as ours.
-META_MODULES: dict[str, tuple[str, ...]] = {
-    "layers.{}.attention.wqkv": tuple(f"layers.{{}}.attention.w{x}" for x in "qkv"),
-    "layers.{}.feed_forward.w13": ("layers.{}.feed_forward.w1", "layers.{}.feed_forward.w3"),
-}
+# As of a `Family`; modules that are not listed have the same name as ours.
+META = Naming(
+    {
+        "layers.{}.attention.wqkv": tuple(f"layers.{{}}.attention.w{x}" for x in "qkv"),
+        "layers.{}.feed_forward.w13": ("layers.{}.feed_forward.w1", "layers.{}.feed_forward.w3"),
+    },
+    interleaved=True,
+)
+OURS = Naming({})
 # Name -> the dimension along which Meta's model-parallel shards divide it; the rest is whole in every shard.
 META_SHARD_DIMS: dict[str, int] = {
     "wq.weight": 0, "wk.weight": 0, "wv.weight": 0, "wo.weight": 1,
@@ -181,10 +449,6 @@ def check_meta_params(params: dict[str, Any], path: Path) -> None:
         raise ValueError(f"{path}: missing {sorted(missing)}, unsupported {sorted(unsupported)}")
 
 
-def meta_head_dim(params: dict[str, Any]) -> int:
-    return params.get("head_dim") or params["dim"] // params["n_heads"]
-
-
 def args_from_meta(params: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> ModelArgs:
     """The arguments from `params.json`; sizes it lacks come from the tensors, context and scaling from the release.
 
@@ -200,7 +464,7 @@ def args_from_meta(params: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -
         n_layers=params["n_layers"],
         n_heads=params["n_heads"],
         n_kv_heads=params.get("n_kv_heads") or params["n_heads"],
-        head_dim=meta_head_dim(params),
+        head_dim=params.get("head_dim") or params["dim"] // params["n_heads"],
         hidden_dim=shapes["layers.0.feed_forward.w1.weight"][0],
         vocab_size=shapes["tok_embeddings.weight"][0],
         context_length=params.get("max_seq_len") or (131072 if scaled else context),
@@ -210,44 +474,3 @@ def args_from_meta(params: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -
         tie_embeddings="output.weight" not in shapes,
         sliding_window=params.get("sliding_window"),
     )
-
-
-# ---- Shapes.
-
-
-def preset(name: str) -> ModelArgs:
-    """The shape of the model called exactly `name`. Raises ValueError that lists the names."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown model {name!r}; choose from: {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def _preset(dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, context_length, rope_theta, **other):
-    sizes = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "hidden_dim": hidden_dim}
-    rest = {"head_dim": dim // n_heads, "norm_eps": 1e-5, **other}
-    return ModelArgs(**sizes, vocab_size=vocab_size, context_length=context_length, rope_theta=rope_theta, **rest)
-
-
-_LLAMA_31, _LLAMA_32 = RopeScaling("llama3", 8.0), RopeScaling("llama3", 32.0)
-
-# The shapes that benchmarks use, as their config.json on the Hugging Face hub gives them.
-PRESETS: dict[str, ModelArgs] = {
-    "stories-15m": _preset(288, 6, 6, 6, 768, 32000, 256, 1e4, tie_embeddings=True),
-    "tinyllama-1.1b": _preset(2048, 22, 32, 4, 5632, 32000, 2048, 1e4),
-    "open-llama-7b": _preset(4096, 32, 32, 32, 11008, 32000, 2048, 1e4, norm_eps=1e-6),
-    "llama-2-7b": _preset(4096, 32, 32, 32, 11008, 32000, 4096, 1e4),
-    "llama-2-13b": _preset(5120, 40, 40, 40, 13824, 32000, 4096, 1e4),
-    "llama-2-70b": _preset(8192, 80, 64, 8, 28672, 32000, 4096, 1e4),
-    "codellama-7b": _preset(4096, 32, 32, 32, 11008, 32016, 16384, 1e6),
-    "codellama-34b": _preset(8192, 48, 64, 8, 22016, 32000, 16384, 1e6),
-    "llama-3-8b": _preset(4096, 32, 32, 8, 14336, 128256, 8192, 5e5),
-    "llama-3-70b": _preset(8192, 80, 64, 8, 28672, 128256, 8192, 5e5),
-    "llama-3.1-8b": _preset(4096, 32, 32, 8, 14336, 128256, 131072, 5e5, rope_scaling=_LLAMA_31),
-    "llama-3.1-70b": _preset(8192, 80, 64, 8, 28672, 128256, 131072, 5e5, rope_scaling=_LLAMA_31),
-    "llama-3.1-405b": _preset(16384, 126, 128, 8, 53248, 128256, 131072, 5e5, rope_scaling=_LLAMA_31),
-    "llama-3.2-1b": _preset(2048, 16, 32, 8, 8192, 128256, 131072, 5e5, rope_scaling=_LLAMA_32, tie_embeddings=True),
-    "llama-3.2-3b": _preset(3072, 28, 24, 8, 8192, 128256, 131072, 5e5, rope_scaling=_LLAMA_32, tie_embeddings=True),
-    "mistral-7b": _preset(4096, 32, 32, 8, 14336, 32000, 32768, 1e4, sliding_window=4096),
-    "qwen-2.5-7b": _preset(3584, 28, 28, 4, 18944, 152064, 32768, 1e6, norm_eps=1e-6, qkv_bias=True),
-    "qwen-3-8b": _preset(4096, 36, 32, 8, 12288, 151936, 40960, 1e6, norm_eps=1e-6, qk_norm=True),
-}

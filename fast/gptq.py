@@ -159,12 +159,16 @@ def gptq_linears(
 
     S, rows = len(chunks[0]), max(1, TOKENS_AT_ONCE // len(chunks[0]))
     positions = torch.arange(S, device=device)[None]
-    context = *rope_table(checkpoint.args, positions), None, S, attention_mask(checkpoint.args, positions, positions[0])
+    given = [
+        (*rope_table(kind, positions, S), None, S, attention_mask(kind, positions, positions[0]))
+        for kind in model.kinds
+    ]
     embed = load("tok_embeddings")
     hidden = [embed(torch.tensor(chunks[i : i + rows], device=device)) for i in range(0, len(chunks), rows)]
     model.tok_embeddings = embed = None
     for i, block in enumerate(model.layers):
         load(f"layers.{i}")
+        context = given[model.kind_of_layer[i]]
         linears = {name: linear for name, linear in wanted.items() if name.startswith(f"layers.{i}.")}
         for name, linear in linears.items():
             hessian = Hessian(linear.in_features, device)

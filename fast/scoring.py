@@ -127,11 +127,12 @@ class Scorer:
         kv_dtype: torch.dtype | None = None,
     ):
         max_length = max_length or model.args.context_length
-        if not 1 <= max_length <= model.args.context_length:
-            raise ValueError(f"max_seq_length {max_length} must be 1 to {model.args.context_length}")
+        if max_length < 1:
+            raise ValueError(f"max_seq_length {max_length} must be at least 1")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1 or auto")
         self.model, self.batch_size, self.max_length, self.compile = model, batch_size, max_length, compile
+        self.most_positions = max(max_length, model.args.context_length)
         self.device, self.kv_dtype = model.tok_embeddings.weight.device, kv_dtype
         self.pass_tokens = PASS_TOKENS.get(self.device.type, 256)
         self._min_size = 2 if compile else 1  # torch.compile specialises on size 1
@@ -156,7 +157,7 @@ class Scorer:
         if self.model.max_batch_size != rows or self.model.max_seq_length < length:
             for layer in self.model.layers:
                 layer.attention.kv_cache = None  # free the old cache before allocating
-            capacity = min(bucket(length), self.model.args.context_length)
+            capacity = min(bucket(length), self.most_positions)
             self.model.setup_caches(rows, capacity, kv_dtype=self.kv_dtype)
 
     @torch.no_grad()
@@ -271,7 +272,7 @@ class Scorer:
 
     def _padded(self, n: int) -> int:
         """The length to pad `n` tokens to: if compiled, one of few lengths (`bucket`); else `n`, without padding."""
-        return min(bucket(n) if self.compile else n, self.model.args.context_length)
+        return min(bucket(n) if self.compile else n, self.most_positions)
 
 
 def parse_batch_size(value: int | str | None) -> int | None:

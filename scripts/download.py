@@ -7,12 +7,10 @@ Worth knowing: `hf_hub_download` discards a partial file (huggingface_hub 2.4; c
 once its hash is the hub's. Running the command again resumes, and checks the files that are already complete.
 """
 
-import argparse
 import errno
 import hashlib
 import json
 import re
-import shlex
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -25,6 +23,7 @@ CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer.json", "toke
 CONFIG_FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 # In order of preference; an index means that the weights are sharded.
 HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+HF_SHARDS = (r"model-\d+-of-\d+\.safetensors", r"pytorch_model-\d+-of-\d+\.bin")  # taken without an index, too
 
 
 def choose_files(names: list[str]) -> list[str]:
@@ -34,16 +33,21 @@ def choose_files(names: list[str]) -> list[str]:
     Raises ValueError, naming the repository's files, if there are no weights of a known layout.
     """
     chosen = [name for name in CONFIG_FILES if name in names]
-    if weights := [name for name in HF_WEIGHTS if name in names]:
-        return chosen + weights[:1]
+    if "config.json" in names:
+        if weights := [name for name in HF_WEIGHTS if name in names]:
+            return chosen + weights[:1]
+        for pattern in HF_SHARDS:
+            if shards := sorted(name for name in names if re.fullmatch(pattern, name)):
+                return chosen + shards
     for folder in ("", "original/"):  # Meta's own layout, https://github.com/meta-llama/llama-models
         shards = sorted(n for n in names if re.fullmatch(folder + r"consolidated\.(\d+\.)?pth", n))
         if shards and folder + "params.json" in names:
             extra = {folder + "params.json", folder + "tokenizer.model"}.intersection(names).difference(chosen)
             return chosen + sorted(extra) + shards
     held = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    layouts = "model.safetensors or pytorch_model.bin (or its index), or consolidated.*.pth with params.json"
-    raise ValueError(f"no weights to fetch; expected {layouts}, the repository holds: {held or 'nothing'}")
+    layouts = "model.safetensors or pytorch_model.bin, whole or in shards, with config.json"
+    layouts += ", or consolidated.*.pth with params.json"
+    raise ValueError(f"no weights to fetch; expected {layouts}; the repository holds: {held or 'nothing'}")
 
 
 def shards_of(index_text: str, names: list[str]) -> list[str]:
@@ -61,6 +65,22 @@ def shards_of(index_text: str, names: list[str]) -> list[str]:
         if shard not in names:
             raise ValueError(f"the weights' index names {shard!r}, which the repository does not hold")
     return shards
+
+
+def check_config(path: Path) -> None:
+    """Raise ValueError if `load_model` would refuse the `config.json` or `params.json` at `path`."""
+    from fast.families import args_from_hf, check_meta_params  # imports torch, which takes a second
+
+    try:
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    if path.name == "config.json":
+        args_from_hf(config)
+    else:
+        check_meta_params(config, Path(path.name))
 
 
 def content_hash(file: RepoSibling) -> str:
@@ -100,10 +120,18 @@ def download(repo_id: str, checkpoint_dir: Path | str, revision: str | None = No
     """Download `repo_id` into `checkpoint_dir/repo_id`, and return that directory.
 
     The revision is resolved to a commit first, so all files come from one commit. Without a `token`, HF_TOKEN or the
-    stored login is used. Raises huggingface_hub's errors (GatedRepoError, RepositoryNotFoundError, ...), OSError
-    (disk full, damaged file) and ValueError (a repository without usable weights; see `choose_files`, `shards_of`).
-    The hub's protocol: https://huggingface.co/docs/hub/api.
+    stored login is used. Raises OSError, one line: what went wrong and how to fix it.
     """
+    try:
+        return _download(repo_id, checkpoint_dir, revision, token)
+    except Exception as error:
+        if (message := explain(error, repo_id, revision)) is None:
+            raise
+        raise OSError(message) from error
+
+
+def _download(repo_id: str, checkpoint_dir: Path | str, revision: str | None, token: str | None) -> Path:
+    """The hub's protocol: https://huggingface.co/docs/hub/api."""
     info = model_info(repo_id, revision=revision, token=token, files_metadata=True)
     files = {file.rfilename: file for file in info.siblings or []}
     if info.sha is None or any(file.size is None or file.blob_id is None for file in files.values()):
@@ -115,6 +143,9 @@ def download(repo_id: str, checkpoint_dir: Path | str, revision: str | None = No
         fetch(files[name], hf_hub_url(repo_id, name, revision=info.sha), directory / name, headers)
 
     chosen = choose_files(list(files))
+    if first := [name for name in chosen if PurePosixPath(name).name in ("config.json", "params.json")]:
+        get(first[0])  # before the gigabytes
+        check_config(directory / first[0])
     if chosen[-1].endswith(".index.json"):
         get(chosen[-1])
         chosen += shards_of((directory / chosen[-1]).read_text(encoding="utf-8"), list(files))
@@ -151,28 +182,24 @@ def explain(error: Exception, repo_id: str, revision: str | None) -> str | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Download models from the Hugging Face hub.")
-    parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists the flags\n")
+    import _root  # noqa: F401 - finds the modules of the repository's root
+
+    from fast.cli import Parser, as_argument, exit_code
+
+    parser = Parser("Download models from the Hugging Face hub.")
     parser.add_argument("repo_ids", nargs="+", metavar="REPO_ID", help="OWNER/NAME on the hub")
     parser.add_argument("--revision", help="branch, tag or commit (default: the main branch)")
     parser.add_argument("--checkpoint_dir", type=Path, default=Path("checkpoints"), help="models go to DIR/REPO_ID")
     parser.add_argument("--token", help="access token (default: HF_TOKEN, or the stored login)")
     args = parser.parse_args()
-    for repo_id in args.repo_ids:
-        try:
+
+    def work() -> None:
+        for repo_id in args.repo_ids:
             directory = download(repo_id, args.checkpoint_dir, args.revision, args.token)
-        except KeyboardInterrupt:
-            print("stopped; run the same command again to resume", file=sys.stderr)
-            return 130
-        except Exception as error:
-            message = explain(error, repo_id, args.revision)
-            if message is None:
-                raise
-            print(f"error: {message}", file=sys.stderr)
-            return 2
-        print(f"done: {directory}")
-        print("next: python scripts/convert_hf_checkpoint.py --checkpoint_dir", shlex.quote(str(directory)))
-    return 0
+            print(f"done: {directory}")
+            print("next: python scripts/convert_hf_checkpoint.py --checkpoint_dir", as_argument(directory))
+
+    return exit_code(work, stopped="stopped; run the same command again to resume")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Worth knowing: norms start as ones and biases as zeros, which would hide a model
 give almost uniform attention, which would hide errors in it. So all of them are drawn from wide distributions.
 """
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from fast.checkpoint import load_model
 from fast.decoding import Steps, stream
@@ -33,6 +34,21 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0], "long_factor": [1.0, 1.5, 3.0, 6.0, 12.0, 24.0],
+}  # fmt: skip
+VISION = {
+    "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 1, "head_dim": 16, "patch_size": 2, "image_size": 8,
+}  # fmt: skip
+GRANITE = {
+    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 10.0,
+    "rms_norm_eps": 0.1,
+}  # fmt: skip
 
 # Name -> transformers' model type and what differs from SIZES.
 FAMILIES: dict[str, tuple[str, dict]] = {
@@ -49,15 +65,46 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "qwen2": ("qwen2", {}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen2-mixed": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3-yarn": ("qwen3", {"rope_parameters": YARN}),
+    "llama-yarn": ("llama", {"rope_parameters": {**YARN, "truncate": False, "mscale": 1.0, "mscale_all_dim": 0.5}}),
+    "ministral": (
+        "ministral",
+        {"head_dim": 16, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "mistral3": ("mistral3", {}),
+    "phi3": ("phi3", {"pad_token_id": 0, "sliding_window": 5}),
+    "phi3-long": ("phi3", {"pad_token_id": 0, "original_max_position_embeddings": 16, "rope_parameters": LONGROPE}),
+    "phi3-short": ("phi3", {"pad_token_id": 0, "original_max_position_embeddings": 64, "rope_parameters": LONGROPE}),
+    "smollm3": ("smollm3", {"pad_token_id": 0, "no_rope_layers": [1, 0]}),
+    "granite": ("granite", GRANITE),
+    "granite-tied": ("granite", {**GRANITE, "tie_word_embeddings": True, "attention_bias": True}),
+    "granite-4": (
+        "granitemoehybrid",
+        {
+            **GRANITE,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "layer_types": ["full_attention"] * 2,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "seed-oss": ("seed_oss", {"attention_out_bias": True, "head_dim": 32}),
+    "ernie": ("ernie4_5", {"use_bias": True, "head_dim": 32}),
+    "helium": ("helium", {"head_dim": 16, "attention_bias": True}),
 }
 
 
 def make_tiny(family: str, **overrides) -> PreTrainedModel:
     """A float32 model of `family` in eval mode; the same weights at every call."""
     model_type, special = FAMILIES[family]
-    config = AutoConfig.for_model(model_type, **{**SIZES, **special, **overrides})
+    sizes = copy.deepcopy({**SIZES, **special, **overrides})  # a config writes into what it is given
+    if model_type == "mistral3":
+        sizes = {"text_config": {"model_type": "mistral", **sizes}, "vision_config": VISION}
+    config = AutoConfig.for_model(model_type, **sizes)
     generator = torch.Generator().manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    auto = AutoModelForImageTextToText if model_type == "mistral3" else AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from fast.decoding import build_steps
-from fast.families import PRESETS
 from fast.sampling import Sampling
 from scripts.bench import measuring, speed
 from scripts.bench.measuring import Decode
+from scripts.bench.presets import PRESETS
 from scripts.bench.random_models import build_model, textbook_model, with_caches
 
 DIM, N_LAYERS, HIDDEN_DIM, VOCAB_SIZE = 288, 6, 768, 32000  # stories-15m: tied, as many KV as query heads

@@ -26,6 +26,7 @@ import pytest
 import torch
 from conftest import GROWTH
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from fast.checkpoint import load_model, open_checkpoint, save_checkpoint
 from fast.layers import speed_up
@@ -116,12 +117,24 @@ def test_tied_embeddings_are_one_tensor_on_disk_and_in_memory(copy, tmp_path):
     assert "lm_head.weight" not in tensors
     expected = load_model(directory, dtype=torch.float32)
     assert expected.output.weight is expected.tok_embeddings.weight
-    tensors["lm_head.weight"] = torch.ones(128, 64)  # some files store the tied weight nevertheless
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # some files store it nevertheless
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(tensors, directory / "model.safetensors")
     assert same_model(load_model(directory, dtype=torch.float32), expected)
     save_ours(tmp_path / "model.pth", open_checkpoint(directory))
     assert "output.weight" not in torch.load(tmp_path / "model.pth", weights_only=True)["model"]
+
+
+def test_an_output_projection_of_its_own_is_used_whatever_the_configuration_says(copy):
+    """As in transformers."""
+    directory = copy("llama-tied")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, directory / "model.safetensors")
+    model, hf = load_model(directory, dtype=torch.float32), AutoModelForCausalLM.from_pretrained(directory)
+    assert not model.args.tie_embeddings
+    idx = torch.arange(20)[None]
+    torch.testing.assert_close(model(idx), hf(idx).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -25,6 +25,9 @@ from fast.decoding import Steps, build_steps, every_size, kv_slots, record, stre
 from fast.sampling import Sampling
 from kernels import Attention
 
+VARIED = ["ministral", "smollm3", "granite"]  # by layer, or in scales
+MIXED = ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "full_attention"]
+
 
 @pytest.fixture(autouse=True)
 def no_grad():
@@ -43,7 +46,9 @@ def fresh_dynamo():
 # --- against transformers, and against itself ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-llama3", "mistral-window", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "llama-tied", "llama-llama3", "mistral-window", "qwen2", "qwen3", "phi3-short", *VARIED]
+)
 def test_greedy_tokens_equal_transformers(tiny, ours, monkeypatch, family):
     hf, steps, n = tiny(family)[0], build_steps(ours(family), GREEDY), 16
     monkeypatch.setattr(hf.generation_config, "eos_token_id", None)  # else `generate` stops at it
@@ -223,7 +228,9 @@ def graphs(monkeypatch, fresh_dynamo):
     return seen
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "llama-bias", "mistral-window", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama-tied", "llama-bias", "mistral-window", "qwen2", "qwen3", "phi3-long", *VARIED]
+)
 def test_every_family_is_one_graph_per_step(ours, graphs, family):
     compiled, eager = (
         build_steps(ours(family, capacity=300), GREEDY, True, True),
@@ -242,19 +249,37 @@ def test_only_what_is_asked_for_is_compiled(ours, graphs, decode, prefill):
     assert len(graphs) == decode + prefill
 
 
-def test_the_layers_are_compiled_once(graphs, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "special", "n_bodies"),
+    [
+        ("llama", {}, (1, 1)),
+        ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 0]}, (1, 1)),
+        ("ministral", {"layer_types": MIXED}, (2, 1)),  # prefill needs a mask where there is a window, decoding always
+    ],
+)
+def test_layers_of_a_kind_are_compiled_once(graphs, tmp_path, family, special, n_bodies):
     n_layers = 5
-    make_tiny("llama", num_hidden_layers=n_layers).save_pretrained(tmp_path)
+    make_tiny(family, num_hidden_layers=n_layers, **special).save_pretrained(tmp_path)
     model = load_model(tmp_path, dtype=torch.float32)
     model.setup_caches(1, 64)
     tokens_of(build_steps(model, GREEDY, True, True), [prompt_of(4)], 3)
     assert len(graphs) == 2
-    for graph in graphs:
+    for graph, n in zip(graphs, n_bodies, strict=True):
         calls = graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)
         assert len(calls) == n_layers
-        assert len({call.args[1] for call in calls}) == 1  # the layer's body, by name
+        assert len({call.args[1] for call in calls}) == n  # the layers' bodies, by name
         outside = [str(node.target) for node in graph.nodes if node.op == "call_function"]
         assert not [target for target in outside if "scaled_dot_product" in target]
+
+
+def test_a_kernel_gets_the_window_of_its_layer_when_compiled_too(tmp_path):
+    make_tiny("ministral", num_hidden_layers=5, layer_types=MIXED).save_pretrained(tmp_path)
+    tokens = []
+    for compile in (False, True):
+        model = load_model(tmp_path, dtype=torch.bfloat16)  # where a CPU has an attention kernel
+        model.setup_caches(1, 64)
+        tokens.append(tokens_of(build_steps(model, GREEDY, compile), [prompt_of(20)], 20))
+    assert tokens[0] == tokens[1]
 
 
 FIRST_COMPILE = """

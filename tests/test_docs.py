@@ -18,10 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from models_table import MODELS, table
 from test_eval import TEMPLATE, datasets, write_datasets
 
 import quantize
-from fast import cli
+from fast import cli, families
 from fast.cli import INSTALL_LM_EVAL
 
 ROOT = Path(cli.__file__).parent.parent
@@ -36,6 +37,7 @@ ELSEWHERE = {
     INSTALL_LM_EVAL.replace("'", '"'): ".ci/run",  # requirements-dev.txt has the same line
     f"./scripts/prepare.sh {REPOS[0]}": "tests/test_checkpoint.py::test_prepare_downloads_then_converts",
     f"python scripts/download.py {REPOS[0]} --revision main": "tests/test_download.py",
+    "python tests/models_table.py": "tests/test_docs.py::test_the_table_of_models",
     "python scripts/gpu_report.py": "tests/test_gpu_report.py::test_the_table_and_the_json",
     "python -m scripts.bench.quality --every_mode": "tests/test_bench_quality.py::test_every_mode_by_its_flags",
     "python -m fast.harness --model fast --model_args checkpoint_path=demo/target --tasks hellaswag": (
@@ -151,6 +153,11 @@ def test_the_library(folder, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.DOTALL)
     exec(code, {})
     assert len(capsys.readouterr().out.split()) > 5
+
+
+def test_the_table_of_models():
+    assert MODELS.keys() == families.FAMILIES.keys()
+    assert f"\n{table()}\n" in (ROOT / "docs/models.md").read_text(encoding="utf-8")
 
 
 def test_flags_exist():

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from hub_server import Hub
 
-from scripts.download import choose_files, shards_of
+from scripts.download import check_config, choose_files, shards_of
 
 ROOT = Path(__file__).parent.parent
 REPO = "org/model"
@@ -25,7 +25,7 @@ MIB = 1 << 20
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 INDEX = json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}).encode()
 WANTED = {
-    "config.json": b'{"model_type": "llama"}',
+    "config.json": (ROOT / "demo/draft/config.json").read_bytes(),
     "tokenizer.json": b"{}",
     "model.safetensors.index.json": INDEX,
     SHARDS[0]: random.Random(1).randbytes(12 * MIB),
@@ -86,8 +86,12 @@ def test_choose_files_prefers_one_set_of_weights():
     both += ["pytorch_model.bin", "original/consolidated.00.pth", "original/params.json", "onnx/model.onnx", "run.py"]
     assert choose_files(both) == ["config.json", "model.safetensors"]
     sharded = ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "model.safetensors.index.json"]
-    assert choose_files(sharded) == ["model.safetensors.index.json"]
-    assert choose_files(["pytorch_model.bin", "training_args.bin", "tokenizer.model"])[-1] == "pytorch_model.bin"
+    assert choose_files([*sharded, "config.json"])[1:] == ["model.safetensors.index.json"]
+    named = ["config.json", "pytorch_model.bin", "training_args.bin", "tokenizer.model"]
+    assert choose_files(named)[-1] == "pytorch_model.bin"
+    assert choose_files(["config.json", SHARDS[1], SHARDS[0], "adapter_model.safetensors"])[1:] == SHARDS
+    with pytest.raises(ValueError, match="no weights to fetch; expected model.safetensors .* with config.json"):
+        choose_files(["model.safetensors"])
 
 
 @pytest.mark.parametrize("folder", ["", "original/"])
@@ -157,7 +161,7 @@ def test_ctrl_c_says_how_to_resume_and_the_next_run_does(hub, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
-    assert (process.returncode, err) == (130, "stopped; run the same command again to resume\n")
+    assert (process.returncode, err) == (130, "\nstopped; run the same command again to resume\n")
 
     hub.resume.set()
     hub.requests.clear()
@@ -176,7 +180,7 @@ def test_a_full_disk(hub, tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     data = WANTED[SHARDS[1]]
-    hub.repos[REPO] = {"model.safetensors": data}
+    hub.repos[REPO] = {"config.json": WANTED["config.json"], "model.safetensors": data}
     partial = tmp_path / "checkpoints" / REPO / f"model.safetensors.{hashlib.sha256(data).hexdigest()[:12]}.incomplete"
     partial.parent.mkdir(parents=True)
     partial.symlink_to("/dev/full")
@@ -233,8 +237,35 @@ def test_unusable_repositories(hub, tmp_path):
     assert_error(run(tmp_path, hub.url, "org/gguf"), "no weights", "holds: model.gguf")
     evil = "../../escaped.safetensors"
     hub.repos["org/evil"] = {
+        "config.json": WANTED["config.json"],
         "model.safetensors.index.json": json.dumps({"weight_map": {"a": evil}}).encode(),
         evil: b"",
     }
     assert_error(run(tmp_path, hub.url, "org/evil"), evil, "own folder")
     assert not list(tmp_path.rglob("escaped*"))
+
+
+def test_a_model_that_cannot_run_is_refused_before_its_weights_are_fetched(hub, tmp_path):
+    config = {**json.loads(WANTED["config.json"]), "quantization_config": {"quant_method": "awq"}}
+    hub.repos[REPO] = {"config.json": json.dumps(config).encode(), "model.safetensors": b"gigabytes"}
+    assert_error(run(tmp_path, hub.url, REPO), "quantised already (awq)")
+    assert hub.fetched() == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "config.json",
+            '{"architectures": ["Gemma4ForCausalLM"]}',
+            "architecture 'Gemma4ForCausalLM' is not supported",
+        ),
+        ("config.json", "[]", "config.json is no JSON object"),
+        ("config.json", "{", "config.json is not JSON"),
+        ("params.json", '{"moe": {}}', r"params.json: missing .*, unsupported \['moe'\]"),
+    ],
+)
+def test_the_configuration_is_checked(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        check_config(tmp_path / name)

@@ -287,7 +287,6 @@ def test_new_tokens_that_leave_no_room_are_refused(both):
         ("--tasks next_words --num_fewshot -1", "--num_fewshot -1 must be at least 0"),
         ("--tasks next_words --log_samples", "--log_samples needs --output_path"),
         ("--tasks next_words --fewshot_as_multiturn", "--fewshot_as_multiturn needs --apply_chat_template"),
-        ("--tasks next_words --include_path own --max_seq_length 513", "max_seq_length 513 must be 1 to 512"),
         ("--tasks next_words --include_path own --apply_chat_template", "the model has no chat template"),
         ("--perplexity own/items.jsonl --output_path results", "there are no --tasks: leave out --output_path"),
         ("--perplexity own/items.jsonl --seed 1 --limit 2", "there are no --tasks: leave out --limit, --seed"),

@@ -1,4 +1,4 @@
-"""families.py: what configuration files mean, against transformers; the presets; a family added in one place.
+"""families.py: what configuration files mean, against transformers; a family added in one place.
 
 python -m pytest tests/test_families.py
 """
@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fast.checkpoint import load_model
-from fast.families import FAMILIES, HF_MODULES, PRESETS, Family, args_from_hf, hf_weights, preset
+from fast.families import FAMILIES, HF_MODULES, Family, Naming, args_from_hf, hf_weights
 from model import Transformer
+from scripts.bench.presets import preset
 
 # --- config.json ----------------------------------------------------------------------------------------------------
 
@@ -63,15 +64,19 @@ def test_hub_config_gives_the_preset(name):
 
 
 @pytest.mark.parametrize("type_key", ["type", "rope_type"])
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", [name for name in TINY_FAMILIES if name != "mistral3"])
 def test_hub_form_equals_transformers_5_form(tiny, read_config, family, type_key):
     new = read_config(tiny(family)[1])
     assert "rope_parameters" in new
     assert "dtype" in new
     old = {key: value for key, value in new.items() if key not in ("rope_parameters", "dtype", "layer_types")}
+    if family in ("ministral", "granite-4"):
+        old["layer_types"] = new["layer_types"]
     rope = dict(new["rope_parameters"])
     old |= {"torch_dtype": new["dtype"], "rope_theta": rope.pop("rope_theta")}
     old["rope_scaling"] = None if rope["rope_type"] == "default" else {type_key: rope.pop("rope_type"), **rope}
+    assert args_from_hf(old) == args_from_hf(new)
+    del old["architectures"]  # then the model_type says it
     assert args_from_hf(old) == args_from_hf(new)
 
 
@@ -81,21 +86,28 @@ def test_nemo_keeps_its_head_dim():
     assert (args.head_dim, args.sliding_window) == (128, None)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
-def test_absent_fields_are_what_transformers_assumes(model_type):
-    given = {"hidden_size": 512, "intermediate_size": 96, "num_hidden_layers": 30, "num_attention_heads": 64}
-    hf = AutoConfig.for_model(model_type, **given, vocab_size=128)
-    name = model_type.capitalize() + "ForCausalLM"
+@pytest.mark.parametrize("name", [n for n in FAMILIES if not n.startswith(("Mistral3", "GraniteMoeHybrid"))])
+def test_absent_fields_are_what_transformers_assumes(name):
+    given = {"hidden_size": 1280, "intermediate_size": 96, "num_hidden_layers": 30, "num_attention_heads": 160}
+    hf = AutoConfig.for_model(FAMILIES[name].model_type, **given, vocab_size=128, pad_token_id=0)
     args = args_from_hf({**given, "vocab_size": 128, "architectures": [name]})
     assert args.n_kv_heads == hf.num_key_value_heads
-    assert args.head_dim == (getattr(hf, "head_dim", None) or 512 // 64)
+    assert args.head_dim == (getattr(hf, "head_dim", None) or 1280 // 160)
     assert (args.context_length, args.norm_eps) == (hf.max_position_embeddings, hf.rms_norm_eps)
     assert args.rope_theta == hf.rope_parameters["rope_theta"]
     assert args.sliding_window == getattr(hf, "sliding_window", None)
     assert args.tie_embeddings == hf.tie_word_embeddings
-    if model_type.startswith("qwen"):
-        with pytest.raises(ValueError, match="several attention types"):  # only the last 2 of 30 have a window
-            args_from_hf({**given, "vocab_size": 128, "architectures": [name], "use_sliding_window": True})
+    is_qwen2 = name == "Qwen2ForCausalLM"  # which has biases whatever its configuration says
+    assert args.qkv_bias == (is_qwen2 or getattr(hf, "attention_bias", False) or getattr(hf, "use_bias", False))
+    assert args.attention_scale == getattr(hf, "attention_multiplier", None)
+    rotated = getattr(hf, "no_rope_layers", [1] * 30)
+    assert args.unrotated_layers == tuple(i for i in range(30) if not rotated[i])
+    if "use_sliding_window" in hf.to_dict():
+        hf = AutoConfig.for_model(hf.model_type, **given, use_sliding_window=True, sliding_window=7, pad_token_id=0)
+        settings = {"use_sliding_window": True, "sliding_window": 7}
+        args = args_from_hf({**given, "vocab_size": 128, "architectures": [name], **settings})
+        slides = tuple(i for i, kind in enumerate(hf.layer_types) if kind == "sliding_attention")
+        assert (args.sliding_window, args.sliding_layers) == (7, slides)
 
 
 def test_llama_has_no_sliding_window():
@@ -106,17 +118,31 @@ def test_llama_has_no_sliding_window():
     ("change", "message"),
     [
         ({"architectures": ["GemmaForCausalLM"]}, "'GemmaForCausalLM' is not supported; supported: LlamaForCausalLM, "),
-        ({"architectures": None}, "architecture None is not supported"),
+        ({"architectures": None}, "architecture 'None' is not supported"),
+        ({"architectures": "Other"}, "architecture 'Other' is not supported"),
+        ({"architectures": None, "model_type": "gemma4"}, "architecture 'gemma4' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: .*silu"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported; .*linear, llama3"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope type 'dynamic' is not supported"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope type 'dynamic' is not supported; .*, yarn"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; expected an object"),
+        ({"rope_scaling": {"type": "linear"}}, "config.json has no factor"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor is '4'; expected a number above 0"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "config.json has no low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "short_factor is None; expected 32 numbers"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "short_factor is 1 numbers; expected 32"),
+        ({"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_theta": 5.0}}}, "RoPE that differs"),
+        ({"rope_theta": 0.5}, "rope_theta is 0.5; expected a number above 1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor 0.25 is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised already \(gptq\): give the unquantised"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "several attention types .* are not supported"),
-        ({"layer_types": ["chunked_attention"]}, "attention types .*chunked_attention.* are not supported"),
+        ({"quantization_config": "fp8"}, r"quantised already \(fp8\)"),
+        ({"layer_types": ["full_attention"]}, "layer_types is .*; expected a list of 22, one per layer"),
+        ({"layer_types": ["chunked_attention"] * 22}, "layers of type 'chunked_attention' are not supported"),
         ({"hidden_size": None}, "config.json has no hidden_size"),
+        ({"hidden_size": 64.5}, "hidden_size is 64.5; expected a whole number above 0"),
+        ({"head_dim": 0}, "head_dim is 0; expected a whole number above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected a number above 0"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; expected true or false"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is -1; expected a whole number above 0"),
         ({"num_key_value_heads": 5}, "n_heads 32 must be a multiple of n_kv_heads 5"),
         ({"head_dim": 65}, "head_dim 65 must be even"),
     ],
@@ -126,12 +152,46 @@ def test_unsupported_config_is_an_error(change, message):
         args_from_hf({**TINYLLAMA, **change})
 
 
-def test_qwen_that_slides_in_some_layers_is_an_error():
-    mixed = {**HUB_CONFIGS["qwen-2.5-7b"], "use_sliding_window": True, "max_window_layers": 14}
-    with pytest.raises(ValueError, match="several attention types"):
-        args_from_hf(mixed)
-    assert args_from_hf({**mixed, "max_window_layers": 28}).sliding_window is None
-    assert args_from_hf({**mixed, "max_window_layers": 0}).sliding_window == 131072
+def test_what_is_null_is_absent_except_where_it_means_none():
+    assert args_from_hf({**TINYLLAMA, "max_position_embeddings": None}).context_length == 2048
+    mistral = {**HUB_CONFIGS["mistral-7b"], "num_key_value_heads": None, "sliding_window": None}
+    assert (args_from_hf(mistral).n_kv_heads, args_from_hf(mistral).sliding_window) == (32, None)
+
+
+def test_names_of_2023_and_settings_that_the_code_ignores():
+    assert args_from_hf({**TINYLLAMA, "architectures": ["LLaMAForCausalLM"]}) == args_from_hf(TINYLLAMA)
+    for name in ("mistral-7b", "qwen-2.5-7b"):
+        assert args_from_hf({**HUB_CONFIGS[name], "attention_bias": True, "mlp_bias": True}) == preset(name)
+
+
+def test_the_layers_of_a_qwen_that_slide():
+    qwen = {**HUB_CONFIGS["qwen-2.5-7b"], "use_sliding_window": True}
+    for first, slides in ((28, None), (40, None), (14, tuple(range(14, 28)))):
+        assert args_from_hf({**qwen, "max_window_layers": first}).sliding_layers == slides
+    assert args_from_hf({**qwen, "max_window_layers": 28}).sliding_window is None
+    assert args_from_hf({**qwen, "max_window_layers": 0}).sliding_window == 131072
+
+
+def test_yarn_vouches_for_the_stretched_length():
+    """Qwen's model cards ask for this beside the original length."""
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    args = args_from_hf({**HUB_CONFIGS["qwen-3-8b"], "rope_scaling": yarn})
+    assert args.context_length == 131072
+    assert args.rope_scaling.attention_factor == pytest.approx(1.1386294)  # 0.1 ln 4 + 1
+
+
+def test_a_language_model_of_another_kind_inside_one_that_sees_is_an_error(tiny, read_config):
+    config = read_config(tiny("mistral3")[1])
+    with pytest.raises(ValueError, match="text_config of 'ministral3' is not supported; supported: mistral"):
+        args_from_hf({**config, "text_config": {**config["text_config"], "model_type": "ministral3"}})
+    with pytest.raises(ValueError, match="text_config of None"):
+        args_from_hf({**config, "text_config": None})
+
+
+@pytest.mark.parametrize("change", [{"num_local_experts": 4}, {"num_local_experts": None}, {"layer_types": None}])
+def test_a_granite_with_experts_or_without_attention_is_an_error(tiny, read_config, change):
+    with pytest.raises(ValueError, match="layers with experts .* or without attention are not supported"):
+        args_from_hf({**read_config(tiny("granite-4")[1]), **change})
 
 
 def test_a_family_is_added_in_one_place(tiny, read_config, tmp_path, monkeypatch):
@@ -142,7 +202,7 @@ def test_a_family_is_added_in_one_place(tiny, read_config, tmp_path, monkeypatch
 
     assumed = {"rms_norm_eps": 1e-5, "max_position_embeddings": 128}
     names = {ours: tuple(map(renamed, theirs)) for ours, theirs in HF_MODULES.items()}
-    tulip = Family(assumed, fixed={"qkv_bias": True, "out_bias": True}, modules=names)
+    tulip = Family("tulip", assumed, fixed={"qkv_bias": True, "out_bias": True}, naming=Naming(names))
     monkeypatch.setitem(FAMILIES, "TulipForCausalLM", tulip)
     hf, directory = tiny("llama-bias")
     config = {**read_config(directory), "architectures": ["TulipForCausalLM"]}
@@ -170,41 +230,3 @@ def test_weights_go_back_under_their_names(tiny, read_config, family):
     assert weights.keys() <= again.state_dict().keys()
     idx = torch.arange(20)[None]
     assert torch.allclose(again(idx).logits, model(idx), rtol=1e-4, atol=1e-4)
-
-
-# --- presets --------------------------------------------------------------------------------------------------------
-
-PUBLISHED_PARAMETERS = {
-    "stories-15m": 15_191_712,
-    "tinyllama-1.1b": 1_100_048_384,
-    "open-llama-7b": 6_738_415_616,
-    "llama-2-7b": 6_738_415_616,
-    "llama-2-13b": 13_015_864_320,
-    "llama-2-70b": 68_976_648_192,
-    "codellama-7b": 6_738_546_688,
-    "codellama-34b": 33_743_970_304,
-    "llama-3-8b": 8_030_261_248,
-    "llama-3-70b": 70_553_706_496,
-    "llama-3.1-8b": 8_030_261_248,
-    "llama-3.1-70b": 70_553_706_496,
-    "llama-3.1-405b": 405_853_388_800,
-    "llama-3.2-1b": 1_235_814_400,
-    "llama-3.2-3b": 3_212_749_824,
-    "mistral-7b": 7_241_732_096,
-    "qwen-2.5-7b": 7_615_616_512,
-    "qwen-3-8b": 8_190_735_360,
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
-def test_preset_has_the_published_number_of_parameters(name):
-    with torch.device("meta"):
-        model = Transformer(preset(name))
-    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED_PARAMETERS[name]
-
-
-def test_preset_names_are_exact():
-    assert set(PRESETS) == set(PUBLISHED_PARAMETERS)
-    for near_miss in ("llama-2", "LLAMA-2-7B", "llama-2-7b-chat", ""):
-        with pytest.raises(ValueError, match="choose from: stories-15m, .*, qwen-3-8b"):
-            preset(near_miss)

@@ -342,7 +342,7 @@ GPTQ = ["--mode", "int4-gptq", "--calibration_file", ROOT / "LICENSE"]
         ),
         ([*GPTQ, "--calibration_limit", 0], "--calibration_limit 0 must be at least 1"),
         ([*GPTQ, "--percdamp", 0], "--percdamp 0.0: give a share above 0, such as 0.01"),
-        ([*GPTQ, "--calibration_seq_length", 9999], "--calibration_seq_length 9999: this model takes"),
+        ([*GPTQ, "--calibration_seq_length", 9999], "the calibration text gives 0 sequences of 9999 tokens"),
         (["--output_path", "nowhere/model.pth"], "nowhere"),
         (["--groupsize", 32], "--mode int8 does not use everything that is given: leave out --groupsize"),
         (["--scale_search", "--act_order"], "leave out --scale_search, --act_order"),

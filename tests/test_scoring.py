@@ -158,8 +158,8 @@ def test_what_cannot_be_scored_is_refused(tiny):
         Scorer(model).score([([], [1])])
     with pytest.raises(ValueError, match="continuation of 129 tokens exceeds the maximum length 128"):
         Scorer(model).score([([1], [1] * 129)])
-    with pytest.raises(ValueError, match="max_seq_length 129 must be 1 to 128"):
-        Scorer(model, max_length=129)
+    with pytest.raises(ValueError, match="max_seq_length -1 must be at least 1"):
+        Scorer(model, max_length=-1)
     model.norm.weight.data[7] = torch.nan
     with pytest.raises(ValueError, match="the model's logits for scored text 2 are NaN or infinite"):
         Scorer(model).score([([1], []), ([1, 2], [3]), ([1, 2], [3, 4])])

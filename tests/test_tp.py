@@ -15,18 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GREEDY, make_tiny, prompt_of, tokens_of
+from conftest import FAMILIES, GREEDY, make_tiny, prompt_of, tokens_of
 from test_checkpoint import write_meta
 
 import tp
 from fast.checkpoint import load_model, open_checkpoint
 from fast.decoding import build_steps
-from fast.families import preset
 from fast.metrics import parameter_bytes
 from fast.prompts import DEFAULT
 from fast.sampling import Sampling
 from model import Sharding
 from quantize import quantize
+from scripts.bench.presets import preset
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun")]
@@ -39,7 +39,7 @@ SCHEMES = {"int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}, 
 def checkpoints(tiny, tmp_path_factory) -> dict[str, Path]:
     """The checkpoints to divide; "wide", "odd-vocab" and the quantised ones have two key heads of 32 elements."""
     folder = tmp_path_factory.mktemp("tp")
-    paths = {name: tiny(name)[1] for name in ("llama", "llama-mha", "llama-tied", "llama-bias", "qwen2", "qwen3")}
+    paths = {name: tiny(name)[1] for name in FAMILIES}
     for name, changes in (("wide", {}), ("odd-vocab", {"vocab_size": 127})):
         paths[name] = folder / name
         make_tiny("llama-head-dim", intermediate_size=128, **changes).save_pretrained(paths[name])
@@ -91,6 +91,7 @@ def in_threads(n_ranks: int, monkeypatch, work) -> list:
     ("name", "n_ranks"),
     [
         ("llama", 2), ("llama", 4), ("llama-mha", 4), ("llama-tied", 2), ("llama-bias", 4), ("qwen2", 2), ("qwen3", 4),
+        ("mistral3", 2), ("ministral", 2), ("phi3", 4), ("phi3-short", 2), ("granite-tied", 2), ("ernie", 4),
         ("odd-vocab", 2), ("meta", 2), ("meta", 4), ("int8", 4), ("int4", 2), ("int4", 4), ("int4-gptq", 2),
     ],
 )  # fmt: skip

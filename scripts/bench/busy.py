@@ -21,11 +21,11 @@ from tqdm import tqdm
 from fast.cli import check_at_least, drop_compile, exit_code, resolve_device
 from fast.compiling import set_compile_flags
 from fast.decoding import Steps, build_steps, stream, warm_up
-from fast.families import preset
 from fast.sampling import Sampling
 from scripts.bench import command_line
 from scripts.bench.command_line import check_files, report
 from scripts.bench.measuring import timed
+from scripts.bench.presets import preset
 from scripts.bench.random_models import build_model, scheme_of, with_caches
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from fast.families import preset
 from fast.metrics import memory_to_read
 from scripts.bench.measuring import replay_seconds
+from scripts.bench.presets import preset
 from scripts.bench.random_models import scheme_of
 
 MODES = {mode: scheme_of(mode) for mode in ("bf16", "int8", "int4")} | {"int4 g128": scheme_of("int4", 128)}

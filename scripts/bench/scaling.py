@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fast.families import preset
 from model import ModelArgs, Transformer
+from scripts.bench.presets import preset
 from tp import divided
 
 # Tokens per second at batch size 1 on 8 A100-80GB (330 W, hybrid cube mesh), by number of GPUs: gpt-fast's README at

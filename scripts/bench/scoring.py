@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from fast.cli import DEMO, check_at_least, exit_code, resolve_device
 from fast.compiling import set_compile_flags
-from fast.families import hf_weights, preset
+from fast.families import hf_weights
 from fast.layers import speed_up
 from model import Transformer
 from scripts.bench.command_line import build_parser, check_files, report
+from scripts.bench.presets import preset
 from scripts.bench.random_models import textbook_model
 
 Item = list[tuple[None, list[int], list[int]]]  # four requests in the harness's form, without texts

@@ -31,7 +31,6 @@ from tqdm import tqdm
 from fast.cli import CACHE_DTYPES, check_at_least, drop_compile, exit_code, resolve_device, resolve_kv_dtype
 from fast.compiling import set_compile_flags
 from fast.decoding import Steps, build_steps, stream, warm_up
-from fast.families import preset
 from fast.layers import kernels_missing
 from fast.metrics import peak_memory
 from fast.quantized import GROUP_SIZES
@@ -39,6 +38,7 @@ from fast.sampling import Sampling
 from scripts.bench import command_line
 from scripts.bench.command_line import check_files, report
 from scripts.bench.measuring import Decode, Prefill, Product, Rotation, Yardstick
+from scripts.bench.presets import preset
 from scripts.bench.random_models import SHAPES, build_model, meta_model, scheme_of, with_caches
 
 
