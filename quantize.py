@@ -45,7 +45,7 @@ from fast.cli import (
 from fast.gptq import check_finite, gptq_linears, read_weight
 from fast.metrics import count_parameters
 from fast.quantized import GROUP_SIZES, LINEARS, quantized_linears, swap_linears
-from fast.tokenizer import Tokenizer, load_tokenizer, read_text
+from fast.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, read_text
 from model import ModelArgs, Transformer
 
 
@@ -311,7 +311,7 @@ def report(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path, copied:
     print(f"  parameters  {count_parameters(checkpoint.args) / 1e6:.1f} M")
     if copied:
         print(f"  copied too  {', '.join(file.name for file in copied)}")
-    if any((target.parent / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if any((target.parent / name).exists() for name in TOKENIZER_FILES):
         script = os.path.relpath(Path(__file__).with_name("generate.py"))
         print(f"next: python {shlex.quote(script)} --compile --checkpoint_path {as_argument(target)}")
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from fast.checkpoint import foreign, load_model, naming, weight_files
 from fast.compiling import missing_compiler
 from fast.layers import kernels_missing
-from fast.tokenizer import Tokenizer, load_tokenizer
+from fast.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from model import Transformer
 from tp import ALONE, Ranks
 
@@ -196,7 +196,7 @@ def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> t
     model = load_model(path, device=device, dtype=dtype, ranks=ranks)
     if (model.quantization or (device, dtype) != ("cpu", torch.float32)) and (reason := kernels_missing(device, dtype)):
         say(reason)
-    for name in ("tokenizer.json", "tokenizer.model"):
+    for name in TOKENIZER_FILES:
         file = (path.parent if path.is_file() else path) / name
         if file.is_file() and (message := foreign(file)):
             raise ValueError(message)

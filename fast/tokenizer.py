@@ -1,4 +1,4 @@
-"""Text to token ids and back: one interface over the three tokenizer formats that checkpoints come with.
+"""Text to token ids and back: one interface over the four tokenizer formats that checkpoints come with.
 
     tokenizer = load_tokenizer("checkpoints/meta-llama/Llama-2-7b-chat-hf")
     ids = tokenizer.encode("Hello")  # [1, 15043]
@@ -9,7 +9,6 @@ So decoding looks up each token's bytes and feeds them to an incremental UTF-8 d
 however long the text is, and a list is decoded as a stream.
 """
 
-import base64
 import codecs
 import contextlib
 import importlib
@@ -21,24 +20,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# The special tokens that follow Llama 3's ranks, 256 in all (3.0 has the same ids, fewer of them named).
-# https://github.com/meta-llama/llama-models/blob/main/models/llama3/tokenizer.py
-_LLAMA3_NAMES = (
-    "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id "
-    "step_id start_header_id end_header_id eom_id eot_id python_tag"
-)
-_LLAMA3_SPECIAL = [f"<|{name}|>" for name in _LLAMA3_NAMES.split()]
-_LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(2, 258 - len(_LLAMA3_SPECIAL))]
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# Byte-level BPE spells tokens in printable characters: a printable byte is its own character, the others are
-# U+0100 and up (GPT-2's table, https://github.com/openai/gpt-2/blob/master/src/encoder.py).
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_CHAR_TO_BYTE = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
-_BYTE_TO_CHAR = {byte: char for char, byte in _CHAR_TO_BYTE.items()}
+from fast.ranks import CHAR_TO_BYTE, from_tekken, from_tiktoken
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json")  # the first of them that is there is used
 # The codec error handler "surrogateescape" turns an undecodable byte into one of these characters.
 _ESCAPED_TO_REPLACEMENT = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
 # The tokenizer classes of transformers 4 that replace a tokenizer.json's post-processor by what `add_bos_token` says.
@@ -166,12 +150,12 @@ def read_text(path: Path) -> str:
 def load_tokenizer(path: str | Path, model_vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a model directory, or of the directory of a checkpoint file.
 
-    It is tokenizer.json, else tokenizer.model (SentencePiece or Llama 3).
+    It is tokenizer.json, else tokenizer.model (SentencePiece or Llama 3), else Mistral's tekken.json.
     Beside it are read, where present: tokenizer_config.json, special_tokens_map.json, added_tokens.json,
     generation_config.json, config.json, chat_template.jinja.
     model_vocab_size: the number of embeddings, if texts are for a model.
     Whether BOS is added: as tokenizer.json's post-processor says, or `add_bos_token` where the model's makers used it
-    (`ADD_BOS_TOKEN_DECIDES`); for SentencePiece as `add_bos_token` says, true if absent; for Llama 3 ranks always.
+    (`ADD_BOS_TOKEN_DECIDES`); for SentencePiece as `add_bos_token` says, true if absent; else always.
     Which ids end a text: the tokenizer's own, and those of generation_config.json; of config.json if it names none.
     Raises FileNotFoundError if there is no tokenizer, ValueError naming the file if one is damaged, and
     ImportError with the command to run if the package for its format is missing.
@@ -179,11 +163,9 @@ def load_tokenizer(path: str | Path, model_vocab_size: int | None = None) -> Tok
     directory = Path(path).parent if Path(path).is_file() else Path(path)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory, expected one that holds a tokenizer")
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        path = directory / "tokenizer.model"
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory}: no tokenizer, expected tokenizer.json or tokenizer.model")
+    path = next((directory / name for name in TOKENIZER_FILES if (directory / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{directory}: no tokenizer, expected one of {', '.join(TOKENIZER_FILES)}")
     data = path.read_bytes()
     if not data.strip():
         raise ValueError(f"{path}: the file is empty, download it again")
@@ -191,13 +173,17 @@ def load_tokenizer(path: str | Path, model_vocab_size: int | None = None) -> Tok
     special, added = _read_special_tokens(directory, config)
     # As in transformers: a fine-tune's config.json may still name the end of the model that it was made from.
     stop_ids = _read_eos(directory / "generation_config.json") or _read_eos(directory / "config.json")
-    if path.suffix == ".json":
+    if path.name == "tekken.json":
+        special = {"bos_token": "<s>", "eos_token": "</s>"} | special
+        backend = _HuggingFace(from_tekken(data, path, _require("tokenizers")), special, added)
+        stop_ids.append(backend.id_of("</s>"))
+    elif path.suffix == ".json":
         decides = str(config.get("tokenizer_class")).startswith(ADD_BOS_TOKEN_DECIDES)
         adds_bos = config.get("add_bos_token") if decides else None
         backend = _HuggingFace(_parse_tokenizer_json(data, path), special, added, adds_bos)
     elif re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
         special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} | special
-        backend = _HuggingFace(_parse_llama3_ranks(data, path), special, added)
+        backend = _HuggingFace(from_tiktoken(data, path, _require("tokenizers")), special, added)
         stop_ids += map(backend.id_of, ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"))
     else:
         backend = _SentencePiece(data, path, config, special, added)
@@ -250,8 +236,8 @@ class _HuggingFace:
         token = self.encoder.id_to_token(token_id)
         if token is None or token_id in self.names:
             return b""
-        if self.byte_level and _CHAR_TO_BYTE.keys() >= set(token):
-            return bytes(_CHAR_TO_BYTE[char] for char in token)
+        if self.byte_level and CHAR_TO_BYTE.keys() >= set(token):
+            return bytes(CHAR_TO_BYTE[char] for char in token)
         if self.byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", token):
             return bytes.fromhex(token[3:5])
         return self.join(["a", token])[1:].encode()  # not at the start, where a space may be dropped
@@ -337,38 +323,6 @@ def _parse_tokenizer_json(data: bytes, path: Path):
                     f"it may need a newer package than tokenizers {tokenizers.__version__}: pip install -U tokenizers"
                 )
         raise ValueError(f"{path}: not a Hugging Face tokenizer ({error}), {remedy}") from error
-
-
-def _parse_llama3_ranks(data: bytes, path: Path):
-    """Llama 3's tokenizer.model, in tiktoken's format, as a BPE of the `tokenizers` package.
-
-    tiktoken merges the two neighbours whose concatenation has the lowest rank. So each split of a token into two
-    tokens is a merge, in order of the token's rank. `ignore_merges`: a word that is a token is taken whole.
-    """
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines(), start=1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError as error:
-            raise ValueError(f"{path}: line {number} is not 'base64 rank', download it again") from error
-    if list(ranks.values()) != list(range(len(ranks))) or sum(len(token) == 1 for token in ranks) != 256:
-        raise ValueError(f"{path}: expected ranks 0, 1, 2, ... and every byte among them, download it again")
-    name = {token: "".join(map(_BYTE_TO_CHAR.get, token)) for token in ranks}
-    splits = ((token[:i], token[i:]) for token in ranks for i in range(1, len(token)))
-    merges = [(name[left], name[right]) for left, right in splits if left in ranks and right in ranks]
-    vocab = {name[token]: rank for token, rank in ranks.items()}
-
-    lib = _require("tokenizers")
-    encoder = lib.Tokenizer(lib.models.BPE(vocab, merges, ignore_merges=True))
-    split = lib.pre_tokenizers.Split(lib.Regex(_LLAMA3_SPLIT), "isolated")
-    spell = lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    encoder.pre_tokenizer = lib.pre_tokenizers.Sequence([split, spell])
-    encoder.decoder = lib.decoders.ByteLevel()
-    encoder.add_special_tokens(_LLAMA3_SPECIAL)
-    bos = [("<|begin_of_text|>", len(ranks))]
-    encoder.post_processor = lib.processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=bos)
-    return encoder
 
 
 def _read_special_tokens(directory: Path, config: dict[str, Any]) -> tuple[dict[str, str], list[dict]]:

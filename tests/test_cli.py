@@ -954,7 +954,11 @@ def change_json(path: Path, **change) -> None:
         (lambda d: (d / "config.json").unlink(), [], "has no config.json"),
         (lambda d: (d / "config.json").write_text("{"), [], "config.json: not"),
         (lambda d: change_json(d / "config.json", hidden_act="gelu"), [], "hidden_act 'gelu' is not supported"),
-        (lambda d: (d / "tokenizer.model").unlink(), [], "no tokenizer, expected tokenizer.json or tokenizer.model"),
+        (
+            lambda d: (d / "tokenizer.model").unlink(),
+            [],
+            "no tokenizer, expected one of tokenizer.json",
+        ),
         (lambda d: (d / "chat_template.jinja").unlink(), ["--chat"], "the model has no chat template"),
         (
             lambda d: (d / "chat_template.jinja").unlink(),

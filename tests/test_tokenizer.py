@@ -22,6 +22,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from fast.tokenizer import IncrementalDecoder, load_tokenizer
 
 LLAMA2 = Path(__file__).parents[2] / "shared" / "data" / "llama2" / "tokenizer.model"
+TEKKEN_SPLIT = (  # of Mistral Nemo
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -292,7 +297,28 @@ def meta_llama3(tmp_path_factory, ranks) -> Path:
     return directory
 
 
-def tiktoken_encode(ranks: dict[bytes, int], special: dict[str, int], text: str) -> list[int]:
+@pytest.fixture(scope="module")
+def tekken(tmp_path_factory, ranks) -> Path:
+    """A tekken.json: 400 ranks, one more that its vocabulary size leaves out, and 12 special tokens, 4 with names."""
+    names = ["<unk>", "<s>", "</s>", "[INST]"]
+    content = {
+        "config": {
+            "pattern": TEKKEN_SPLIT, "default_vocab_size": 412, "default_num_special_tokens": 12, "version": "v3",
+        },
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+            for token, rank in [*ranks.items(), (b"left out", 400)]
+        ],
+        "special_tokens": [{"rank": i, "token_str": name, "is_control": True} for i, name in enumerate(names)],
+    }  # fmt: skip
+    directory = tmp_path_factory.mktemp("tekken")
+    (directory / "tekken.json").write_text(json.dumps(content))
+    return directory
+
+
+def tiktoken_encode(
+    ranks: dict[bytes, int], special: dict[str, int], text: str, pattern: str = LLAMA3_SPLIT
+) -> list[int]:
     """What tiktoken does, done slowly: merge the leftmost pair of lowest rank until no pair has a rank."""
     import regex
 
@@ -301,7 +327,7 @@ def tiktoken_encode(ranks: dict[bytes, int], special: dict[str, int], text: str)
         if section in special:
             ids.append(special[section])
             continue
-        for word in regex.findall(LLAMA3_SPLIT, section):
+        for word in regex.findall(pattern, section):
             word = word.encode()
             parts = [word] if word in ranks else [bytes([b]) for b in word]
             while pairs := [
@@ -399,6 +425,30 @@ def test_llama3_ranks_equal_tiktoken(meta_llama3, ranks):
     assert ours.stop_ids == {401, 408, 409}
 
 
+def test_tekken_equals_tiktoken_behind_its_special_tokens(tekken, ranks):
+    ours = load_tokenizer(tekken)
+    special = {name: i - 12 for i, name in enumerate(["<unk>", "<s>", "</s>", "[INST]", "<SPECIAL_4>"])}
+    for text in [*TEXTS, "zqxj azqxj", "left out", "OneTwo THREE", "[INST]Hello</s>", "a<SPECIAL_4>b"]:
+        expected = [12 + i for i in tiktoken_encode(ranks, special, text, TEKKEN_SPLIT)]
+        assert ours.encode(text, bos=False) == expected
+        assert ours.encode(text) == [1, *expected]
+        assert ours.decode(ours.encode(text)) == re.sub("|".join(map(re.escape, special)), "", text)
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.stop_ids) == (412, 1, 2, {2})
+
+
+def test_a_tokenizer_json_goes_before_a_tekken_json(tekken, llama3, tmp_path):
+    for file in (*llama3.iterdir(), tekken / "tekken.json"):
+        shutil.copy(file, tmp_path)
+    assert load_tokenizer(tmp_path).encode(TEXTS[0]) == load_tokenizer(llama3).encode(TEXTS[0])
+
+
+@pytest.mark.parametrize("damage", [b"[]", b"{}", b'{"config": {}}', b"{"])
+def test_a_damaged_tekken_json(tmp_path, damage):
+    (tmp_path / "tekken.json").write_bytes(damage)
+    with pytest.raises(ValueError, match="tekken.json: not a tekken tokenizer .*, download it again"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.skipif(not LLAMA2.is_file(), reason="no Llama 2 tokenizer beside the repository")
 def test_llama2_itself(tmp_path):
     directory = write_llama2(tmp_path, LLAMA2.read_bytes())
@@ -424,7 +474,7 @@ def test_llama2_itself(tmp_path):
 # --- decoding
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3", "qwen", "llama2_json", "meta_llama3"])
+@pytest.mark.parametrize("name", ["llama2", "llama3", "qwen", "llama2_json", "meta_llama3", "tekken"])
 def test_incremental_equals_decode_for_any_ids(name, request):
     tokenizer = load_tokenizer(request.getfixturevalue(name))
     rng = random.Random(1)
@@ -734,7 +784,9 @@ def test_no_chat_template(tmp_path, piece_model):
 def test_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: no such directory"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no tokenizer, expected tokenizer.json or tokenizer.model"):
+    with pytest.raises(
+        FileNotFoundError, match="no tokenizer, expected one of tokenizer.json, tokenizer.model, tekken.json"
+    ):
         load_tokenizer(tmp_path)
 
 
