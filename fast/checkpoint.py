@@ -182,7 +182,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
             raise ValueError(f"{path}: not a checkpoint in this project's format {FORMAT}, and no directory of another")
         args, quantization = ModelArgs.from_dict(content["config"]), content["quantization"]
         return _match(path, args, quantization, _parts(_tensors(path, content["model"])), families.OURS)
-    config = _read_json(path / "config.json") if (path / "config.json").exists() else None
+    config = read_json(path / "config.json") if (path / "config.json").exists() else None
     if files := _hf_files(path):
         if config is None:
             raise ValueError(f"{path} has no config.json")
@@ -354,7 +354,7 @@ def _hf_files(folder: Path) -> list[Path]:
         if (folder / single).exists():
             return [folder / single]
         if (folder / index).exists():
-            weight_map = _read_json(folder / index).get("weight_map")
+            weight_map = read_json(folder / index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
                 raise ValueError(f"{folder / index}: no weight_map from tensor names to file names")
             shards = sorted(set(weight_map.values()))
@@ -399,7 +399,7 @@ def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, 
         held = ((sorted(file.name for file in folder.glob(pattern)), kind) for pattern, kind in FOREIGN_FILES.items())
         but = next((f", but {_listing(names)}, {kind}" for names, kind in held if names), "")
         raise ValueError(f"{folder} has no *.safetensors, no pytorch_model*.bin and no consolidated.*.pth{but}")
-    params = _read_json(origin / "params.json")
+    params = read_json(origin / "params.json")
     families.check_meta_params(params, origin / "params.json")
     shards = [_tensors(file) for file in files]
     if any(shard.keys() != shards[0].keys() for shard in shards):
@@ -454,7 +454,8 @@ def _load_torch(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file at `path`. Raises ValueError naming it if it holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:

@@ -72,18 +72,13 @@ def shards_of(index_text: str, names: list[str]) -> list[str]:
 
 def check_config(path: Path) -> None:
     """Raise ValueError if `load_model` would refuse the `config.json` or `params.json` at `path`."""
-    from fast.families import args_from_hf, check_meta_params  # imports torch, which takes a second
+    from fast import checkpoint, families  # imports torch, which takes a second
 
-    try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path.name} is no JSON object")
+    config = checkpoint.read_json(path)
     if path.name == "config.json":
-        args_from_hf(config)
+        families.args_from_hf(config)
     else:
-        check_meta_params(config, Path(path.name))
+        families.check_meta_params(config, path)
 
 
 def content_hash(file: RepoSibling) -> str:

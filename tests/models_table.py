@@ -22,7 +22,10 @@ MODELS: dict[str, tuple[str, str]] = {
     ),
     "MistralForCausalLM": ("Mistral 7B, Nemo, Ministral 8B", "sliding window; `head_dim` independent of `dim`"),
     "MinistralForCausalLM": ("Ministral 8B", "layers with and without the window in one model"),
-    "Mistral3ForConditionalGeneration": ("Mistral Small 3.1 and 3.2", "its vision tower is left out; `tekken.json` as a tokenizer"),
+    "Mistral3ForConditionalGeneration": (
+        "Mistral Small 3.1 and 3.2",
+        "its vision tower is left out; `tekken.json` as a tokenizer",
+    ),
     "Qwen2ForCausalLM": ("Qwen 2 and 2.5, DeepSeek's Qwen distils", "biases on query, key and value"),
     "Qwen3ForCausalLM": ("Qwen 3, dense", "norms on query and key heads"),
     "Phi3ForCausalLM": (
