@@ -120,12 +120,12 @@ def rope_frequencies(args: ModelArgs, length: int, device: torch.device) -> Tens
         if scaling.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, rotary_dim - 1)
-        kept = 1 - (pairs - first) / max(last - first, 0.001)
+        kept = 1 - (pairs - first) / ((last - first) or 0.001)
     kept = kept.clamp(0, 1)
     return freqs * kept + freqs / scaling.factor * (1 - kept)
 
 
-def rope_table(args: ModelArgs, positions: Tensor, length: int = 0) -> tuple[Tensor, Tensor]:
+def rope_table(args: ModelArgs, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the RoPE angles (Su et al. 2021), each float32 `[*positions.shape, head_dim / 2]`.
 
     A pair that is not rotated has angle 0. `attention_scale` is part of the table: queries and keys are multiplied by

@@ -291,7 +291,8 @@ def _match(
     if args.tie_embeddings and quantization is None and parts.keys() >= {head, table}:
         is_tied = parts[head].shape == parts[table].shape and parts[head].read().equal(parts[table].read())
         args = dataclasses.replace(args, tie_embeddings=is_tied)
-    order = None if naming is families.OURS else families.head_order(args, naming.interleaved)
+    order, head_dim = families.head_order(args, naming.pairs), args.head_dim
+    reordered = {"wqkv": (args.n_heads + args.n_kv_heads) * head_dim, "q_norm": head_dim, "k_norm": head_dim}
     model = _skeleton(args, quantization)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     ignored = IGNORED_TENSORS + naming.left_out
@@ -312,8 +313,8 @@ def _match(
                 wrong.append(f"{part} is {list(parts[part].shape)}, expected {list(shape)}")
         unexpected.difference_update(theirs)
         found = [parts[part] for part in theirs if part in parts]
-        if order and template.endswith("wqkv"):
-            found = _reordered(found, order, (args.n_heads + args.n_kv_heads) * args.head_dim)
+        if order and (n := reordered.get(template.rpartition(".")[2])):
+            found = _reordered(found, order, n)
         matched[name] = Stored((n_rows, *width), tuple(found))
     problems = {
         "missing tensors": missing,

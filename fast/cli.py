@@ -102,9 +102,9 @@ def say(*words: object) -> None:
 
 
 def warn_beyond(flag: str, length: int, context_length: int) -> None:
-    """Say so where the user asks for more positions than the model's configuration vouches for."""
+    """Say so where the user asks for more positions than the model's configuration promises."""
     if length > context_length:
-        say(f"{flag} {length}: the model's configuration vouches for {context_length} positions")
+        say(f"{flag} {length}: the model's configuration promises {context_length} positions; more may give worse text")
 
 
 def as_argument(path: Path) -> str:

@@ -5,7 +5,6 @@
 Adding a family that this Transformer can compute is one entry in `FAMILIES`; `docs/extending.md` shows how.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fast.config import read, read_layer_types, read_rope, read_window, text_config
 from model import ModelArgs, RopeScaling, Transformer
 
 # Our module -> the file's modules whose weights (and biases) are stacked in it. `{}` is the layer's number.
@@ -66,12 +66,13 @@ class Naming:
     """How files name and arrange the tensors of a model.
 
     modules: our module -> theirs, as `HF_MODULES`; modules that are not listed have the same name as ours.
-    interleaved: RoPE rotates the elements 2i and 2i + 1 of a head; loading reorders the rows of queries and keys.
+    pairs: which elements of a head RoPE rotates together: "halves" (i and i + rotary_dim / 2), "neighbours" (2i and
+        2i + 1), or "ours". Loading reorders the rows of queries and keys accordingly, see `head_order`.
     left_out: patterns of tensors that are no part of the language model.
     """
 
     modules: dict[str, tuple[str, ...]]
-    interleaved: bool = False
+    pairs: str = "halves"
     left_out: tuple[str, ...] = ()
 
 
@@ -103,11 +104,13 @@ class Family:
 
 
 def _smollm3(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
-    interval = _read(config, "no_rope_layer_interval", int)
-    rotated = config.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(args["n_layers"])]
-    if not isinstance(rotated, list) or len(rotated) != args["n_layers"]:
-        raise ValueError(f"config.json: no_rope_layers is {rotated!r}; expected {args['n_layers']} of 1 and 0")
-    unrotated = tuple(i for i, rotates in enumerate(rotated) if not rotates)
+    n_layers, rotated = args["n_layers"], config.get("no_rope_layers")
+    if rotated is None:
+        interval = read(config, "no_rope_layer_interval", int)
+        rotated = [int((i + 1) % interval != 0) for i in range(n_layers)]
+    if not isinstance(rotated, list) or len(rotated) < n_layers or any(rotates not in (0, 1) for rotates in rotated):
+        raise ValueError(f"config.json: no_rope_layers is {rotated!r:.80}; expected {n_layers} of 1 and 0")
+    unrotated = tuple(i for i in range(n_layers) if not rotated[i])
     slides = args.get("sliding_window") and config.get("layer_types") is None
     return {"unrotated_layers": unrotated, **({"sliding_layers": unrotated} if slides else {})}
 
@@ -117,20 +120,22 @@ def _granite(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
 
     So the residual multiplier m goes into two numbers; the last norm takes it out again.
     """
-    residual = _read(config, "residual_multiplier", float)
+    residual = read(config, "residual_multiplier", float)
     return {
-        "attention_scale": _read(config, "attention_multiplier", float),
-        "embedding_scale": _read(config, "embedding_multiplier", float) / residual,
-        "logits_scale": 1 / _read(config, "logits_scaling", float),
+        "attention_scale": read(config, "attention_multiplier", float),
+        "embedding_scale": read(config, "embedding_multiplier", float) / residual,
+        "logits_scale": 1 / read(config, "logits_scaling", float),
         "norm_eps": args["norm_eps"] / residual**2,
     }
 
 
 def _granite_hybrid(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
-    if config["num_local_experts"] or not config.get("layer_types"):  # its default are layers without attention
+    n_experts = read(config, "num_local_experts", int, above=-1)
+    if n_experts or not config.get("layer_types"):  # by default its layers have no attention
         raise ValueError("config.json: layers with experts (num_local_experts) or without attention are not supported")
-    rotates = config.get("position_embedding_type") == "rope"
-    return {**_granite(config, args), **({} if rotates else {"rotary_dim": 0})}
+    if (kind := config.get("position_embedding_type")) not in ("rope", "nope", None):
+        raise ValueError(f"config.json: position_embedding_type is {kind!r:.80}; expected rope or nope")
+    return {**_granite(config, args), **({} if kind == "rope" else {"rotary_dim": 0})}
 
 
 def _renamed(changes: dict[str, str]) -> dict[str, tuple[str, ...]]:
@@ -236,8 +241,8 @@ FAMILIES: dict[str, Family] = {
             "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "num_key_value_heads": 2, "head_dim": 128,
             "rope_theta": 5e5, "tie_word_embeddings": True,
         },
-        keys=dict.fromkeys(_NO_BIAS, "use_bias"),
-        naming=Naming(HF_MODULES, interleaved=True),
+        keys={"qkv_bias": "use_bias", "out_bias": "use_bias", "mlp_bias": "use_bias"},
+        naming=Naming(HF_MODULES, pairs="neighbours"),
     ),
     "HeliumForCausalLM": Family(
         "helium",
@@ -246,13 +251,11 @@ FAMILIES: dict[str, Family] = {
             "rope_theta": 1e5,
         },
         {"out_bias": False},
-        naming=Naming(HF_MODULES, interleaved=True),
+        naming=Naming(HF_MODULES, pairs="neighbours"),
     ),
 }  # fmt: skip
-ALIASES = {"LLaMAForCausalLM": "LlamaForCausalLM"}  # in directories of 2023
+ALIASES = {"LLaMAForCausalLM": "LlamaForCausalLM", "Ernie4_5_ForCausalLM": "Ernie4_5ForCausalLM"}
 NULL_IS_A_VALUE = ("num_key_value_heads", "head_dim", "sliding_window")  # elsewhere null is as good as absent
-LAYER_TYPES = ("full_attention", "attention", "sliding_attention")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def family_of(config: dict[str, Any]) -> Family:
@@ -260,9 +263,10 @@ def family_of(config: dict[str, Any]) -> Family:
     by_type = {family.model_type: name for name, family in FAMILIES.items()}
     model_type = str(config.get("model_type"))
     names = config.get("architectures") or [by_type.get(model_type, model_type)]
-    name = ALIASES.get(str(names[0]), names[0]) if isinstance(names, list) else names
+    name = str(names[0] if isinstance(names, list) else names)
+    name = ALIASES.get(name, name)
     if name not in FAMILIES:
-        raise ValueError(f"architecture {name!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise ValueError(f"architecture {name!r:.80} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
@@ -278,144 +282,45 @@ def args_from_hf(config: dict[str, Any]) -> ModelArgs:
         raise ValueError(f"these weights are quantised already ({method}): {remedy}")
     family = family_of(config)
     if family.text_model:
-        config = _text_config(config, family.text_model)
+        config = text_config(config, family.text_model)
     given = {key: value for key, value in config.items() if value is not None or key in NULL_IS_A_VALUE}
     config = {**family.assumed, **given}
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; supported: silu, swish")
+    if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise ValueError(f"config.json: hidden_act {act!r:.80} is not supported; supported: silu, swish")
     kinds = {field.name: field.type for field in fields(ModelArgs)}
     args: dict[str, Any] = {}
     for name, key in {**HF_KEYS, **family.keys}.items():
         default = False if kinds[name] is bool else None
         if name in ("n_kv_heads", "head_dim"):
             default = args["n_heads"] if name == "n_kv_heads" else args["dim"] // args["n_heads"]
-        args[name] = _read(config, key, kinds[name], default)
-    args |= _rope(config, family, args["head_dim"], args["context_length"])
-    args |= _windows(config, family.window_switch, args["n_layers"])
+        args[name] = read(config, key, kinds[name], default)
+    window = read_window(config, family.window_switch)
+    n_full = 0 if window else args["n_layers"]
+    if window and "max_window_layers" in family.assumed:
+        n_full = read(config, "max_window_layers", int, above=-1)
+    types = read_layer_types(config, args["n_layers"], n_full)
+    sliding = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+    if window and sliding:
+        args |= {"sliding_window": window, "sliding_layers": None if len(sliding) == len(types) else sliding}
+    sizes = args["head_dim"], args["context_length"]
+    args |= read_rope(config, types, *sizes, family.partial_rotary, family.rope_types)
     if family.particular:
         args |= family.particular(config, args)
     return ModelArgs(**{**args, **family.fixed})
 
 
-def _read(config: dict[str, Any], key: str, kind: type, default: Any = None, above: int = 0) -> Any:
-    """`config[key]`, a finite number above `above` or a bool, as `kind` says; `default` if it is absent or null.
+def head_order(args: ModelArgs, pairs: str) -> list[int] | None:
+    """Where the elements of our query and key heads lie in files with such `pairs`; None: at the same places.
 
-    Raises ValueError for any other value, or without a value and a default.
+    Ours rotates the pairs (i, i + head_dim / 2), those with the lowest i if not all are rotated. Files have what is not
+    rotated at the end of a head.
     """
-    value = default if config.get(key) is None else config[key]
-    if value is None:
-        raise ValueError(f"config.json has no {key}")
-    if kind is bool:
-        fits, wanted = isinstance(value, bool), "true or false"
-    else:
-        fits = isinstance(value, (int, kind)) and not isinstance(value, bool) and above < value < math.inf
-        wanted = f"a {'whole ' if kind is int else ''}number above {above}"
-    if not fits:
-        raise ValueError(f"config.json: {key} is {value!r}; expected {wanted}")
-    return kind(value)
-
-
-def _text_config(config: dict[str, Any], model_type: str) -> dict[str, Any]:
-    """The configuration of the language model in that of one that also sees."""
-    inner = config.get("text_config")
-    if not isinstance(inner, dict) or inner.get("model_type", model_type) != model_type:
-        found = inner.get("model_type") if isinstance(inner, dict) else inner
-        raise ValueError(f"config.json: text_config of {found!r} is not supported; supported: {model_type}")
-    outer = {key: config[key] for key in ("tie_word_embeddings",) if key in config}  # the outer one applies
-    return {**inner, **outer}
-
-
-def _rope(config: dict[str, Any], family: Family, head_dim: int, context_length: int) -> dict[str, Any]:
-    """What transformers 4 calls `rope_scaling` and 5 `rope_parameters`, as fields of `ModelArgs`."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"config.json: rope_scaling is {rope!r}; expected an object with rope_type and factor")
-    if nested := {key: value for key, value in rope.items() if isinstance(value, dict)}:  # for every type of layer
-        used = [value for key, value in nested.items() if key in (config.get("layer_types") or nested)]
-        if not used or any(value != used[0] for value in used):
-            raise ValueError(f"config.json: RoPE that differs among layers ({', '.join(nested)}) is not supported")
-        rope = used[0]
-    # What stands beside the object applies where it is silent, but for the original length, as in transformers.
-    beside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    outer = {key: config[key] for key in beside if config.get(key) is not None}
-    rope = {**outer, **rope, **{key: outer[key] for key in beside[2:] if key in outer}}
-    share = _read(rope, "partial_rotary_factor", float, 1.0)
-    if share > 1 or (share < 1 and not family.partial_rotary):
-        raise ValueError(f"config.json: partial_rotary_factor {share} is not supported")
-    rotary_dim = int(head_dim * share)
-    scaling = _rope_scaling(rope, context_length, family.rope_types, rotary_dim // 2)
-    if scaling and scaling.type == "yarn":
-        context_length = max(context_length, int(scaling.factor * scaling.original_context_length))
-    return {
-        "rope_theta": _read(rope, "rope_theta", float, 10000.0, above=1),
-        "rope_scaling": scaling,
-        "rotary_dim": None if share == 1 else rotary_dim,
-        "context_length": context_length,
-    }
-
-
-def _rope_scaling(rope: dict[str, Any], context_length: int, names: dict[str, str], n_pairs: int) -> RopeScaling | None:
-    """`names`: the family's own for types of RoPE. Defaults are those of transformers' modeling_rope_utils.py."""
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    kind = names.get(str(kind), kind)
-    if kind not in ROPE_TYPES:
-        raise ValueError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    if kind == "default":
+    if pairs == "ours":
         return None
-    original = _read(rope, "original_max_position_embeddings", int, context_length, above=1)
-    factor = _read(rope, "factor", float, context_length / original if kind in ("yarn", "longrope") else None)
-    if kind == "linear":
-        return RopeScaling("linear", factor)
-    if kind == "llama3":
-        turns = [_read(rope, key, float) for key in ("low_freq_factor", "high_freq_factor")]
-        return RopeScaling("llama3", factor, *turns, original)
-    log = math.log(max(factor, 1.0))
-    if kind == "longrope":
-        attention = _read(rope, "attention_factor", float, math.sqrt(1 + log / math.log(original)))
-        factors = {f"{which}s": _read_numbers(rope, which, n_pairs) for which in ("short_factor", "long_factor")}
-        return RopeScaling(kind, factor, 1.0, 4.0, original, attention, **factors)
-    over, under = (_read(rope, key, float, 0.0, above=-1) for key in ("mscale", "mscale_all_dim"))
-    attention = (0.1 * over * log + 1) / (0.1 * under * log + 1) if over and under else 0.1 * log + 1
-    attention = _read(rope, "attention_factor", float, attention)
-    turns = _read(rope, "beta_slow", float, 1.0), _read(rope, "beta_fast", float, 32.0)
-    return RopeScaling(kind, factor, *turns, original, attention, _read(rope, "truncate", bool, True))
-
-
-def _read_numbers(config: dict[str, Any], key: str, n: int) -> tuple[float, ...]:
-    values = config.get(key)
-    if not isinstance(values, list) or len(values) != n:
-        found = f"{len(values)} numbers" if isinstance(values, list) else repr(values)
-        raise ValueError(f"config.json: {key} is {found}; expected {n} numbers, one for each pair that RoPE rotates")
-    return tuple(_read({key: value}, key, float) for value in values)
-
-
-def _windows(config: dict[str, Any], switch: str | None, n_layers: int) -> dict[str, Any]:
-    """The sliding window and the layers that have it."""
-    types = config.get("layer_types")
-    if types is None:
-        n_full = min(n_layers, _read(config, "max_window_layers", int, 0, above=-1))  # the first layers of a Qwen
-        types = ["full_attention"] * n_full + ["sliding_attention"] * (n_layers - n_full)
-    if not isinstance(types, list) or len(types) != n_layers:
-        raise ValueError(f"config.json: layer_types is {types!r}; expected a list of {n_layers}, one per layer")
-    if unknown := [kind for kind in types if kind not in LAYER_TYPES]:
-        raise ValueError(f"config.json: layers of type {unknown[0]!r} are not supported; supported: {LAYER_TYPES}")
-    sliding = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
-    if not switch or not config.get(switch) or config.get("sliding_window") is None or not sliding:
-        return {}
-    window = {"sliding_window": _read(config, "sliding_window", int)}
-    return window if len(sliding) == n_layers else {**window, "sliding_layers": sliding}
-
-
-def head_order(args: ModelArgs, interleaved: bool) -> list[int] | None:
-    """Where the elements of our query and key heads lie in the file's; None: at the same places.
-
-    Ours rotates the pairs (i, i + head_dim / 2), those with the lowest i if not all are rotated. A file has them beside
-    each other (`interleaved`), or i and i + rotary_dim / 2, and in any case those that are not rotated at the end.
-    """
     rotated = args.head_dim if args.rotary_dim is None else args.rotary_dim
-    first, second, rest = range(0, rotated, 2), range(1, rotated, 2), range(rotated, args.head_dim)
-    if not interleaved:
-        first, second = range(rotated // 2), range(rotated // 2, rotated)
+    first, second, rest = range(rotated // 2), range(rotated // 2, rotated), range(rotated, args.head_dim)
+    if pairs == "neighbours":
+        first, second = range(0, rotated, 2), range(1, rotated, 2)
     order = [*first, *rest[: len(rest) // 2], *second, *rest[len(rest) // 2 :]]
     return None if order == sorted(order) else order
 
@@ -428,9 +333,9 @@ META = Naming(
         "layers.{}.attention.wqkv": tuple(f"layers.{{}}.attention.w{x}" for x in "qkv"),
         "layers.{}.feed_forward.w13": ("layers.{}.feed_forward.w1", "layers.{}.feed_forward.w3"),
     },
-    interleaved=True,
+    pairs="neighbours",
 )
-OURS = Naming({})
+OURS = Naming({}, pairs="ours")
 # Name -> the dimension along which Meta's model-parallel shards divide it; the rest is whole in every shard.
 META_SHARD_DIMS: dict[str, int] = {
     "wq.weight": 0, "wk.weight": 0, "wv.weight": 0, "wo.weight": 1,

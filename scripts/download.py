@@ -72,7 +72,7 @@ def shards_of(index_text: str, names: list[str]) -> list[str]:
 
 def check_config(path: Path) -> None:
     """Raise ValueError if `load_model` would refuse the `config.json` or `params.json` at `path`."""
-    from fast import checkpoint, families  # imports torch, which takes a second
+    from fast import checkpoint, families
 
     config = checkpoint.read_json(path)
     if path.name == "config.json":

@@ -349,7 +349,7 @@ def test_the_fastest_attention_is_taken(monkeypatch, patched_interpreter, best):
     cache = FastKVCache(gpu.attention, shape, torch.device(DEVICE), torch.float16)
     for buffer in cache.buffers():
         buffer.copy_(normal(*shape))
-    qkv, (cos, sin), timed = normal(2, 1, 8 * 32).half(), rope_table(args, positions), []
+    qkv, (cos, sin), timed = normal(2, 1, 8 * 32).half(), rope_table(args, positions, 301), []
 
     def step() -> torch.Tensor:
         return cache.attend(layer, qkv, cos, sin, positions, 150, mask=None)
@@ -409,7 +409,7 @@ def test_the_report_sees_wrong_attention(patched_interpreter, monkeypatch, wrong
 @pytest.mark.parametrize("kv_dtype", [torch.float16, torch.int8])
 def test_attention_keeps_pytorchs_rules(patched_interpreter, kv_dtype):
     qkv, positions = normal(1, 1, 4 * 32).half(), torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
-    cache, (cos, sin) = KVCache((1, 1, 5, 32), DEVICE, kv_dtype), rope_table(REPORTED, positions)
+    cache, (cos, sin) = KVCache((1, 1, 5, 32), DEVICE, kv_dtype), rope_table(REPORTED, positions, 200)
     rules = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     if flash_decoding.STORED:
         rules = ("test_schema", *rules)

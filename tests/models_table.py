@@ -21,7 +21,7 @@ MODELS: dict[str, tuple[str, str]] = {
         "RoPE scaling; biases where the configuration says so",
     ),
     "MistralForCausalLM": ("Mistral 7B, Nemo, Ministral 8B", "sliding window; `head_dim` independent of `dim`"),
-    "MinistralForCausalLM": ("Ministral 8B", "layers with and without the window in one model"),
+    "MinistralForCausalLM": ("Ministral 8B, as newer files name it", "layers with and without the window in one model"),
     "Mistral3ForConditionalGeneration": (
         "Mistral Small 3.1 and 3.2",
         "its vision tower is left out; `tekken.json` as a tokenizer",
@@ -29,7 +29,7 @@ MODELS: dict[str, tuple[str, str]] = {
     "Qwen2ForCausalLM": ("Qwen 2 and 2.5, DeepSeek's Qwen distils", "biases on query, key and value"),
     "Qwen3ForCausalLM": ("Qwen 3, dense", "norms on query and key heads"),
     "Phi3ForCausalLM": (
-        "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
+        "Phi-3 and 3.5 mini and medium, Phi-4, Phi-4-mini",
         "stacked projections; only part of a head is rotated; `longrope`",
     ),
     "SmolLM3ForCausalLM": ("SmolLM3", "every fourth layer without RoPE"),
@@ -57,7 +57,7 @@ def settings_of(model_type: str) -> list[str]:
 def table() -> str:
     lines = ["| models | what is particular | `architectures` | tested with |", "|---|---|---|---|"]
     for architecture, (models, particular) in MODELS.items():
-        settings = ", ".join(settings_of(FAMILIES[architecture].model_type)) or "its defaults"
+        settings = ", ".join(settings_of(FAMILIES[architecture].model_type)) or "the settings of all"
         lines.append(f"| {models} | {particular} | `{architecture}` | {settings} |")
     return "\n".join(lines)
 

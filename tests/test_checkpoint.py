@@ -125,6 +125,11 @@ def test_tied_embeddings_are_one_tensor_on_disk_and_in_memory(copy, tmp_path):
     assert "output.weight" not in torch.load(tmp_path / "model.pth", weights_only=True)["model"]
 
 
+def test_what_is_left_out_is_said(tiny, capsys):
+    load_model(tiny("mistral3")[1])
+    assert re.search("only its language model is used; left out: .*, ... and [0-9]+ more\n$", capsys.readouterr().err)
+
+
 def test_an_output_projection_of_its_own_is_used_whatever_the_configuration_says(copy):
     """As in transformers."""
     directory = copy("llama-tied")

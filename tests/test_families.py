@@ -3,6 +3,7 @@
 python -m pytest tests/test_families.py
 """
 
+import dataclasses
 import json
 
 import pytest
@@ -123,13 +124,32 @@ def test_llama_has_no_sliding_window():
         ({"architectures": None, "model_type": "gemma4"}, "architecture 'gemma4' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: .*silu"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope type 'dynamic' is not supported; .*, yarn"),
+        ({"architectures": {"a": 1}}, "architecture .* is not supported"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "architecture .* is not supported"),
         ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; expected an object"),
+        ({"rope_scaling": []}, r"rope_scaling is \[\]; expected an object"),
+        ({"rope_scaling": {"type": "linear", "factor": {"x": 4.0}}}, "factor is {'x': 4.0}; expected a number above 0"),
+        ({"rope_scaling": {"type": "yarn", "factor": 1e308}}, "factor is 1e.308; expected a number above 0, up to"),
+        ({"rope_scaling": {"type": 0}}, "rope type 0 is not supported"),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
+            "low_freq_factor 4.0 is not less than high_freq_factor 4.0",
+        ),
+        ({"layer_types": 5, "rope_parameters": {"full_attention": {}}}, "layer_types is 5; expected a list of 22"),
+        ({"hidden_size": 10**20}, "hidden_size is 1000.*; expected a whole number above 0, up to"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000.*; expected a number above 0, up to"),
         ({"rope_scaling": {"type": "linear"}}, "config.json has no factor"),
         ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor is '4'; expected a number above 0"),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "config.json has no low_freq_factor"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "short_factor is None; expected 32 numbers"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "short_factor is 1 numbers; expected 32"),
-        ({"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_theta": 5.0}}}, "RoPE that differs"),
+        (
+            {
+                "layer_types": ["full_attention", "sliding_attention"] * 11,
+                "rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_theta": 5.0}},
+            },
+            "RoPE that differs among layers .full_attention, sliding_attention. is not supported",
+        ),
         ({"rope_theta": 0.5}, "rope_theta is 0.5; expected a number above 1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor 0.25 is not supported"),
@@ -172,12 +192,53 @@ def test_the_layers_of_a_qwen_that_slide():
     assert args_from_hf({**qwen, "max_window_layers": 0}).sliding_window == 131072
 
 
-def test_yarn_vouches_for_the_stretched_length():
+def test_yarn_promises_the_stretched_length():
     """Qwen's model cards ask for this beside the original length."""
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     args = args_from_hf({**HUB_CONFIGS["qwen-3-8b"], "rope_scaling": yarn})
     assert args.context_length == 131072
     assert args.rope_scaling.attention_factor == pytest.approx(1.1386294)  # 0.1 ln 4 + 1
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("smollm3", {"no_rope_layers": ["1", "0"]}, "no_rope_layers is .*; expected 2 of 1 and 0"),
+        ("smollm3", {"no_rope_layers": 0}, "no_rope_layers is 0; expected 2 of 1 and 0"),
+        ("smollm3", {"no_rope_layers": [1]}, r"no_rope_layers is \[1\]; expected 2 of 1 and 0"),
+        ("qwen2-mixed", {"use_sliding_window": "false"}, "use_sliding_window is 'false'; expected true or false"),
+        ("qwen2-mixed", {"layer_types": None, "max_window_layers": "1"}, "max_window_layers is '1'; expected a whole"),
+        ("phi3", {"sliding_window": 0}, "sliding_window is 0; expected a whole number above 0"),
+        ("granite", {"residual_multiplier": 1e-200}, "residual_multiplier is 1e-200; expected a number above 0, up to"),
+        ("granite-4", {"position_embedding_type": 5}, "position_embedding_type is 5; expected rope or nope"),
+        ("granite-4", {"num_local_experts": ""}, "num_local_experts is ''; expected a whole number above -1"),
+    ],
+)
+def test_a_broken_setting_of_a_family_is_an_error(tiny, read_config, family, change, message):
+    with pytest.raises(ValueError, match=message):
+        args_from_hf({**read_config(tiny(family)[1]), **change})
+
+
+def test_a_list_that_is_longer_than_the_model_is_cut(tiny, read_config):
+    config = {**read_config(tiny("smollm3")[1]), "no_rope_layers": [1, 0, 0, 0]}
+    assert args_from_hf(config).unrotated_layers == (1,)
+
+
+def test_rope_scaling_goes_before_rope_parameters():
+    """Someone has added it, as model cards say, to what transformers 5 wrote; the base of the latter stays."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    written = {"rope_type": "default", "rope_theta": 1e6}
+    for added in (yarn, {"type": yarn["rope_type"], **{key: yarn[key] for key in yarn if key != "rope_type"}}):
+        args = args_from_hf({**HUB_CONFIGS["qwen-3-8b"], "rope_parameters": written, "rope_scaling": added})
+        assert (args.rope_scaling.type, args.rope_theta, args.context_length) == ("yarn", 1e6, 131072)
+
+
+def test_smollm3_slides_where_it_does_not_rotate(tiny, read_config):
+    """The hub's configuration has a key of Qwen's, which its code does not read."""
+    config = {**read_config(tiny("smollm3")[1]), "use_sliding_window": True, "sliding_window": 5}
+    del config["layer_types"]
+    args = args_from_hf({**config, "max_window_layers": 28})
+    assert (args.sliding_window, args.sliding_layers, args.unrotated_layers) == (5, (1,), (1,))
 
 
 def test_a_language_model_of_another_kind_inside_one_that_sees_is_an_error(tiny, read_config):
@@ -211,6 +272,23 @@ def test_a_family_is_added_in_one_place(tiny, read_config, tmp_path, monkeypatch
     (tmp_path / "config.json").write_text(json.dumps(config))
     tensors = load_file(directory / "model.safetensors")
     save_file({renamed(name): tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    idx = torch.arange(20)[None]
+    assert torch.allclose(load_model(tmp_path, dtype=torch.float32)(idx), hf(idx).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_neighbours_are_reordered_in_norms_of_heads_too(tiny, read_config, tmp_path, monkeypatch):
+    """A made-up family: as Qwen 3, with RoPE that rotates neighbours."""
+    hf, directory = tiny("qwen3")
+    qwen = FAMILIES["Qwen3ForCausalLM"]
+    family = dataclasses.replace(qwen, naming=Naming(HF_MODULES, pairs="neighbours"))
+    monkeypatch.setitem(FAMILIES, "Qwen3ForCausalLM", family)
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in tensors.items():
+        if any(part in name for part in ("q_proj", "k_proj", "q_norm", "k_norm")):
+            heads = tensor.unflatten(0, (-1, 2, 16))  # [heads, halves, pairs, ...]
+            tensors[name] = heads.transpose(1, 2).flatten(0, 2).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(read_config(directory)))
     idx = torch.arange(20)[None]
     assert torch.allclose(load_model(tmp_path, dtype=torch.float32)(idx), hf(idx).logits, rtol=1e-4, atol=1e-4)
 

@@ -67,7 +67,10 @@ def test_logits_equal_transformers(tiny, load, idx, family):
         ("smollm3", {"unrotated_layers": (0,)}),
         ("qwen3-yarn", {"rope_scaling": RopeScaling("yarn", 4.0, 1.0, 32.0, 32, 1.0)}),  # without attention factor
         ("llama-yarn", {"rope_scaling": RopeScaling("yarn", 4.0, 1.0, 32.0, 32, 1.0648)}),  # with truncation
+        ("phi3", {"sliding_window": None}),
         ("phi3-long", {"rotary_dim": None, "rope_scaling": None}),
+        ("phi3-short", {"rope_scaling": None}),
+        ("granite-4", {"attention_scale": None}),
         ("granite", {"attention_scale": None}),
         ("granite", {"embedding_scale": 12.0}),
         ("granite", {"logits_scale": 1.0}),
@@ -84,7 +87,7 @@ def test_the_comparison_sees_each_setting(load, idx, family, without):
 
 @pytest.mark.parametrize("family", ["ernie", "helium", "phi3-long"])
 def test_the_comparison_sees_the_order_of_a_heads_elements(tiny, load, idx, monkeypatch, family):
-    monkeypatch.setattr(families, "head_order", lambda args, interleaved: None)
+    monkeypatch.setattr(families, "head_order", lambda args, pairs: None)
     with pytest.raises(AssertionError):
         assert_equal_logits(load(family)(idx), tiny(family)[0](idx).logits)
 

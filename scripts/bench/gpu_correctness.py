@@ -125,7 +125,7 @@ def attention_error(
     sizes = attention.wqkv.sharding.parts
     qkv = torch.randn(B, S, sum(sizes), device=device, dtype=dtype)
     qkv[..., -sizes[2] :] /= 1000
-    cos, sin = rope_table(args, positions)
+    cos, sin = rope_table(args, positions, args.context_length)
     twin = copy.deepcopy(cache)
     q, k, v = attention.heads(qkv, cos, sin)
     twin.write(positions, k, v)

@@ -166,7 +166,7 @@ def attention_rows(card: Card, model: str, batch: int) -> Iterator[Row]:
                     layers.append(Attention(args))
                 layers[-1].kv_cache = FastKVCache(attention, shape, torch.device(card.device), card.dtype)
             qkv = torch.randn(batch, 1, layers[0].wqkv.out_features, device=card.device, dtype=card.dtype)
-            given = (layers, qkv, *rope_table(args, position), position, context, mask)
+            given = (layers, qkv, *rope_table(args, position, args.context_length), position, context, mask)
             way = attend if attention else compiled
             calls[label] = partial(replay_seconds, card.device, call_all, way, *given)
         fastest, seconds, failed = time_each(calls, f"{model} attention, {batch} at {context}: no way works")

@@ -9,7 +9,6 @@ and speculative decoding take turns, since a rented machine's bandwidth drifts; 
 
 import fast.startup  # isort: skip  # noqa: F401 - before the others, see there
 import argparse
-import dataclasses
 import sys
 from statistics import median
 from typing import Any
@@ -52,7 +51,6 @@ def forcing(n: int):
 def model_of(name: str, scheme: dict[str, Any] | None, args: argparse.Namespace, capacity: int) -> Transformer:
     device, dtype = resolve_device(args)
     shape = preset(name)
-    shape = dataclasses.replace(shape, context_length=max(shape.context_length, capacity))
     model = build_model(shape, device, dtype, scheme)
     model.setup_caches(args.batch_size, capacity, spare=SPARE)
     return model

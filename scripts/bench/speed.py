@@ -13,7 +13,6 @@ value is measured with the first value of the other flags, and in every mode.
 
 import fast.startup  # isort: skip  # noqa: F401 - before the others, see there
 import argparse
-import dataclasses
 import importlib.util
 import json
 import os
@@ -53,7 +52,6 @@ def capacities_of(args: argparse.Namespace) -> list[int]:
 def prepare(args: argparse.Namespace, mode: str) -> list[Steps]:
     """The steps, compiled if asked, for each capacity of the KV cache; they share the weights."""
     capacities, shape = capacities_of(args), preset(args.model)
-    shape = dataclasses.replace(shape, context_length=max(shape.context_length, *capacities))
     model = build_model(shape, *resolve_device(args), scheme_of(mode, args.groupsize))
     twins = with_caches(model, max(args.batch_size), capacities, resolve_kv_dtype(args))
     return [build_steps(twin, Sampling(), args.compile, args.compile_prefill) for twin in twins]
