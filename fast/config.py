@@ -107,7 +107,7 @@ def rope_scaling(rope: dict[str, Any], context_length: int, names: dict[str, str
     if kind == "longrope":
         attention = read(rope, "attention_factor", float, math.sqrt(1 + log / math.log(original)))
         factors = {f"{which}s": read_numbers(rope, which, n_pairs) for which in ("short_factor", "long_factor")}
-        return RopeScaling(kind, factor, 1.0, 4.0, original, attention, **factors)
+        return RopeScaling(kind, factor, original_context_length=original, attention_factor=attention, **factors)
     attention = 0.1 * log + 1
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         over, under = (0.1 * read(rope, key, float) * log + 1 for key in ("mscale", "mscale_all_dim"))
@@ -118,6 +118,7 @@ def rope_scaling(rope: dict[str, Any], context_length: int, names: dict[str, str
 
 
 def read_numbers(config: dict[str, Any], key: str, n: int) -> tuple[float, ...]:
+    """`config[key]`, a list of `n` numbers above 0."""
     values = config.get(key)
     if not isinstance(values, list) or len(values) != n:
         found = f"{len(values)} numbers" if isinstance(values, list) else f"{values!r:.80}"

@@ -135,7 +135,8 @@ def _granite_hybrid(config: dict[str, Any], args: dict[str, Any]) -> dict[str, A
         raise ValueError("config.json: layers with experts (num_local_experts) or without attention are not supported")
     if (kind := config.get("position_embedding_type")) not in ("rope", "nope", None):
         raise ValueError(f"config.json: position_embedding_type is {kind!r:.80}; expected rope or nope")
-    return {**_granite(config, args), **({} if kind == "rope" else {"rotary_dim": 0})}
+    unrotated = () if kind == "rope" else tuple(range(args["n_layers"]))
+    return {**_granite(config, args), "unrotated_layers": unrotated}
 
 
 def _renamed(changes: dict[str, str]) -> dict[str, tuple[str, ...]]:

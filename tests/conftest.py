@@ -89,6 +89,16 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "position_embedding_type": "rope",
         },
     ),
+    "granite-4-nope": (
+        "granitemoehybrid",
+        {
+            **GRANITE,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "layer_types": ["full_attention"] * 2,
+            "position_embedding_type": "nope",
+        },
+    ),
     "seed-oss": ("seed_oss", {"attention_out_bias": True, "head_dim": 32}),
     "ernie": ("ernie4_5", {"use_bias": True, "head_dim": 32}),
     "helium": ("helium", {"head_dim": 16, "attention_bias": True}),

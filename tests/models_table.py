@@ -57,7 +57,7 @@ def settings_of(model_type: str) -> list[str]:
 def table() -> str:
     lines = ["| models | what is particular | `architectures` | tested with |", "|---|---|---|---|"]
     for architecture, (models, particular) in MODELS.items():
-        settings = ", ".join(settings_of(FAMILIES[architecture].model_type)) or "the settings of all"
+        settings = ", ".join(settings_of(FAMILIES[architecture].model_type)) or "those of its text model"
         lines.append(f"| {models} | {particular} | `{architecture}` | {settings} |")
     return "\n".join(lines)
 
