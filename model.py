@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,8 +60,12 @@ class ModelArgs:
     out_bias: bool = False  # on the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm on every query and key head (Qwen 3)
+    post_norms: bool = False  # RMSNorm on what attention and feed-forward add to the residual stream (Gemma 2)
+    norm_offset: float = 0.0  # added to the weights of every norm
+    activation: str = "silu"  # of the feed-forward's gates, one of ACTIVATIONS
     sliding_window: int | None = None  # a query sees this many keys, its own included
     sliding_layers: tuple[int, ...] | None = None  # layers with that window, the others see all keys; None: all layers
+    sliding_rope_theta: float | None = None  # of those layers, without rope_scaling; None: RoPE is alike in all layers
     unrotated_layers: tuple[int, ...] = ()  # layers without RoPE (Kazemnejad et al. 2023)
     rotary_dim: int | None = None  # elements of a head that RoPE rotates; None: all
     attention_scale: float | None = None  # of queries times keys; None: head_dim ** -0.5
@@ -77,21 +82,14 @@ class ModelArgs:
 
     def of_layer(self, i: int) -> "ModelArgs":
         """The arguments of a model whose layers are all as layer `i` of this one."""
-        slides = self.sliding_layers is None or i in self.sliding_layers
-        unrotated = {"rotary_dim": 0, "rope_scaling": None} if i in self.unrotated_layers else {}
-        window = self.sliding_window if slides else None
-        return dataclasses.replace(self, sliding_window=window, sliding_layers=None, unrotated_layers=(), **unrotated)
-
-    @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> "ModelArgs":
-        """The inverse of `dataclasses.asdict`. Raises ValueError for missing or unknown fields."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(config.keys() - fields)
-        missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in config]
-        if unknown or missing:
-            raise ValueError(f"model config: unknown fields {unknown}, missing fields {missing}")
-        scaling = config.get("rope_scaling")
-        return cls(**{**config, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+        particular = {"sliding_layers": None, "sliding_rope_theta": None, "unrotated_layers": ()}
+        if self.sliding_layers is not None and i not in self.sliding_layers:
+            particular["sliding_window"] = None
+        elif self.sliding_rope_theta is not None:
+            particular |= {"rope_theta": self.sliding_rope_theta, "rope_scaling": None}
+        if i in self.unrotated_layers:
+            particular |= {"rotary_dim": 0, "rope_scaling": None}
+        return dataclasses.replace(self, **particular)
 
 
 def rope_frequencies(args: ModelArgs, length: int, device: torch.device) -> Tensor:
@@ -150,15 +148,15 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square layer norm (Zhang and Sennrich 2019), computed in float32."""
+    """Root-mean-square layer norm (Zhang and Sennrich 2019), computed in float32; `offset` is added to its weights."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float, offset: float = 0.0):
         super().__init__()
-        self.eps = eps
+        self.eps, self.offset = eps, offset
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float() + self.offset, self.eps).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -222,55 +220,30 @@ class Linear(nn.Linear):
         return y if self.collective is None else self.collective(y)
 
 
-KV_DTYPES = (torch.int8, torch.float8_e4m3fn)  # the types that a cache can be quantised to
-
-
-def quantize_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x [..., D]` in `dtype`, and a float32 scale per vector, `[...]`, that maps its largest element to the limit.
-
-    An element's error is at most 1 / 254 of the largest element in int8, and 1 / 16 of itself in fp8, if not subnormal.
-    """
-    limit = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
-    scales = x.float().abs().amax(-1).clamp(min=1e-30) / limit
-    q = x.float() / scales[..., None]
-    return (q if dtype.is_floating_point else q.round()).to(dtype), scales
-
-
 class KVCache(nn.Module):
-    """Keys and values of one layer, `[B, n_kv_heads, capacity, head_dim]`, allocated once and written in place.
+    """Keys and values of one layer, `[B, n_kv_heads, capacity, head_dim]`, allocated once and written in place."""
 
-    In int8 or fp8 each vector also has a float32 scale, `[B, n_kv_heads, capacity]`: 1/32 more bytes at head_dim 128.
-    """
+    is_quantized = False  # whether it rounds what it stores
 
     def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype):
         super().__init__()
-        self.is_quantized = dtype in KV_DTYPES
-        buffers = {"k": (shape, dtype), "v": (shape, dtype)}
-        if self.is_quantized:
-            buffers |= {"k_scales": (shape[:3], torch.float32), "v_scales": (shape[:3], torch.float32)}
-        for name, (size, kind) in buffers.items():
-            self.register_buffer(name, torch.zeros(size, device=device, dtype=kind), persistent=False)
+        for name in ("k", "v"):
+            self.register_buffer(name, torch.zeros(shape, device=device, dtype=dtype), persistent=False)
 
-    def write(self, input_pos: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store `k`, `v` `[B, n_kv_heads, S, D]` at the slots `input_pos [B, S]` of the first B rows."""
-        rows = torch.arange(k.shape[0], device=k.device)[:, None, None]
-        heads = torch.arange(k.shape[1], device=k.device)[None, :, None]
-        slots = input_pos[:, None, :]
-        if self.is_quantized:
-            k, self.k_scales[rows, heads, slots] = quantize_kv(k, self.k.dtype)
-            v, self.v_scales[rows, heads, slots] = quantize_kv(v, self.v.dtype)
-        self.k[rows, heads, slots] = k
-        self.v[rows, heads, slots] = v
+    def write(self, input_pos: Tensor, *values: Tensor) -> None:
+        """Store `values [B, n_kv_heads, S, ...]`, one per buffer, at slots `input_pos [B, S]` of the first B rows."""
+        rows = torch.arange(input_pos.shape[0], device=input_pos.device)[:, None, None]
+        heads = torch.arange(self.k.shape[1], device=input_pos.device)[None, :, None]
+        for buffer, value in zip(self.buffers(), values, strict=True):
+            buffer[rows, heads, input_pos[:, None, :]] = value
 
     def stored(self, n_rows: int, n_slots: int) -> list[Tensor]:
-        """Views of the first slots of the first rows: keys, values and, if the cache is quantised, their scales."""
+        """Views of the first slots of the first rows: keys, values and whatever else it stores."""
         return [buffer[:n_rows, :, :n_slots] for buffer in self.buffers()]
 
     def read(self, n_rows: int, n_slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values, `[n_rows, n_kv_heads, n_slots, head_dim]`; a quantised cache is dequantised to `dtype`."""
-        k, v, *scales = self.stored(n_rows, n_slots)
-        if scales:
-            k, v = ((x.float() * scale[..., None]).to(dtype) for x, scale in zip((k, v), scales, strict=True))
+        """Keys and values, `[n_rows, n_kv_heads, n_slots, head_dim]`, in `dtype` if they are stored in another."""
+        k, v = self.stored(n_rows, n_slots)
         return k, v
 
 
@@ -284,8 +257,8 @@ class Attention(nn.Module):
         qkv_sizes = (args.n_heads * args.head_dim,) + (args.n_kv_heads * args.head_dim,) * 2
         self.wqkv = Linear(args.dim, sum(qkv_sizes), args.qkv_bias, Sharding(parts=qkv_sizes))
         self.wo = Linear(args.n_heads * args.head_dim, args.dim, args.out_bias, Sharding(collective="sum"))
-        self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else None
-        self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else None
+        self.q_norm = RMSNorm(args.head_dim, args.norm_eps, args.norm_offset) if args.qk_norm else None
+        self.k_norm = RMSNorm(args.head_dim, args.norm_eps, args.norm_offset) if args.qk_norm else None
         self.kv_cache: KVCache | None = None
 
     def forward(
@@ -344,31 +317,45 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
     return y.reshape(B, H, S, D)
 
 
+# Of gates: SiLU (Elfwing et al. 2017), GELU (Hendrycks and Gimpel 2016).
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
+def gated(x: Tensor, activation: str) -> Tensor:
+    """`activation(gate) * up` for the halves of `x [..., 2 N]`."""
+    gate, up = x.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate) * up
+
+
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020); `w13` stacks the gate projection and, below it, the up projection."""
+    """A gated feed-forward (Shazeer 2020); `w13` stacks the gate projection and, below it, the up projection."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.w13 = Linear(args.dim, 2 * args.hidden_dim, args.mlp_bias, Sharding(parts=(args.hidden_dim,) * 2))
         self.w2 = Linear(args.hidden_dim, args.dim, args.mlp_bias, Sharding(collective="sum"))
+        self.activation = args.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(gated(self.w13(x), self.activation))
 
 
 class TransformerBlock(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps, args.norm_offset)
         self.attention = Attention(args)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps, args.norm_offset)
         self.feed_forward = FeedForward(args)
+        after = RMSNorm if args.post_norms else nn.Identity
+        self.attention_post_norm = after(args.dim, args.norm_eps, args.norm_offset)
+        self.ffn_post_norm = after(args.dim, args.norm_eps, args.norm_offset)
 
     def forward(self, x, cos, sin, input_pos, n_slots, mask):
         """`x [B, S, dim]` to `[B, S, dim]`; the other arguments as for `Attention.attend`."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, input_pos, n_slots, mask)
-        return x + self.feed_forward(self.ffn_norm(x))
+        y = self.attention(self.attention_norm(x), cos, sin, input_pos, n_slots, mask)
+        x = x + self.attention_post_norm(y)
+        return x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
 
 
 class Transformer(nn.Module):
@@ -384,7 +371,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(map(TransformerBlock, layers))
         self.kinds = list(dict.fromkeys(layers))  # layers of one kind share a RoPE table and a mask
         self.kind_of_layer = [self.kinds.index(layer) for layer in layers]
-        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.norm = RMSNorm(args.dim, args.norm_eps, args.norm_offset)
         self.output = Linear(args.dim, args.vocab_size, False, Sharding(collective="gather"))
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
@@ -397,7 +384,7 @@ class Transformer(nn.Module):
         """Allocate the KV cache for `max_batch_size` rows of `max_seq_length` positions, in place of an earlier one.
 
         spare: extra slots at the end, for draft tokens that may be rejected (speculative decoding).
-        kv_dtype: one of KV_DTYPES to quantise the cache. None: the dtype of the weights.
+        kv_dtype: what the cache stores, of the types that `new_cache` knows. None: the dtype of the weights.
         Raises ValueError for a size below 1. More positions than `context_length` are the caller's to answer for.
         """
         if max_batch_size < 1 or max_seq_length < 1:

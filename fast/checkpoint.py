@@ -29,6 +29,7 @@ from torch import Tensor
 
 import tp
 from fast import families
+from fast.config import args_from_dict
 from fast.layers import speed_up
 from fast.quantized import swap_linears
 from model import ModelArgs, Transformer
@@ -180,7 +181,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         content = _load_torch(path)
         if content.get("format") != FORMAT or not content.keys() >= {"config", "quantization", "model"}:
             raise ValueError(f"{path}: not a checkpoint in this project's format {FORMAT}, and no directory of another")
-        args, quantization = ModelArgs.from_dict(content["config"]), content["quantization"]
+        args, quantization = args_from_dict(content["config"]), content["quantization"]
         return _match(path, args, quantization, _parts(_tensors(path, content["model"])), families.OURS)
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
     if files := _hf_files(path):

@@ -5,10 +5,12 @@
 Every error is a ValueError of one line: the key, what was found, and what is expected.
 """
 
+import dataclasses
 import math
+from collections.abc import Container
 from typing import Any
 
-from model import RopeScaling
+from model import ModelArgs, RopeScaling
 
 LAYER_TYPES = ("full_attention", "attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
@@ -39,8 +41,9 @@ def text_config(config: dict[str, Any], model_type: str) -> dict[str, Any]:
     if not isinstance(inner, dict) or inner.get("model_type", model_type) != model_type:
         found = inner.get("model_type") if isinstance(inner, dict) else inner
         raise ValueError(f"config.json: text_config of {found!r:.80} is not supported; supported: {model_type}")
+    types = {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
     outer = config.get("tie_word_embeddings")  # which applies, not the inner one
-    return {**inner, "tie_word_embeddings": outer}
+    return {**inner, **types, "tie_word_embeddings": outer}
 
 
 def read_rope(
@@ -56,16 +59,19 @@ def read_rope(
     types: of the layers, for RoPE that is given for each. partial_rotary, other_names: as `Family` has them.
     """
     rope: dict[str, Any] = {}
+    sliding = {"rope_theta": config["rope_local_base_freq"]} if "rope_local_base_freq" in config else {}
     for name in ("rope_parameters", "rope_scaling"):  # where both are there, someone has added the second
         found = {} if config.get(name) is None else config[name]
         if not isinstance(found, dict):
             raise ValueError(f"config.json: {name} is {found!r:.80}; expected an object with rope_type and factor")
-        if found and all(isinstance(value, dict) for value in found.values()):  # for every type of layer
-            used = [found[kind] for kind in found if kind in types]
-            if not used or any(value != used[0] for value in used):
-                kinds = ", ".join(found)
-                raise ValueError(f"config.json: RoPE that differs among layers ({kinds:.80}) is not supported")
-            found = used[0]
+        if found.keys() & set(LAYER_TYPES):  # for every type of layer
+            for kind in sorted(set(types)):
+                if not isinstance(found.get(kind), dict):
+                    value = found.get(kind)
+                    raise ValueError(f"config.json: {name} for {kind} is {value!r:.80}; expected an object")
+            of_sliding, others = found.get("sliding_attention", {}), set(types) - {"sliding_attention"}
+            found = found[others.pop()] if others else of_sliding
+            sliding = {**sliding, **of_sliding} if sliding or of_sliding != found else {}
         rope |= {"rope_type": found.get("type", "default"), **found} if found else {}
     # What stands beside the object applies where it is silent, but for the original length, as in transformers.
     beside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
@@ -78,8 +84,14 @@ def read_rope(
     scaling = rope_scaling(rope, context_length, other_names, rotary_dim // 2)
     if scaling and scaling.type == "yarn":
         context_length = max(context_length, int(scaling.factor * scaling.original_context_length))
+    theta, sliding_theta = read(rope, "rope_theta", float, 10000.0, above=1), None
+    if sliding and "sliding_attention" in types:
+        sliding_theta = read(sliding, "rope_theta", float, theta, above=1)
+        if (kind := sliding.get("rope_type", sliding.get("type", "default"))) != "default":
+            raise ValueError(f"config.json: RoPE of type {kind!r:.80} is not supported in layers with a sliding window")
     return {
-        "rope_theta": read(rope, "rope_theta", float, 10000.0, above=1),
+        "rope_theta": theta,
+        "sliding_rope_theta": None if sliding_theta == theta and scaling is None else sliding_theta,
         "rope_scaling": scaling,
         "rotary_dim": None if share == 1 else rotary_dim,
         "context_length": context_length,
@@ -134,14 +146,38 @@ def read_window(config: dict[str, Any], switch: str | None) -> int | None:
     return window if switch == "sliding_window" or read(config, switch, bool, False) else None
 
 
-def read_layer_types(config: dict[str, Any], n_layers: int, n_full: int) -> list[str]:
-    """Which keys the queries of each layer see, one of LAYER_TYPES; by default the first `n_full` layers see all."""
+def read_layer_types(config: dict[str, Any], n_layers: int, window: int | None, keys: Container[str]) -> list[str]:
+    """Which keys the queries of each layer see, one of LAYER_TYPES.
+
+    keys: what else the family's code may read. `max_window_layers`: the first layers see all; `sliding_window_pattern`:
+    every such layer does. Else all layers have the `window`, if there is one.
+    """
     types = config.get("layer_types")
     if types is None:
-        types = ["full_attention" if i < n_full else "sliding_attention" for i in range(n_layers)]
+        n_full, every = 0 if window else n_layers, n_layers + 1
+        if window and "max_window_layers" in keys:
+            n_full = read(config, "max_window_layers", int, above=-1)
+        if "sliding_window_pattern" in keys:
+            every = read(config, "sliding_window_pattern", int)
+        slides = [i >= n_full and (i + 1) % every != 0 for i in range(n_layers)]
+        types = ["sliding_attention" if sliding else "full_attention" for sliding in slides]
     if not isinstance(types, list) or len(types) != n_layers:
         raise ValueError(f"config.json: layer_types is {types!r:.80}; expected a list of {n_layers}, one per layer")
     if unknown := [kind for kind in types if kind not in LAYER_TYPES]:
         supported = ", ".join(LAYER_TYPES)
         raise ValueError(f"config.json: layers of type {unknown[0]!r:.80} are not supported; supported: {supported}")
     return types
+
+
+def args_from_dict(config: dict[str, Any]) -> ModelArgs:
+    """The inverse of `dataclasses.asdict`, for the configuration in a `.pth` of ours.
+
+    Raises ValueError for missing or unknown fields.
+    """
+    fields = {field.name: field for field in dataclasses.fields(ModelArgs)}
+    unknown = sorted(config.keys() - fields)
+    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in config]
+    if unknown or missing:
+        raise ValueError(f"model config: unknown fields {unknown}, missing fields {missing}")
+    scaling = config.get("rope_scaling")
+    return ModelArgs(**{**config, "rope_scaling": RopeScaling(**scaling) if scaling else None})

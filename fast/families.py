@@ -6,10 +6,11 @@ Adding a family that this Transformer can compute is one entry in `FAMILIES`; `d
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fast.config import read, read_layer_types, read_rope, read_window, text_config
@@ -28,6 +29,15 @@ HF_MODULES: dict[str, tuple[str, ...]] = {
     "layers.{}.feed_forward.w2": ("model.layers.{}.mlp.down_proj",),
     "norm": ("model.norm",),
     "output": ("lm_head",),
+}
+
+
+# Where a norm follows attention and feed-forward too, the one before the feed-forward has another name.
+POST_NORM_MODULES = {
+    **HF_MODULES,
+    "layers.{}.attention_post_norm": ("model.layers.{}.post_attention_layernorm",),
+    "layers.{}.ffn_norm": ("model.layers.{}.pre_feedforward_layernorm",),
+    "layers.{}.ffn_post_norm": ("model.layers.{}.post_feedforward_layernorm",),
 }
 
 
@@ -59,6 +69,8 @@ HF_KEYS: dict[str, str] = {
     "out_bias": "attention_bias",
     "mlp_bias": "mlp_bias",
 }
+# Names of activations in config.json -> in `model.ACTIVATIONS`.
+HF_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,7 @@ class Family:
     model_type: its name in a config.json without `architectures`.
     assumed: the defaults of its configuration class, for keys that config.json does not have.
     fixed: fields of `ModelArgs` that its code fixes, whatever config.json says.
-    keys: where its keys are not those of `HF_KEYS`.
+    keys: where its keys are not those of `HF_KEYS`. activation_key: that of the gates' activation.
     window_switch: the key that must be set for its code to use `sliding_window`; None: it never does.
     partial_rotary: whether its code heeds `partial_rotary_factor`. rope_types: its own names for types of RoPE.
     particular: further fields of `ModelArgs`, from config.json and the fields that are read already.
@@ -95,6 +107,7 @@ class Family:
     assumed: dict[str, Any]
     fixed: dict[str, Any] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
+    activation_key: str = "hidden_act"
     window_switch: str | None = None
     partial_rotary: bool = False
     rope_types: dict[str, str] = field(default_factory=dict)
@@ -139,15 +152,26 @@ def _granite_hybrid(config: dict[str, Any], args: dict[str, Any]) -> dict[str, A
     return {**_granite(config, args), "unrotated_layers": unrotated}
 
 
-def _renamed(changes: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    """`HF_MODULES` with the parts of names in `changes` replaced."""
+def _gemma3(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if config.get(key):
+            raise ValueError(f"config.json: {key} is {config[key]!r:.80}, which is not supported")
+    # Its code rounds the embeddings' scale to the weights' type, by up to 0.4 % in bfloat16, and it was trained so.
+    is_bfloat16 = (config.get("dtype") or config.get("torch_dtype")) == "bfloat16"
+    scale = torch.tensor(args["dim"] ** 0.5, dtype=torch.bfloat16 if is_bfloat16 else torch.float32)
+    attention_scale = read(config, "query_pre_attn_scalar", float) ** -0.5
+    return {"attention_scale": attention_scale, "embedding_scale": scale.item()}
+
+
+def _renamed(changes: dict[str, str], modules: dict = HF_MODULES) -> dict[str, tuple[str, ...]]:
+    """`modules` with the parts of the files' names in `changes` replaced."""
 
     def rename(name: str) -> str:
         for old, new in changes.items():
             name = name.replace(old, new)
         return name
 
-    return {ours: tuple(dict.fromkeys(map(rename, theirs))) for ours, theirs in HF_MODULES.items()}
+    return {ours: tuple(dict.fromkeys(map(rename, theirs))) for ours, theirs in modules.items()}
 
 
 _QWEN = {
@@ -161,6 +185,23 @@ _GRANITE = {
     "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_multiplier": 1.0, "embedding_multiplier": 1.0,
     "residual_multiplier": 1.0, "logits_scaling": 1.0,
 }  # fmt: skip
+_GEMMA3 = Family(
+    "gemma3_text",
+    {
+        "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "head_dim": 256, "intermediate_size": 9216, "vocab_size": 262208, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256, "sliding_window": 4096, "sliding_window_pattern": 6, "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+    },
+    {"qk_norm": True, "post_norms": True, "norm_offset": 1.0, "mlp_bias": False},
+    activation_key="hidden_activation",
+    window_switch="sliding_window",
+    particular=_gemma3,
+    naming=Naming(POST_NORM_MODULES),
+)  # fmt: skip
+_VISION = ("vision_tower.*", "multi_modal_projector.*")
+_INSIDE = {"model.": "language_model.model.", "lm_head": "language_model.lm_head"}
 _NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
 
 FAMILIES: dict[str, Family] = {
@@ -173,10 +214,7 @@ FAMILIES: dict[str, Family] = {
         _NO_BIAS,
         window_switch="sliding_window",
         text_model="mistral",
-        naming=Naming(
-            _renamed({"model.": "language_model.model.", "lm_head": "language_model.lm_head"}),
-            left_out=("vision_tower.*", "multi_modal_projector.*"),
-        ),
+        naming=Naming(_renamed(_INSIDE), left_out=_VISION),
     ),
     "Qwen2ForCausalLM": Family(
         "qwen2", _QWEN, {"qkv_bias": True, "out_bias": False, "mlp_bias": False}, window_switch="use_sliding_window"
@@ -254,6 +292,13 @@ FAMILIES: dict[str, Family] = {
         {"out_bias": False},
         naming=Naming(HF_MODULES, pairs="neighbours"),
     ),
+    "Gemma3ForCausalLM": _GEMMA3,
+    "Gemma3ForConditionalGeneration": replace(
+        _GEMMA3,
+        model_type="gemma3",
+        text_model="gemma3_text",
+        naming=Naming(_renamed(_INSIDE, POST_NORM_MODULES), left_out=_VISION),
+    ),
 }  # fmt: skip
 ALIASES = {"LLaMAForCausalLM": "LlamaForCausalLM", "Ernie4_5_ForCausalLM": "Ernie4_5ForCausalLM"}
 NULL_IS_A_VALUE = ("num_key_value_heads", "head_dim", "sliding_window")  # elsewhere null is as good as absent
@@ -286,8 +331,6 @@ def args_from_hf(config: dict[str, Any]) -> ModelArgs:
         config = text_config(config, family.text_model)
     given = {key: value for key, value in config.items() if value is not None or key in NULL_IS_A_VALUE}
     config = {**family.assumed, **given}
-    if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ValueError(f"config.json: hidden_act {act!r:.80} is not supported; supported: silu, swish")
     kinds = {field.name: field.type for field in fields(ModelArgs)}
     args: dict[str, Any] = {}
     for name, key in {**HF_KEYS, **family.keys}.items():
@@ -295,11 +338,13 @@ def args_from_hf(config: dict[str, Any]) -> ModelArgs:
         if name in ("n_kv_heads", "head_dim"):
             default = args["n_heads"] if name == "n_kv_heads" else args["dim"] // args["n_heads"]
         args[name] = read(config, key, kinds[name], default)
+    name = config.get(family.activation_key, "silu")
+    if str(name) not in HF_ACTIVATIONS:
+        key, supported = family.activation_key, ", ".join(HF_ACTIVATIONS)
+        raise ValueError(f"config.json: {key} {name!r:.80} is not supported; supported: {supported}")
+    args["activation"] = HF_ACTIVATIONS[name]
     window = read_window(config, family.window_switch)
-    n_full = 0 if window else args["n_layers"]
-    if window and "max_window_layers" in family.assumed:
-        n_full = read(config, "max_window_layers", int, above=-1)
-    types = read_layer_types(config, args["n_layers"], n_full)
+    types = read_layer_types(config, args["n_layers"], window, family.assumed)
     sliding = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
     if window and sliding:
         args |= {"sliding_window": window, "sliding_layers": None if len(sliding) == len(types) else sliding}

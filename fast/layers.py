@@ -12,18 +12,17 @@ from functools import partial
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.quantized import Int4Linear, Int8Linear, QuantizedLinear
+from fast.quantized import Int4Linear, Int8Linear, QuantizedKVCache, QuantizedLinear
 from kernels import Product, cpu, gpu
 from model import (
     Attention,
-    KVCache,
     Linear,
     RMSNorm,
     Transformer,
     TransformerBlock,
+    gated,
     grouped_attention,
     multiply,
 )
@@ -56,13 +55,13 @@ class FastLinear(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(
-        self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None, gated: bool = False
+        self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None, activation: str = ""
     ) -> Tensor:
         """As `fused`, in one operator; a collective comes last, and `fused` then passes no residual."""
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         added = None if residual is None else residual.flatten(0, -2)
         tensors = [getattr(self, name) for name in self.names]
-        y = self.operator(x.flatten(0, -2), *tensors, self.bias, weight, eps, added, gated)
+        y = self.operator(x.flatten(0, -2), *tensors, self.bias, weight, eps, added, activation)
         y = y.unflatten(0, x.shape[:-1])
         return y if self.collective is None else self.collective(y)
 
@@ -90,18 +89,22 @@ class CompiledLinear(Linear):
 
 
 def fused(
-    linear: nn.Module, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None, gated: bool = False
+    linear: nn.Module,
+    x: Tensor,
+    norm: RMSNorm | None = None,
+    residual: Tensor | None = None,
+    activation: str = "",
+    post_norm: RMSNorm | None = None,
 ) -> Tensor:
-    """`residual + linear(norm(x))`; if `gated`, the halves of the Linear's output first become `silu(gate) * up`.
+    """`residual + post_norm(linear(norm(x)))`, with `activation` of `gated` linear(norm(x)) instead of linear(norm(x)).
 
-    One operator if the Linear has one and no collective: the residual must be added after the collective.
+    One operator if the Linear has one, no collective and no post_norm: the residual must be added after these.
     """
-    if isinstance(linear, FastLinear) and linear.collective is None:
-        return linear(x, norm, residual, gated)
+    if isinstance(linear, FastLinear) and linear.collective is None and post_norm is None:
+        return linear(x, norm, residual, activation)
     y = linear(x if norm is None else norm(x))
-    if gated:
-        gate, up = y.chunk(2, dim=-1)
-        y = F.silu(gate) * up
+    y = gated(y, activation) if activation else y
+    y = y if post_norm is None else post_norm(y)
     return y if residual is None else residual + y
 
 
@@ -116,8 +119,8 @@ class NormedOutput(nn.Module):
         return self.linear(x, self.norm)
 
 
-class FastKVCache(KVCache):
-    """A KV cache with a backend's attention kernel, if the backend has one for this type of cache."""
+class FastKVCache(QuantizedKVCache):
+    """A KV cache, quantised or not, with a backend's attention kernel, if it has one for this type of cache."""
 
     def __init__(self, attention: Callable | None, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
         super().__init__(shape, device, dtype)
@@ -168,12 +171,14 @@ def compiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class FastBlock(nn.Module):
-    """`TransformerBlock` as five operators, compiled once for all layers."""
+    """`TransformerBlock` as five operators (and two norms, if it has post-norms), compiled once for all layers."""
 
     def __init__(self, block: TransformerBlock):
         super().__init__()
         self.attention_norm, self.attention = block.attention_norm, block.attention
         self.ffn_norm, self.feed_forward = block.ffn_norm, block.feed_forward
+        norms = block.attention_post_norm, block.ffn_post_norm
+        self.attention_post_norm, self.ffn_post_norm = (n if isinstance(n, RMSNorm) else None for n in norms)
 
     @torch.compiler.nested_compile_region  # the blocks are alike: torch.compile traces the first and reuses it
     def forward(self, x, cos, sin, input_pos, n_slots, mask):
@@ -183,8 +188,9 @@ class FastBlock(nn.Module):
             y = a.attend(qkv, cos, sin, input_pos, n_slots, mask)
         else:
             y = a.kv_cache.attend(a, qkv, cos, sin, input_pos, n_slots, mask)
-        x = fused(a.wo, y, residual=x)
-        return fused(f.w2, fused(f.w13, x, self.ffn_norm, gated=True), residual=x)
+        x = fused(a.wo, y, residual=x, post_norm=self.attention_post_norm)
+        y = fused(f.w13, x, self.ffn_norm, activation=f.activation)
+        return fused(f.w2, y, residual=x, post_norm=self.ffn_post_norm)
 
 
 # The tensors of a Linear that a backend's `product` takes, in that order. A class not listed here has no kernel.
@@ -228,6 +234,9 @@ def speed_up(model: Transformer, dtype: torch.dtype) -> None:
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
     backend = backend_for(device, dtype)
+    for norm in model.modules():
+        if isinstance(norm, RMSNorm) and norm.offset:  # kernels know no offset; the sum may need float32
+            norm.weight, norm.offset = nn.Parameter(norm.weight.float() + norm.offset, requires_grad=False), 0.0
     for i, block in enumerate(model.layers):
         if type(block) is TransformerBlock:
             model.layers[i] = FastBlock(block)

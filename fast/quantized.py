@@ -1,4 +1,4 @@
-"""Quantised Linears: how weights are rounded, how they are stored, how they are multiplied.
+"""Quantised Linears: how weights are rounded, how they are stored, how they are multiplied; a quantised KV cache.
 
     module = Int4Linear.from_float(weight, groupsize=32)  # [N, K] in any float dtype
     y = module(x)
@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model import Sharding, multiply
+from model import KVCache, Sharding, multiply
 
 GROUP_SIZES = (32, 64, 128, 256)
+KV_DTYPES = (torch.int8, torch.float8_e4m3fn)  # the types that a cache can be quantised to
 ELEMENTS_AT_ONCE = 1 << 19  # elements quantised at a time: staying in the CPU's cache is ten times as fast
 
 
@@ -225,3 +226,42 @@ def _by_rows(quantize, weight: Tensor) -> Sequence[Tensor]:
     """Apply `quantize` to a few rows of `weight` at a time, in float32, and concatenate the results."""
     pieces = [quantize(rows.float()) for rows in weight.split(max(1, ELEMENTS_AT_ONCE // weight.shape[1]))]
     return [torch.cat(column) for column in zip(*pieces, strict=True)]
+
+
+def quantize_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`x [..., D]` in `dtype`, and a float32 scale per vector, `[...]`, that maps its largest element to the limit.
+
+    An element's error is at most 1 / 254 of the largest element in int8, and 1 / 16 of itself in fp8, if not subnormal.
+    """
+    limit = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
+    scales = x.float().abs().amax(-1).clamp(min=1e-30) / limit
+    q = x.float() / scales[..., None]
+    return (q if dtype.is_floating_point else q.round()).to(dtype), scales
+
+
+class QuantizedKVCache(KVCache):
+    """A KV cache that quantises, if its dtype is one of KV_DTYPES; else it is a `KVCache`.
+
+    Each vector then has a float32 scale, `[B, n_kv_heads, capacity]`: 1/32 more bytes at head_dim 128.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype):
+        super().__init__(shape, device, dtype)
+        self.is_quantized = dtype in KV_DTYPES
+        if self.is_quantized:
+            self.register_buffer("k_scales", torch.zeros(shape[:3], device=device), persistent=False)
+            self.register_buffer("v_scales", torch.zeros(shape[:3], device=device), persistent=False)
+
+    def write(self, input_pos: Tensor, *values: Tensor) -> None:
+        """As `KVCache.write`, for keys and values `[B, n_kv_heads, S, head_dim]`."""
+        if self.is_quantized:
+            (k, k_scales), (v, v_scales) = (quantize_kv(value, self.k.dtype) for value in values)
+            values = k, v, k_scales, v_scales
+        super().write(input_pos, *values)
+
+    def read(self, n_rows: int, n_slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As `KVCache.read`; a quantised cache is dequantised."""
+        k, v, *scales = self.stored(n_rows, n_slots)
+        if scales:
+            k, v = ((x.float() * scale[..., None]).to(dtype) for x, scale in zip((k, v), scales, strict=True))
+        return k, v

@@ -21,9 +21,10 @@ class Product:
     """Multiplication by one weight.
 
     tensors: the weight in the layout that the kernel reads, by name.
-    operator: (x [M, K], *tensors, bias, norm, eps, residual, gated) -> [M, N], any M. norm `[K]` is the weight of an
-        RMSNorm applied to x. With `gated`, the outputs are two halves g and u, and the result is silu(g) * u,
-        `[M, N / 2]`. residual `[M, N]`, not with `gated`, is added last.
+    operator: (x [M, K], *tensors, bias, norm, eps, residual, activation) -> [M, N], any M. norm `[K]`, of x's type or
+        float32, is the weight of an RMSNorm applied to x. With an activation, "silu" or "gelu_tanh", the outputs are
+        two halves g and u, and the result is activation(g) * u, `[M, N / 2]`; "" is none. residual `[M, N]`, not with
+        an activation, is added last.
     """
 
     tensors: dict[str, Tensor]

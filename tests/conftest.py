@@ -42,9 +42,18 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0], "long_factor": [1.0, 1.5, 3.0, 6.0, 12.0, 24.0],
 }  # fmt: skip
 VISION = {
-    "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
     "num_attention_heads": 1, "head_dim": 16, "patch_size": 2, "image_size": 8,
 }  # fmt: skip
+GEMMA3 = {
+    "head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 5, "tie_word_embeddings": True,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+    },
+}  # fmt: skip
+SEES = {"mistral3": ("mistral", "pixtral"), "gemma3": ("gemma3_text", "siglip_vision_model")}
 GRANITE = {
     "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 10.0,
     "rms_norm_eps": 0.1,
@@ -101,6 +110,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
     "seed-oss": ("seed_oss", {"attention_out_bias": True, "head_dim": 32}),
     "ernie": ("ernie4_5", {"use_bias": True, "head_dim": 32}),
+    "gemma3": ("gemma3_text", GEMMA3),
+    "gemma3-vision": ("gemma3", GEMMA3),
     "helium": ("helium", {"head_dim": 16, "attention_bias": True}),
 }
 
@@ -109,16 +120,20 @@ def make_tiny(family: str, **overrides) -> PreTrainedModel:
     """A float32 model of `family` in eval mode; the same weights at every call."""
     model_type, special = FAMILIES[family]
     sizes = copy.deepcopy({**SIZES, **special, **overrides})  # a config writes into what it is given
-    if model_type == "mistral3":
-        sizes = {"text_config": {"model_type": "mistral", **sizes}, "vision_config": VISION}
+    if model_type in SEES:
+        text, vision = SEES[model_type]
+        vision = {**VISION, "model_type": vision}
+        sizes = {"text_config": {"model_type": text, **sizes}, "vision_config": vision}
     config = AutoConfig.for_model(model_type, **sizes)
     generator = torch.Generator().manual_seed(0)
-    auto = AutoModelForImageTextToText if model_type == "mistral3" else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if model_type in SEES else AutoModelForCausalLM
     model = auto.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5, generator=generator)
+                if "gemma3" in model_type:  # which adds one
+                    parameter -= 1
             else:
                 parameter.normal_(std=0.2, generator=generator)
     return model.requires_grad_(False)

@@ -17,10 +17,10 @@ import triton.language as tl
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fast.layers import FastBlock, FastKVCache, FastLinear, fast_linear, fused, speed_up
-from fast.quantized import GROUP_SIZES, Int4Linear, Int8Linear
+from fast.quantized import GROUP_SIZES, Int4Linear, Int8Linear, QuantizedKVCache
 from kernels import gpu
 from kernels.gpu import choice, flash_decoding, products
-from model import Attention, KVCache, Linear, ModelArgs, RMSNorm, Sharding, Transformer, rope_table
+from model import Attention, Linear, ModelArgs, RMSNorm, Sharding, Transformer, rope_table
 from scripts.bench import gpu_correctness, gpu_products
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -117,7 +117,9 @@ def test_a_prefill(dtype, n, k):
     assert all_are_right(normal(20, k).to(dtype), normal(n, k))
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "norm_dtype"), [("", torch.float16), ("silu", torch.float16), ("gelu_tanh", torch.float32)]
+)
 @pytest.mark.parametrize(
     ("rows", "n", "k"),
     [
@@ -133,19 +135,21 @@ def test_a_prefill(dtype, n, k):
         (20, 40, 96),
     ],
 )
-def test_fused_norm_bias_gates_and_residual(rows, n, k, gated):
+def test_fused_norm_bias_gates_and_residual(rows, n, k, activation, norm_dtype):
     """Norm, bias, gates and residual inside the kernels, against plain PyTorch in float32."""
-    x, bias, around = 30 * normal(rows, k).half(), normal(n).half(), {"gated": True} if gated else {}
+    x, bias, around = 30 * normal(rows, k).half(), normal(n).half(), {"activation": activation}
     norm = RMSNorm(k, eps=1.0).to(DEVICE).requires_grad_(False)
-    norm.weight.data = normal(k).half()
-    if not gated:
+    norm.weight.data = normal(k).half().to(norm_dtype)
+    if not activation:
         around["residual"] = normal(1, rows, n).half()
     modules = [Int8Linear.from_float(normal(n, k), bias), Int4Linear.from_float(normal(n, k), bias, groupsize=32)]
     for module in [*modules, float_linear(normal(n, k), x.dtype, bias)]:
         is_float = isinstance(module, Linear)
         weight = module.weight.float() if is_float else module.dequantize(torch.float32)
         linear = float_linear(weight, torch.float32, bias)
-        exact = fused(linear, x[None].float(), norm, **{k: v if k == "gated" else v.float() for k, v in around.items()})
+        exact = fused(
+            linear, x[None].float(), norm, **{k: v if k == "activation" else v.float() for k, v in around.items()}
+        )
         y = fused(fast_linear(module.to(DEVICE), gpu), x[None], norm, **around)
         assert (y.dtype, y.shape) == (x.dtype, exact.shape)
         assert float((y.float() - exact).norm() / exact.norm()) < 2 * torch.finfo(x.dtype).eps
@@ -267,7 +271,7 @@ def test_the_fastest_way_is_taken(monkeypatch, kind, rows, best):
     linear, x, timed = fast_linear(linear, gpu), normal(1, rows, 512).half(), []
 
     def step() -> torch.Tensor:
-        return fused(linear, x, norm, gated=True)
+        return fused(linear, x, norm, activation="silu")
 
     def clock(function, *args) -> float:
         function(*args)
@@ -329,7 +333,13 @@ def attention_args(heads: int, kv_heads: int, D: int, **others) -> ModelArgs:
 @pytest.mark.parametrize("kv_dtype", [torch.float16, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "S", "D", "window", "qk_norm"),
-    [(4, 4, 1, 64, 100, False), (6, 2, 1, 80, None, True), (2, 1, 5, 32, 3, False), (4, 2, 16, 48, None, True)],
+    [
+        (4, 4, 1, 64, 100, False),
+        (6, 2, 1, 80, None, True),
+        (2, 1, 5, 32, 3, False),
+        (4, 2, 16, 48, None, True),
+        (4, 1, 3, 256, 100, True),
+    ],
 )
 def test_attention_over_a_cache(monkeypatch, patched_interpreter, heads, kv_heads, S, D, window, qk_norm, kv_dtype):
     """Rows of different lengths: one with nothing cached, one up to the cache's end; 2 to 8 programs share a head."""
@@ -409,7 +419,7 @@ def test_the_report_sees_wrong_attention(patched_interpreter, monkeypatch, wrong
 @pytest.mark.parametrize("kv_dtype", [torch.float16, torch.int8])
 def test_attention_keeps_pytorchs_rules(patched_interpreter, kv_dtype):
     qkv, positions = normal(1, 1, 4 * 32).half(), torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
-    cache, (cos, sin) = KVCache((1, 1, 5, 32), DEVICE, kv_dtype), rope_table(REPORTED, positions, 200)
+    cache, (cos, sin) = QuantizedKVCache((1, 1, 5, 32), DEVICE, kv_dtype), rope_table(REPORTED, positions, 200)
     rules = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     if flash_decoding.STORED:
         rules = ("test_schema", *rules)

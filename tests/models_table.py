@@ -38,6 +38,11 @@ MODELS: dict[str, tuple[str, str]] = {
     "SeedOssForCausalLM": ("Seed-OSS", "a bias on the attention's output of its own"),
     "Ernie4_5ForCausalLM": ("Ernie 4.5, dense", "RoPE rotates neighbouring elements"),
     "HeliumForCausalLM": ("Helium", "RoPE rotates neighbouring elements"),
+    "Gemma3ForCausalLM": (
+        "Gemma 3 (1B, 270M)",
+        "five layers of six have a window and a RoPE of their own; four norms a layer; GELU; 262144 ids",
+    ),
+    "Gemma3ForConditionalGeneration": ("Gemma 3 (4B, 12B, 27B)", "its vision tower is left out"),
 }
 
 
@@ -47,6 +52,8 @@ def settings_of(model_type: str) -> list[str]:
     for kind, special in TINY_FAMILIES.values():
         if kind == model_type:
             for key, value in special.items():
+                if key == "rope_parameters" and "rope_type" not in value:
+                    value = value["full_attention"]
                 if key == "rope_parameters":
                     key = f"{value['rope_type']} RoPE" if value["rope_type"] != "default" else "rope_theta"
                 if key != "pad_token_id":

@@ -29,8 +29,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fast.checkpoint import load_model, open_checkpoint, save_checkpoint
+from fast.config import args_from_dict
 from fast.layers import speed_up
-from model import ModelArgs, RopeScaling
+from model import RopeScaling
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,7 +84,7 @@ def shard(copy):
 # --- input forms ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "llama-bias", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama-tied", "llama-bias", "qwen2", "qwen3", "gemma3"])
 def test_every_input_form_gives_the_same_model(tiny, shard, tmp_path, family):
     hf, directory = tiny(family)
     expected = load_model(directory, dtype=torch.float32)
@@ -438,7 +439,7 @@ def test_saved_file_is_an_ordinary_torch_file(tiny, tmp_path):
         content = torch.load(paths[0], weights_only=True, mmap=mapped)
         assert content.keys() == {"format", "config", "quantization", "model"}
         assert (content["format"], content["quantization"]) == (1, None)
-        assert ModelArgs.from_dict(content["config"]) == checkpoint.args
+        assert args_from_dict(content["config"]) == checkpoint.args
         for name, stored in checkpoint.tensors.items():
             assert torch.equal(content["model"][name], stored.load("cpu", torch.bfloat16))
 

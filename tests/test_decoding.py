@@ -25,7 +25,7 @@ from fast.decoding import Steps, build_steps, every_size, kv_slots, record, stre
 from fast.sampling import Sampling
 from kernels import Attention
 
-VARIED = ["ministral", "smollm3", "granite"]  # by layer, or in scales
+VARIED = ["ministral", "smollm3", "granite", "gemma3"]  # by layer, or in scales
 MIXED = ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "full_attention"]
 
 

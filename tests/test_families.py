@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fast.checkpoint import load_model
 from fast.families import FAMILIES, HF_MODULES, Family, Naming, args_from_hf, hf_weights
-from model import Transformer
+from model import RopeScaling, Transformer
 from scripts.bench.presets import preset
 
 # --- config.json ----------------------------------------------------------------------------------------------------
@@ -49,6 +49,15 @@ HUB_CONFIGS = {
         "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072,
         "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 152064,
     },
+    "gemma-3-1b": {
+        "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": None,
+        "final_logit_softcapping": None, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 1152, "intermediate_size": 6912, "max_position_embeddings": 32768,
+        "model_type": "gemma3_text", "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6, "torch_dtype": "bfloat16",
+        "vocab_size": 262144,
+    },
     "qwen-3-8b": {
         "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "hidden_act": "silu",
         "hidden_size": 4096, "intermediate_size": 12288, "max_position_embeddings": 40960, "max_window_layers": 36,
@@ -65,7 +74,7 @@ def test_hub_config_gives_the_preset(name):
 
 
 @pytest.mark.parametrize("type_key", ["type", "rope_type"])
-@pytest.mark.parametrize("family", [name for name in TINY_FAMILIES if name != "mistral3"])
+@pytest.mark.parametrize("family", [name for name in TINY_FAMILIES if name not in ("mistral3", "gemma3-vision")])
 def test_hub_form_equals_transformers_5_form(tiny, read_config, family, type_key):
     new = read_config(tiny(family)[1])
     assert "rope_parameters" in new
@@ -74,6 +83,9 @@ def test_hub_form_equals_transformers_5_form(tiny, read_config, family, type_key
     if family in ("ministral", "granite-4", "granite-4-nope"):
         old["layer_types"] = new["layer_types"]
     rope = dict(new["rope_parameters"])
+    if family == "gemma3":
+        old |= {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"], "sliding_window_pattern": 2}
+        rope = dict(rope["full_attention"])
     old |= {"torch_dtype": new["dtype"], "rope_theta": rope.pop("rope_theta")}
     old["rope_scaling"] = None if rope["rope_type"] == "default" else {type_key: rope.pop("rope_type"), **rope}
     assert args_from_hf(old) == args_from_hf(new)
@@ -87,7 +99,7 @@ def test_nemo_keeps_its_head_dim():
     assert (args.head_dim, args.sliding_window) == (128, None)
 
 
-@pytest.mark.parametrize("name", [n for n in FAMILIES if not n.startswith(("Mistral3", "GraniteMoeHybrid"))])
+@pytest.mark.parametrize("name", [n for n in FAMILIES if not n.startswith(("Mistral3", "GraniteMoeHybrid", "Gemma3"))])
 def test_absent_fields_are_what_transformers_assumes(name):
     given = {"hidden_size": 1280, "intermediate_size": 96, "num_hidden_layers": 30, "num_attention_heads": 160}
     hf = AutoConfig.for_model(FAMILIES[name].model_type, **given, vocab_size=128, pad_token_id=0)
@@ -111,6 +123,43 @@ def test_absent_fields_are_what_transformers_assumes(name):
         assert (args.sliding_window, args.sliding_layers) == (7, slides)
 
 
+def test_a_sparse_gemma_has_what_transformers_assumes():
+    """As the hub's models that see describe their language model."""
+    given = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    given["rope_scaling"] = {"factor": 8.0, "rope_type": "linear"}
+    hf, text = AutoConfig.for_model("gemma3_text", **given), {**given, "model_type": "gemma3_text"}
+    outer = {"architectures": ["Gemma3ForConditionalGeneration"], "torch_dtype": "bfloat16"}
+    args = args_from_hf({**outer, "text_config": text})
+    assert (args.n_heads, args.n_kv_heads) == (hf.num_attention_heads, hf.num_key_value_heads)
+    assert args.head_dim == hf.head_dim
+    assert (args.vocab_size, args.context_length) == (hf.vocab_size, hf.max_position_embeddings)
+    assert (args.norm_eps, args.tie_embeddings) == (hf.rms_norm_eps, hf.tie_word_embeddings)
+    assert args.attention_scale == hf.query_pre_attn_scalar**-0.5
+    assert args.embedding_scale == 50.5  # the square root of 2560 in bfloat16
+    exact = args_from_hf({**outer, "torch_dtype": "float32", "text_config": text})
+    assert exact.embedding_scale == pytest.approx(2560**0.5)
+    assert args.sliding_layers == tuple(i for i, kind in enumerate(hf.layer_types) if kind == "sliding_attention")
+    full, sliding = hf.rope_parameters["full_attention"], hf.rope_parameters["sliding_attention"]
+    assert (args.rope_theta, args.sliding_rope_theta) == (full["rope_theta"], sliding["rope_theta"])
+    assert args.rope_scaling == RopeScaling("linear", 8.0)
+
+
+def test_rope_that_is_given_for_each_type_of_layer():
+    types = {"layer_types": ["full_attention", "sliding_attention"] * 11}
+    plain = {"rope_type": "default", "rope_theta": 5.0}
+    linear = {**plain, "rope_type": "linear", "factor": 2.0}
+
+    def found(**of_types) -> tuple:
+        args = args_from_hf({**TINYLLAMA, **types, "rope_parameters": of_types})
+        return args.rope_theta, args.rope_scaling, args.sliding_rope_theta
+
+    scaling = RopeScaling("linear", 2.0)
+    assert found(full_attention=linear, sliding_attention=linear) == (5.0, scaling, None)
+    assert found(full_attention=linear, sliding_attention=plain) == (5.0, scaling, 5.0)
+    assert found(full_attention=plain, sliding_attention=plain) == (5.0, None, None)
+    assert found(full_attention=plain, sliding_attention={**plain, "rope_theta": 7.0}) == (5.0, None, 7.0)
+
+
 def test_llama_has_no_sliding_window():
     assert args_from_hf({**TINYLLAMA, "sliding_window": 4096}).sliding_window is None
 
@@ -123,6 +172,7 @@ def test_llama_has_no_sliding_window():
         ({"architectures": "Other"}, "architecture 'Other' is not supported"),
         ({"architectures": None, "model_type": "gemma4"}, "architecture 'gemma4' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: .*silu"),
+        ({"hidden_act": {}}, "hidden_act {} is not supported"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope type 'dynamic' is not supported; .*, yarn"),
         ({"architectures": {"a": 1}}, "architecture .* is not supported"),
         ({"architectures": [["LlamaForCausalLM"]]}, "architecture .* is not supported"),
@@ -146,9 +196,13 @@ def test_llama_has_no_sliding_window():
         (
             {
                 "layer_types": ["full_attention", "sliding_attention"] * 11,
-                "rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_theta": 5.0}},
+                "rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "yarn"}},
             },
-            "RoPE that differs among layers .full_attention, sliding_attention. is not supported",
+            "RoPE of type 'yarn' is not supported in layers with a sliding window",
+        ),
+        (
+            {"layer_types": ["sliding_attention"] * 22, "rope_parameters": {"full_attention": {}}},
+            "rope_parameters for sliding_attention is None; expected an object",
         ),
         ({"rope_theta": 0.5}, "rope_theta is 0.5; expected a number above 1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
@@ -211,6 +265,18 @@ def test_yarn_promises_the_stretched_length():
         ("phi3", {"sliding_window": 0}, "sliding_window is 0; expected a whole number above 0"),
         ("granite", {"residual_multiplier": 1e-200}, "residual_multiplier is 1e-200; expected a number above 0, up to"),
         ("granite-4", {"position_embedding_type": 5}, "position_embedding_type is 5; expected rope or nope"),
+        (
+            "gemma3",
+            {"hidden_activation": "gelu"},
+            "hidden_activation 'gelu' is not supported; supported: silu, swish, ge",
+        ),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0, which is not supported"),
+        ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0; expected a number above 0"),
+        (
+            "gemma3",
+            {"layer_types": None, "sliding_window_pattern": "6"},
+            "sliding_window_pattern is '6'; expected a who",
+        ),
         ("granite-4", {"num_local_experts": ""}, "num_local_experts is ''; expected a whole number above -1"),
     ],
 )

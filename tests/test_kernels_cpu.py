@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from fast.checkpoint import load_model
 from fast.decoding import build_steps, stream
 from fast.layers import fused
-from fast.quantized import Int4Linear, Int8Linear
+from fast.quantized import Int4Linear, Int8Linear, QuantizedKVCache
 from fast.sampling import Sampling
 from kernels import cpu
 from kernels.cpu import build, packing
-from model import KVCache, Linear, RMSNorm, Sharding
+from model import ACTIVATIONS, Linear, RMSNorm, Sharding
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(build.load() is not None, reason=str(build.load()))
@@ -130,16 +130,18 @@ def test_products(variant, rows, threads):
 
 
 @pytest.mark.parametrize("rows", [1, 6, 40])
-@pytest.mark.parametrize("gated", [False, True])
-def test_fused_norm_bias_gates_and_residual(variant, rows, gated):
+@pytest.mark.parametrize(
+    ("activation", "norm_dtype"), [("", torch.bfloat16), ("silu", torch.bfloat16), ("gelu_tanh", torch.float32)]
+)
+def test_fused_norm_bias_gates_and_residual(variant, rows, activation, norm_dtype):
     """Norm, bias, gating and residual inside the kernels, against plain PyTorch in float32."""
     x, weight, bias = 30 * normal(rows, 200).bfloat16(), normal(88, 200).bfloat16(), normal(88).bfloat16()
     weight, x = F.pad(weight, (0, 24)), F.pad(x, (0, 24))  # to 224 inputs, a multiple of the group size 32
     norm = RMSNorm(224, eps=1.0).requires_grad_(False)
-    norm.weight.data = normal(224).bfloat16().float()
-    residual = None if gated else normal(rows, 88).bfloat16()
+    norm.weight.data = normal(224).to(norm_dtype).float()
+    residual = None if activation else normal(rows, 88).bfloat16()
     int8, int4 = Int8Linear.from_float(weight), Int4Linear.from_float(weight, groupsize=32)
-    surroundings = bias, norm.weight.bfloat16(), norm.eps, residual, gated
+    surroundings = bias, norm.weight.to(norm_dtype), norm.eps, residual, activation
     for exact, y in (
         (weight.float(), torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight), 88, *surroundings)),
         (int8.dequantize(torch.float32), torch.ops.fast.int8_linear(x, pack(int8), 88, *surroundings)),
@@ -147,17 +149,20 @@ def test_fused_norm_bias_gates_and_residual(variant, rows, gated):
     ):
         linear = Linear(224, 88, True, Sharding()).requires_grad_(False)
         linear.weight.data, linear.bias.data = exact, bias.float()
-        expected = fused(linear, x.float(), norm, None if gated else residual.float(), gated)
-        assert y.shape == (rows, 44 if gated else 88)
+        expected = fused(linear, x.float(), norm, None if activation else residual.float(), activation)
+        assert y.shape == (rows, 44 if activation else 88)
         assert float((y.float() - expected).norm() / expected.norm()) < 0.008  # rounded to bfloat16 after each step
 
 
-def test_gates_far_from_zero(variant):
+@pytest.mark.parametrize(("activation", "exact"), ACTIVATIONS.items())
+def test_gates_far_from_zero(variant, activation, exact):
     gates = torch.tensor([-1e30, -200, -90, -20, -1, 0, 1, 20, 90, 200, 1e30]).bfloat16()
     weight = torch.zeros(22, 2, dtype=torch.bfloat16)
     weight[:11, 0], weight[11:, 0] = gates, 1
-    y = torch.ops.fast.bf16_linear(torch.tensor([[1.0, 0.0]]).bfloat16(), packing.pack_bf16(weight), 22, gated=True)
-    assert torch.allclose(y[0].float(), F.silu(gates.float()), rtol=0.01, atol=1e-7)
+    y = torch.ops.fast.bf16_linear(
+        torch.tensor([[1.0, 0.0]]).bfloat16(), packing.pack_bf16(weight), 22, activation=activation
+    )
+    assert torch.allclose(y[0].float(), exact(gates.float()), rtol=0.01, atol=1e-7)
 
 
 def test_batched_rows_equal_single_rows(variant):
@@ -222,7 +227,9 @@ def test_a_weight_of_another_type_is_refused():
         ({"norm": torch.ones(63).bfloat16()}, "the norm must be bfloat16 [64], contiguous, not BFloat16 [63]"),
         ({"bias": torch.ones(40)}, "the bias must be bfloat16 [40], contiguous, not Float [40]"),
         ({"residual": torch.ones(1, 20).bfloat16()}, "the residual must be bfloat16 [1, 40]"),
-        ({"residual": torch.ones(1, 20).bfloat16(), "gated": True}, "with no residual"),
+        ({"residual": torch.ones(1, 20).bfloat16(), "activation": "silu"}, "with no residual"),
+        ({"activation": "relu"}, "the activation is silu or gelu_tanh, not relu"),
+        ({"norm": torch.ones(63)}, "the norm must have 64 weights"),
     ],
 )
 def test_surroundings_that_do_not_fit_are_refused(surroundings, message):
@@ -271,11 +278,12 @@ needs_avx512 = pytest.mark.skipif(attention_missing, reason="needs AVX-512 with 
         (1, 6, 2, 5, 700, 100, 300),
         (2, 4, 1, 4, 40, 120, None),
         (1, 3, 1, 1, 20, 7, None),
+        (1, 4, 1, 3, 600, 256, 512),
     ],
 )
 def test_attention(n_rows, heads, kv_heads, positions, slots, head_dim, window, threads, kv_dtype):
     """Rows of different lengths, over views of a larger cache whose unused slots are NaN."""
-    cache = KVCache((n_rows + 1, kv_heads, slots + 3, head_dim), "cpu", kv_dtype)
+    cache = QuantizedKVCache((n_rows + 1, kv_heads, slots + 3, head_dim), "cpu", kv_dtype)
     keys = normal(n_rows + 1, kv_heads, slots, head_dim)
     cache.write(torch.arange(slots).expand(n_rows + 1, -1), keys.bfloat16(), keys.flip(2).bfloat16())
     for tensor in cache.buffers():
@@ -304,7 +312,7 @@ def test_attention_does_not_turn_nan_into_numbers(bad, kv_dtype):
     for place in range(3):
         q, k, v = (normal(1, n, s, 48).bfloat16() for n, s in ((4, 2), (2, 600), (2, 600)))
         (q, k, v)[place][0, 1, 1, 5] = bad  # query head 1 belongs to key head 0, key head 1 to query heads 2 and 3
-        cache = KVCache((1, 2, 600, 48), "cpu", kv_dtype)
+        cache = QuantizedKVCache((1, 2, 600, 48), "cpu", kv_dtype)
         cache.write(torch.arange(600)[None], k, v)
         keys, values, *scales = cache.stored(1, 600)
         y = torch.ops.fast.decode_attention(q, keys, values, torch.tensor([[598, 599]]), 0, *scales)

@@ -114,24 +114,24 @@ def product_types(bits: int, *present: str) -> tuple[dict[str, str], dict[str, N
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("bits", "group", "rows", "present", "gated", "most"),
+    ("bits", "group", "rows", "present", "activation", "most"),
     [
-        (4, 32, 1, ("norm_ptr",), 2, 3),
-        (4, 32, 2, ("norm_ptr", "bias_ptr"), 1, 3),
-        (4, 32, 4, ("residual_ptr",), 1, 3),
-        (4, 32, 8, ("norm_ptr",), 2, 4),
-        (4, 32, 16, ("residual_ptr",), 1, 6.5),
-        (4, 128, 8, ("norm_ptr",), 1, 2.5),
-        (4, 128, 16, (), 2, 4),
-        (8, 4096, 2, ("norm_ptr",), 2, 4.5),
-        (8, 4096, 8, (), 1, 3.5),
-        (8, 4096, 16, ("residual_ptr",), 1, 5.5),
-        (16, 4096, 1, ("norm_ptr",), 2, 2.5),
-        (16, 4096, 6, ("norm_ptr", "bias_ptr"), 1, 3.5),
-        (16, 4096, 16, ("residual_ptr",), 1, 3.5),
+        (4, 32, 1, ("norm_ptr",), "silu", 3),
+        (4, 32, 2, ("norm_ptr", "bias_ptr"), "", 3),
+        (4, 32, 4, ("residual_ptr",), "", 3),
+        (4, 32, 8, ("norm_ptr",), "gelu_tanh", 4),
+        (4, 32, 16, ("residual_ptr",), "", 6.5),
+        (4, 128, 8, ("norm_ptr",), "", 2.5),
+        (4, 128, 16, (), "silu", 4),
+        (8, 4096, 2, ("norm_ptr",), "silu", 4.5),
+        (8, 4096, 8, (), "", 3.5),
+        (8, 4096, 16, ("residual_ptr",), "", 5.5),
+        (16, 4096, 1, ("norm_ptr",), "silu", 2.5),
+        (16, 4096, 6, ("norm_ptr", "bias_ptr"), "", 3.5),
+        (16, 4096, 16, ("residual_ptr",), "", 3.5),
     ],
 )
-def test_threads_do_not_exchange_weights(compiled, capability, bits, group, rows, present, gated, most):
+def test_threads_do_not_exchange_weights(compiled, capability, bits, group, rows, present, activation, most):
     """No data passes between threads until the last `mma`; a program issues less than `most` instructions per weight.
 
     An instruction counts once for every thread.
@@ -142,7 +142,7 @@ def test_threads_do_not_exchange_weights(compiled, capability, bits, group, rows
     n_out = 28672
     (warps, outputs, unrolled), *_ = products.ways_of(rows, 4096, n_out, bits, group, products.SMS).values()
     assert unrolled == 1
-    shape = products.constants_of(rows, 4096, bits, group, gated, warps, outputs, unrolled)
+    shape = products.constants_of(rows, 4096, bits, group, activation, warps, outputs, unrolled)
     shape |= products.registers_of(warps, n_out // outputs, products.SMS) if rows == 1 else {}
     words = shape["WORDS"]
     one = {"rows": 1} if rows == 1 else {}  # Triton makes an argument of 1 a constant
@@ -161,7 +161,7 @@ def test_a_product_that_overlaps_waits_for_its_inputs(compiled, bits, before):
     from kernels.gpu import products
 
     types, absent = product_types(bits, "norm_ptr", "residual_ptr")
-    constants = products.constants_of(1, 4096, bits, 32 if bits == 4 else 4096, 1, 4, 32, 1)
+    constants = products.constants_of(1, 4096, bits, 32 if bits == 4 else 4096, "", 4, 32, 1)
     ptx = compiled(products._multiply, 90, types, **constants, **absent, rows=1, OVERLAP=True).ptx
     assert accesses_before_waiting(ptx) == before
 
@@ -183,20 +183,26 @@ def test_weights_are_written_16_bytes_at_a_time(compiled, bits, group):
 
 
 @pytest.mark.parametrize(
-    ("capability", "cached", "heads", "S"),
+    ("capability", "cached", "heads", "S", "D"),
     [
-        (80, "*bf16", 4, 1), (90, "*bf16", 4, 1), (86, "*bf16", 8, 16), (86, "*i8", 8, 16), (80, "*i8", 4, 1),
-        (90, "*i8", 4, 1), (90, "*i8", 4, 6), (90, "*fp8e4nv", 4, 1),
+        (80, "*bf16", 4, 1, 128), (90, "*bf16", 4, 1, 128), (86, "*bf16", 8, 16, 128), (86, "*i8", 8, 16, 128),
+        (80, "*i8", 4, 1, 128), (90, "*i8", 4, 1, 128), (90, "*i8", 4, 6, 128), (90, "*fp8e4nv", 4, 1, 128),
+        (86, "*bf16", 4, 1, 256), (86, "*i8", 4, 16, 256), (90, "*i8", 4, 6, 256),
     ],
 )  # fmt: skip
-def test_attention_runs_on_the_tensor_cores(compiled, capability, cached, heads, S):
+def test_attention_runs_on_the_tensor_cores(compiled, capability, cached, heads, S, D):
     from kernels.gpu import flash_decoding
 
     found, rows = {"sums_ptr": "*fp32", "peaks_ptr": "*fp32", "totals_ptr": "*fp32"}, heads * S
     types = dict.fromkeys(("qkv_ptr", "q_norm_ptr", "k_norm_ptr"), "*bf16") | dict.fromkeys(("k_ptr", "v_ptr"), cached)
     types |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "positions_ptr": "*i64", "scale": "fp32", "eps": "fp32", **found}
-    shape = {"KV": 8, "HEADS": heads, "D": 128, "BLOCK_D": 128, "SPLITS": 64, **({"S": 1} if S == 1 else {})}
-    blocks = {"ROWS": max(16, triton.next_power_of_2(rows)), "NEW": 16, "BLOCK_HALF": 64, "BLOCK": 64}
+    shape = {"KV": 8, "HEADS": heads, "D": D, "BLOCK_D": D, "SPLITS": 64, **({"S": 1} if S == 1 else {})}
+    blocks = {
+        "ROWS": max(16, triton.next_power_of_2(rows)),
+        "NEW": 16,
+        "BLOCK_HALF": D // 2,
+        "BLOCK": flash_decoding.block_of(rows, D),
+    }
     scales = dict.fromkeys(("k_scales_ptr", "v_scales_ptr"), None if cached == "*bf16" else "*fp32")
     constants = {**shape, **blocks, "WINDOW": 0, **(scales if cached == "*bf16" else {})}
     warps = 4 if rows <= 32 else 8

@@ -13,9 +13,9 @@ from torch import nn
 from fast import layers
 from fast.checkpoint import load_model, open_checkpoint
 from fast.layers import FastBlock, FastKVCache, FastLinear, backend_for, fast_linear, in_one_region
-from fast.quantized import LINEARS, Int4Linear, Int8Linear, QuantizedLinear
+from fast.quantized import LINEARS, Int4Linear, Int8Linear, QuantizedKVCache, QuantizedLinear
 from kernels import Product, cpu
-from model import Linear, Transformer, TransformerBlock
+from model import Linear, Transformer, TransformerBlock, gated
 from quantize import quantize
 
 MODES = {"float": None, "int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
@@ -41,7 +41,9 @@ def stored(tiny, tmp_path_factory):
 def textbook(monkeypatch, path, dtype: torch.dtype) -> Transformer:
     with monkeypatch.context() as patch:
         patch.setattr("fast.checkpoint.speed_up", lambda model, dtype: None)
-        return load_model(path, dtype=dtype)
+        model = load_model(path, dtype=dtype)
+    model.new_cache = QuantizedKVCache
+    return model
 
 
 def logits(model: Transformer, kv_dtype: torch.dtype | None) -> list[torch.Tensor]:
@@ -56,7 +58,7 @@ def logits(model: Transformer, kv_dtype: torch.dtype | None) -> list[torch.Tenso
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", ["llama-bias", "mistral-window", "qwen3"])
+@pytest.mark.parametrize("family", ["llama-bias", "mistral-window", "qwen3", "gemma3"])
 def test_without_kernels_the_layers_compute_the_textbooks_bits(stored, monkeypatch, family, mode, dtype, kv_dtype):
     exact = textbook(monkeypatch, stored(family, mode), dtype)
     assert all(type(block) is TransformerBlock for block in exact.layers)
@@ -70,7 +72,7 @@ def test_without_kernels_the_layers_compute_the_textbooks_bits(stored, monkeypat
 @has_kernels
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", ["llama-bias", "llama-tied", "mistral-window", "qwen3"])
+@pytest.mark.parametrize("family", ["llama-bias", "llama-tied", "mistral-window", "qwen3", "gemma3"])
 def test_with_kernels_they_compute_the_same_but_for_rounding(stored, monkeypatch, family, mode, kv_dtype):
     exact = textbook(monkeypatch, stored(family, mode), torch.float32)
     model = load_model(stored(family, mode), dtype=torch.bfloat16)
@@ -140,13 +142,11 @@ def test_a_kernel_is_added_in_two_places(tiny, tmp_path, monkeypatch):
     """As docs/extending.md says: in a backend's `product`, and in TENSORS, which lists the tensors passed to it."""
     seen = []
 
-    def operator(x, weight, scales, bias, norm, eps, residual, gated):
-        seen.append((x.shape[0], gated))
+    def operator(x, weight, scales, bias, norm, eps, residual, activation):
+        seen.append((x.shape[0], activation))
         x = x if norm is None else nn.functional.rms_norm(x, norm.shape, norm, eps)
         y = nn.functional.linear(x, weight * scales[:, None], bias)
-        if gated:
-            gate, up = y.chunk(2, dim=-1)
-            y = nn.functional.silu(gate) * up
+        y = gated(y, activation) if activation else y
         return y if residual is None else y + residual
 
     def product(weight, scales=None, zeros=None) -> Product | None:
@@ -161,7 +161,7 @@ def test_a_kernel_is_added_in_two_places(tiny, tmp_path, monkeypatch):
     model = load_model(tmp_path / "model.pth", dtype=torch.float32)
     for ours, theirs in zip(logits(model, None), logits(plain, None), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert [gated for _, gated in seen[:7]] == [False, True, False] * 2 + [False]  # wqkv, w13, w2 of two layers; output
+    assert [kind for _, kind in seen[:7]] == ["", "silu", ""] * 2 + [""]  # wqkv, w13, w2 of two layers; output
     assert isinstance(model.layers[0].attention.wo, Linear)
 
 

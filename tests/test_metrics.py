@@ -10,6 +10,7 @@ import torch
 
 from fast.cli import write_json
 from fast.metrics import bytes_per_step, describe, measure_bandwidth, peak_memory, report
+from fast.quantized import QuantizedKVCache
 from model import ModelArgs, Transformer
 
 ARGS = {
@@ -33,6 +34,7 @@ def test_bytes_per_step_by_hand(tied, dtype, size):
     position = 3 * 2 * 2 * 6  # layers, keys and values, heads, head_dim
     assert bytes_per_step(model, 1, 0) == size * weights
     assert bytes_per_step(model, 2, 10.5) == size * (weights + 2 * 10.5 * position)
+    model.new_cache = QuantizedKVCache
     model.setup_caches(2, 40, kv_dtype=torch.int8)  # with a float32 scale for every 6 elements
     assert bytes_per_step(model, 2, 10.5) == size * weights + 2 * 10.5 * position * (6 + 4) / 6
 

@@ -16,8 +16,9 @@ from conftest import FAMILIES
 import quantize
 from fast import families
 from fast.checkpoint import load_model, open_checkpoint
-from fast.quantized import Int4Linear
-from model import KV_DTYPES, KVCache, ModelArgs, RopeScaling, Transformer, quantize_kv
+from fast.config import args_from_dict
+from fast.quantized import KV_DTYPES, Int4Linear, QuantizedKVCache, quantize_kv
+from model import RopeScaling, Transformer
 from scripts.bench.presets import PRESETS
 
 LENGTH = 24  # longer than the sliding windows
@@ -75,14 +76,31 @@ def test_logits_equal_transformers(tiny, load, idx, family):
         ("granite", {"embedding_scale": 12.0}),
         ("granite", {"logits_scale": 1.0}),
         ("granite", {"norm_eps": 0.1}),
+        ("gemma3", {"norm_offset": -1.0}),  # loading has added it to the weights
+        ("gemma3", {"activation": "silu"}),
+        ("gemma3", {"attention_scale": None}),
+        ("gemma3", {"embedding_scale": 1.0}),
+        ("gemma3", {"sliding_rope_theta": None}),
+        ("gemma3", {"rope_scaling": None}),
+        ("gemma3", {"sliding_layers": None}),
     ],
 )
 def test_the_comparison_sees_each_setting(load, idx, family, without):
     model = load(family)
-    other = Transformer(dataclasses.replace(model.args, **without))
+    same, other = (Transformer(dataclasses.replace(model.args, **{"norm_offset": 0.0, **x})) for x in ({}, without))
+    same.load_state_dict(model.state_dict())
     other.load_state_dict(model.state_dict())
+    assert_equal_logits(same(idx), model(idx))
     with pytest.raises(AssertionError):
         assert_equal_logits(other(idx), model(idx))
+
+
+@pytest.mark.parametrize("norm", ["attention_post_norm", "ffn_post_norm"])
+def test_the_comparison_sees_each_norm(tiny, load, idx, norm):
+    model = load("gemma3")
+    setattr(model.layers[1], norm, None)
+    with pytest.raises(AssertionError):
+        assert_equal_logits(model(idx), tiny("gemma3")[0](idx).logits)
 
 
 @pytest.mark.parametrize("family", ["ernie", "helium", "phi3-long"])
@@ -118,12 +136,12 @@ def test_bfloat16_is_as_close_as_bfloat16_can_be(tiny, idx):
 
 def test_from_dict_inverts_asdict():
     for args in PRESETS.values():
-        assert ModelArgs.from_dict(dataclasses.asdict(args)) == args
+        assert args_from_dict(dataclasses.asdict(args)) == args
     config = dataclasses.asdict(PRESETS["llama-3.2-1b"])
-    assert ModelArgs.from_dict(config).rope_scaling == RopeScaling("llama3", 32.0)
+    assert args_from_dict(config).rope_scaling == RopeScaling("llama3", 32.0)
     del config["dim"]
     with pytest.raises(ValueError, match=r"unknown fields \['width'\], missing fields \['dim'\]"):
-        ModelArgs.from_dict({**config, "width": 1})
+        args_from_dict({**config, "width": 1})
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------
@@ -257,7 +275,7 @@ def test_what_a_quantized_cache_rounds_is_bounded(kv_dtype):
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_attention_over_a_quantized_cache_is_that_over_its_values(load, kv_dtype):
     attention = load("llama").layers[0].attention
-    cache = attention.kv_cache = KVCache((3, attention.n_kv_heads, 40, attention.head_dim), "cpu", kv_dtype)
+    cache = attention.kv_cache = QuantizedKVCache((3, attention.n_kv_heads, 40, attention.head_dim), "cpu", kv_dtype)
     x, full = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(0)), torch.ones(2, 1, 8)
     cache.write(torch.arange(30).expand(3, 30), *torch.randn(2, 3, attention.n_kv_heads, 30, attention.head_dim))
     mask = torch.arange(30) <= torch.tensor([[9], [29]])[:, None, :, None]

@@ -126,7 +126,7 @@ def test_weights_are_those_of_from_float(written):
     assert found["tok_embeddings.weight"].load("cpu", torch.bfloat16).equal(source.tok_embeddings.weight.bfloat16())
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "llama-bias", "qwen2", "mistral-window"])
+@pytest.mark.parametrize("family", ["llama-tied", "llama-bias", "qwen2", "mistral-window", "gemma3"])
 @pytest.mark.parametrize("mode", ["int8", "int4", "int4-gptq"])
 def test_families(tiny, tmp_path, family, mode):
     """A tied output projection is stored by itself, biases are kept, a sliding window applies; logits stay close."""

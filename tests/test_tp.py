@@ -92,7 +92,8 @@ def in_threads(n_ranks: int, monkeypatch, work) -> list:
     [
         ("llama", 2), ("llama", 4), ("llama-mha", 4), ("llama-tied", 2), ("llama-bias", 4), ("qwen2", 2), ("qwen3", 4),
         ("mistral3", 2), ("ministral", 2), ("phi3", 4), ("phi3-short", 2), ("granite-tied", 2), ("ernie", 4),
-        ("odd-vocab", 2), ("meta", 2), ("meta", 4), ("int8", 4), ("int4", 2), ("int4", 4), ("int4-gptq", 2),
+        ("gemma3", 2), ("odd-vocab", 2), ("meta", 2), ("meta", 4), ("int8", 4), ("int4", 2), ("int4", 4),
+        ("int4-gptq", 2),
     ],
 )  # fmt: skip
 def test_ranks_together_compute_the_logits_of_one(checkpoints, monkeypatch, name, n_ranks):

@@ -106,8 +106,8 @@ def _build(library: Path) -> None:
 def _register_fakes() -> None:
     """Tell torch.compile the shapes that the operators return."""
 
-    def linear(x, packed, n_out, bias=None, norm=None, eps=0.0, residual=None, gated=False):
-        return x.new_empty(x.shape[0], n_out // 2 if gated else n_out)
+    def linear(x, packed, n_out, bias=None, norm=None, eps=0.0, residual=None, activation=""):
+        return x.new_empty(x.shape[0], n_out // 2 if activation else n_out)
 
     for name in ("bf16_linear", "int8_linear"):
         torch.library.register_fake(f"fast::{name}", linear)

@@ -89,7 +89,7 @@ struct Fused {
   const std::optional<at::Tensor>&bias, &norm;  // [N], [K]
   double eps;
   const std::optional<at::Tensor>& residual;  // [M, N]
-  bool gated;
+  const std::string& activation;  // "", "silu" or "gelu_tanh"
 };
 
 const bf16* bf16_data(const at::Tensor& x, at::IntArrayRef sizes, const char* name) {
@@ -104,13 +104,18 @@ at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed
   TORCH_CHECK(packed.scalar_type() == at::kByte, "the weight is ", packed.scalar_type(), ", not packed in bytes");
   TORCH_CHECK(packed.is_contiguous() && int64_t(packed.nbytes()) == expected, "the weight has ", packed.nbytes(),
               " bytes, not ", expected);
-  TORCH_CHECK(!fused.gated || (N % 2 == 0 && !fused.residual), "gated needs an even number of outputs, not ", N, ", with no residual");
+  const bool gelu = fused.activation == "gelu_tanh", gated = gelu || fused.activation == "silu";
+  TORCH_CHECK(gated || fused.activation.empty(), "the activation is silu or gelu_tanh, not ", fused.activation);
+  TORCH_CHECK(!gated || (N % 2 == 0 && !fused.residual), "gates need an even number of outputs, not ", N, ", with no residual");
   at::Tensor x = x_any.contiguous(), y = empty({M, N});
   if (fused.norm) {
-    const bf16 *weight = bf16_data(*fused.norm, {K}, "the norm"), *from = static_cast<const bf16*>(x.const_data_ptr());
+    const bool is_bf16 = fused.norm->scalar_type() != at::kFloat;
+    const void* weight = is_bf16 ? bf16_data(*fused.norm, {K}, "the norm") : fused.norm->const_data_ptr();
+    TORCH_CHECK(is_bf16 || (fused.norm->is_contiguous() && fused.norm->numel() == K), "the norm must have ", K, " weights");
+    const bf16* from = static_cast<const bf16*>(x.const_data_ptr());
     x = empty({M, K});
     bf16* to = static_cast<bf16*>(x.data_ptr());
-    by_rows(M, K, [&](int64_t m) { chosen.normalize(from + m * K, weight, float(fused.eps), K, to + m * K); });
+    by_rows(M, K, [&](int64_t m) { chosen.normalize(from + m * K, weight, is_bf16, float(fused.eps), K, to + m * K); });
   }
   bf16* out = static_cast<bf16*>(y.data_ptr());
   const Call c{static_cast<const bf16*>(x.const_data_ptr()), static_cast<const uint8_t*>(packed.const_data_ptr()), out,
@@ -130,28 +135,28 @@ at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed
     const bf16* residual = bf16_data(*fused.residual, {M, N}, "the residual");
     by_rows(M, N, [&](int64_t m) { chosen.add(residual + m * N, N, out + m * N); });
   }
-  if (!fused.gated) return y;
-  at::Tensor gated = empty({M, N / 2});
-  bf16* to = static_cast<bf16*>(gated.data_ptr());
-  by_rows(M, N, [&](int64_t m) { chosen.gate(out + m * N, N / 2, to + m * (N / 2)); });
-  return gated;
+  if (!gated) return y;
+  at::Tensor products = empty({M, N / 2});
+  bf16* to = static_cast<bf16*>(products.data_ptr());
+  by_rows(M, N, [&](int64_t m) { chosen.gate(out + m * N, N / 2, gelu, to + m * (N / 2)); });
+  return products;
 }
 
 using Maybe = std::optional<at::Tensor>;
 at::Tensor bf16_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, const Maybe& bias, const Maybe& norm, double eps,
-                       const Maybe& residual, bool gated) {
-  return multiply(BF16, x, packed, N, 32, {bias, norm, eps, residual, gated});
+                       const Maybe& residual, std::string activation) {
+  return multiply(BF16, x, packed, N, 32, {bias, norm, eps, residual, activation});
 }
 at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, const Maybe& bias, const Maybe& norm, double eps,
-                       const Maybe& residual, bool gated) {
+                       const Maybe& residual, std::string activation) {
   TORCH_CHECK(x.size(-1) % 4 == 0, x.size(-1), " inputs are not a multiple of 4");
-  return multiply(INT8, x, packed, N, INPUTS_PER_SCALE, {bias, norm, eps, residual, gated});
+  return multiply(INT8, x, packed, N, INPUTS_PER_SCALE, {bias, norm, eps, residual, activation});
 }
 at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, int64_t G, const Maybe& bias, const Maybe& norm,
-                       double eps, const Maybe& residual, bool gated) {
+                       double eps, const Maybe& residual, std::string activation) {
   TORCH_CHECK(G > 0 && G % 32 == 0 && INPUTS_PER_SCALE % G == 0 && x.size(-1) % G == 0, x.size(-1),
               " inputs cannot be divided into groups of ", G, ", which must be a multiple of 32 and divide ", INPUTS_PER_SCALE);
-  return multiply(INT4, x, packed, N, G, {bias, norm, eps, residual, gated});
+  return multiply(INT4, x, packed, N, G, {bias, norm, eps, residual, activation});
 }
 
 // Packs rows of bf16 [N, K] into panels, by transposing squares of 16 x 16 pairs; the last panel is padded with zeros.
@@ -277,7 +282,7 @@ void choose_variant(const std::string& name) {
 
 TORCH_LIBRARY(fast, m) {
   m.def("pack_bf16(Tensor weight, Tensor(a!) out) -> ()");
-  const std::string fused = ", Tensor? bias=None, Tensor? norm=None, float eps=0, Tensor? residual=None, bool gated=False) -> Tensor";
+  const std::string fused = ", Tensor? bias=None, Tensor? norm=None, float eps=0, Tensor? residual=None, str activation=\"\") -> Tensor";
   m.def(("bf16_linear(Tensor x, Tensor packed, int n_out" + fused).c_str());
   m.def(("int8_linear(Tensor x, Tensor packed, int n_out" + fused).c_str());
   m.def(("int4_linear(Tensor x, Tensor packed, int n_out, int groupsize" + fused).c_str());

@@ -65,7 +65,8 @@ INLINE float power_of_2(float x) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23));
 }
 
-INLINE void normalize(const bf16* x, const bf16* weight, float eps, int64_t n, bf16* y) {  // RMSNorm
+template <typename Weight>
+INLINE void normalize(const bf16* x, const Weight* weight, float eps, int64_t n, bf16* y) {  // RMSNorm
   float sums[LANES] = {0};
   for (int64_t i = 0; i + LANES <= n; i += LANES)
     for (int64_t r = 0; r < LANES; ++r) sums[r] += to_float(x[i + r]) * to_float(x[i + r]);
@@ -76,21 +77,29 @@ INLINE void normalize(const bf16* x, const bf16* weight, float eps, int64_t n, b
   for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(to_float(x[i]) * factor * to_float(weight[i]));
 }
 
+INLINE void normalize(const bf16* x, const void* weight, bool is_bf16, float eps, int64_t n, bf16* y) {
+  if (is_bf16)
+    normalize(x, static_cast<const bf16*>(weight), eps, n, y);
+  else
+    normalize(x, static_cast<const float*>(weight), eps, n, y);
+}
+
 INLINE void add(const bf16* x, int64_t n, bf16* y) {
   for (int64_t i = 0; i < n; ++i) y[i] = to_bf16(to_float(y[i]) + to_float(x[i]));
 }
 
-INLINE void gate(const bf16* x, int64_t n, bf16* y) {  // SiLU of the first n, times the next n
+INLINE void gate(const bf16* x, int64_t n, bool gelu, bf16* y) {  // SiLU or GELU of the first n, times the next n
   for (int64_t i = 0; i < n; ++i) {
     const float a = to_float(x[i]);
-    y[i] = to_bf16(a / (1 + power_of_2(a * -1.44269504f)) * to_float(x[n + i]));
+    const float z = gelu ? 1.59576912f * (a + 0.044715f * a * a * a) : a;  // (1 + tanh(z / 2)) / 2 is sigmoid(z)
+    y[i] = to_bf16(a / (1 + power_of_2(z * -1.44269504f)) * to_float(x[n + i]));
   }
 }
 
 #define ROWS(name, target)                                                                    \
-  target void normalize_##name(const bf16* x, const bf16* weight, float eps, int64_t n, bf16* y) { normalize(x, weight, eps, n, y); } \
+  target void normalize_##name(const bf16* x, const void* weight, bool is_bf16, float eps, int64_t n, bf16* y) { normalize(x, weight, is_bf16, eps, n, y); } \
   target void add_##name(const bf16* x, int64_t n, bf16* y) { add(x, n, y); }                 \
-  target void gate_##name(const bf16* x, int64_t n, bf16* y) { gate(x, n, y); }
+  target void gate_##name(const bf16* x, int64_t n, bool gelu, bf16* y) { gate(x, n, gelu, y); }
 #define ROW_FUNCTIONS(name) normalize_##name, add_##name, gate_##name
 
 // ---- Portable products of M rows of x, stored as pairs `[K / 2, M]`, with one panel, whose 16 rows are the lanes of

@@ -14,6 +14,7 @@ constexpr int64_t CHUNK = 256;   // slots of a cache at a time; above 512 the in
 using bf16 = uint16_t;
 #define INLINE __attribute__((always_inline)) inline
 
+inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
   uint32_t bits = uint32_t(x) << 16;
   float y;
@@ -76,9 +77,9 @@ struct Kernels {  // the kernels for one instruction set
   void (*unpack[3])(const uint8_t* panel, int64_t K, int64_t G, bf16* out);
   // Quantises a row of x, every G inputs a Group, for `rows` rows beside each other; null: x stays bf16.
   void (*round)(const bf16* x, int64_t K, int64_t G, int64_t rows, Group* groups, int8_t* out);
-  void (*normalize)(const bf16* x, const bf16* weight, float eps, int64_t n, bf16* y);
+  void (*normalize)(const bf16* x, const void* weight, bool is_bf16, float eps, int64_t n, bf16* y);
   void (*add)(const bf16* x, int64_t n, bf16* y);
-  void (*gate)(const bf16* x, int64_t n, bf16* y);
+  void (*gate)(const bf16* x, int64_t n, bool gelu, bf16* y);
   // bf16, int8: slots begin .. end - 1 of a key head of row b; see attention_avx512.h.
   void (*attend[2])(const Attention&, int64_t b, int64_t head, int64_t begin, int64_t end, float* best, float* total, float* out);
 };

@@ -76,13 +76,13 @@ def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None =
 
 
 def attention(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> Attention | None:
-    """Attention over a cache in bfloat16, float16, int8 or, where the GPU has it, fp8; None for `head_dim` > 128."""
+    """Attention over a cache in bfloat16, float16, int8 or, where the GPU has it, fp8; None for `head_dim` > 256."""
     from kernels.gpu import flash_decoding
 
     kinds = [torch.bfloat16, torch.float16, torch.int8]
     if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9):  # on a CPU: Triton's interpreter
         kinds.append(torch.float8_e4m3fn)
-    if kv_dtype not in kinds or head_dim > 128:
+    if kv_dtype not in kinds or head_dim > 256:
         return None
     return Attention(torch.ops.fast_gpu.decode_attention, flash_decoding.MAX_POSITIONS, takes_qkv=True)
 

@@ -48,7 +48,7 @@ def _rotated(qkv_ptr, at, row_ok, norm_ptr, eps, cos_ptr, sin_ptr, token, D: tl.
 
 @triton.jit
 def _scales(peaks, KIND: tl.constexpr):
-    """The scales of `model.quantize_kv`: they map the largest elements, `peaks`, to the limit of int8 or fp8."""
+    """As `fast.quantized.quantize_kv`: scales that map the largest elements, `peaks`, to the limit of int8 or fp8."""
     LIMIT: tl.constexpr = 127.0 if KIND == tl.int8 else 448.0
     return tl.div_rn(tl.maximum(peaks, 1e-30), tl.full(peaks.shape, LIMIT, tl.float32))
 
@@ -252,8 +252,7 @@ def decode_attention(
     assert v.is_contiguous()
     H = width // D - 2 * KV
     rows = H // KV * S
-    block = BLOCK if rows <= 128 else BLOCK // 2  # more would not fit every GPU's shared memory at D = 128
-    ways = ways_of(B * KV, multiprocessors(qkv.device), block)
+    ways = ways_of(B * KV, multiprocessors(qkv.device), block_of(rows, D))
 
     def at_the_end() -> Tensor:
         """The call at the end of the cache, where it takes longest. Later tokens overwrite what it stores there."""
@@ -284,6 +283,12 @@ def _fake(qkv, cos, sin, positions, window, q_norm, k_norm, eps, k, *others):
     return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * k.shape[1] * k.shape[3])
 
 
+def block_of(rows: int, D: int) -> int:
+    """Slots at a time, at most: more would not fit every GPU's shared memory."""
+    block, most = (BLOCK, 128) if D <= 128 else (BLOCK // 2, 32)
+    return block if rows <= most else block // 2
+
+
 @functools.cache
 def ways_of(n_heads: int, multiprocessors: int, block: int) -> dict[str, tuple[int, int]]:
     """By name, the ways worth timing: programs that share a key head's slots, and slots that each takes at a time.
@@ -291,5 +296,5 @@ def ways_of(n_heads: int, multiprocessors: int, block: int) -> dict[str, tuple[i
     n_heads: key heads of all rows. The first way, the default, is not measured: four programs per multiprocessor.
     """
     shares = [min(64, 1 << max(0, (n * multiprocessors // n_heads).bit_length() - 1)) for n in (4, 2, 8)]
-    every = [(splits, size) for size in (block, block // 2) for splits in shares]
+    every = [(splits, size) for size in (block, max(16, block // 2)) for splits in shares]
     return {f"{splits} programs a head, {size} slots at a time": (splits, size) for splits, size in every}

@@ -116,8 +116,9 @@ def overlapping() -> dict[str, bool]:
 
 
 @triton.jit
-def _gate(gate, up):
-    return gate * tl.sigmoid(gate) * up
+def _gate(gate, up, GELU: tl.constexpr):
+    # (1 + tanh(z / 2)) / 2 is sigmoid(z)
+    return gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate) * up
 
 
 @triton.jit
@@ -137,6 +138,7 @@ def _multiply(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     GATED: tl.constexpr,  # 2: a program's outputs alternate between gate and up projection; 1: no gates
+    GELU: tl.constexpr,  # the gates' activation, else SiLU
     ROWS: tl.constexpr,  # rows, rounded up to a power of two
     WORDS: tl.constexpr,  # words of an output's weights that a thread loads at a time
     BLOCK_N: tl.constexpr,
@@ -235,7 +237,7 @@ def _multiply(
         y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
     if GATED == 2:
         gate, up = tl.split(tl.permute(tl.reshape(y, (BLOCK_N // 2, 2, COLUMNS // PARTS)), (0, 2, 1)))
-        y = _gate(gate, up)
+        y = _gate(gate, up, GELU)
     n = first_n + tl.arange(0, BLOCK_N // GATED)
     at, ok = row[None, :] * n_y + n[:, None], (row < rows)[None, :] & (n < n_y)[:, None]
     if residual_ptr is not None:
@@ -282,44 +284,44 @@ def linear(
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
-    gated: bool = False,
+    activation: str = "",
 ) -> Tensor:
     """`x W^T`, `[M, N]`, for x `[M, K]` in bfloat16 or float16; other arguments as in `kernels.Product`.
 
     The weight is of x's type, `[N, K]`; or int8 `[N, K]` with `scales [N]`; or 4-bit `[N, K / 2]` with `scales`, pairs
     of scale and zero, bfloat16 `[N, K / G, 2]`. K is a multiple of 32. Raises ValueError for sizes that do not fit.
     """
-    again = functools.partial(linear, x, weight, scales, bias, norm, eps, residual, gated)
+    again = functools.partial(linear, x, weight, scales, bias, norm, eps, residual, activation)
     (rows, n_in), n_out, bits = x.shape, weight.shape[0], 8 * weight.element_size()
     if scales is not None and scales.dim() == 3:
         bits, scales = 4, scales.view(torch.int32)
     found = 8 * weight[0].nbytes // bits
     if found != n_in or n_in % 32:
         raise ValueError(f"x has {n_in} columns, the weight {found}: they must be equal and a multiple of 32")
-    if gated and n_out % 2:
-        raise ValueError(f"gated needs an even number of outputs, not {n_out}")
+    if activation and n_out % 2:
+        raise ValueError(f"gates need an even number of outputs, not {n_out}")
     if rows == 0:  # a draft's prefill asks for no logits
-        return _linear_fake(x, weight, gated=gated)
+        return _linear_fake(x, weight, activation=activation)
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     few = rows <= MAX_ROWS and n_out >= LEAST_OUTPUTS
     if norm is not None and few and rows > NORM_ROWS:
-        x, norm = F.rms_norm(x, (n_in,), norm, eps), None
-    group, gates = n_in if scales is None else n_in * n_out // scales.numel(), 2 if gated else 1
+        x, norm = _normed(x, norm, eps), None
+    group = n_in if scales is None else n_in * n_out // scales.numel()
     with torch.cuda.device_of(x):
         if not few:
             w = weight if scales is None else _written_out(x, weight, scales, bits, group)
-            return _plain(x, w, bias, norm, eps, residual, gated)
+            return _plain(x, w, bias, norm, eps, residual, activation)
         ways = ways_of(rows, n_in, n_out, bits, group, multiprocessors(x.device))
         key = f"{rows} x {n_in} to {n_out}, {bits} bits in groups of {group}, {x.dtype}"
-        fused = {"bias": bias, "norm": norm, "residual": residual, "gates": gated or None}
+        fused = {"bias": bias, "norm": norm, "residual": residual, activation: activation or None}
         key += "".join(f", {name}" for name, given in fused.items() if given is not None)
         way = fastest(key, ways, again)
         if way is None:
-            return _compiled(key)(x, weight, bias, norm, eps, residual, gated)
+            return _compiled(key)(x, weight, bias, norm, eps, residual, activation)
         warps, outputs, _ = way
-        programs, y = -(-n_out // outputs), x.new_empty(rows, n_out // gates)
+        programs, y = -(-n_out // outputs), _linear_fake(x, weight, activation=activation)
         words, one = weight.view(torch.int32), ONE[x.dtype] * 0x10001
-        options = constants_of(rows, n_in, bits, group, gates, *way) | overlapping()
+        options = constants_of(rows, n_in, bits, group, activation, *way) | overlapping()
         if rows == 1:
             options |= registers_of(warps, programs, multiprocessors(x.device))
         _multiply[programs,](x, words, scales, bias, norm, residual, y, rows, n_out, one, eps, **options)
@@ -327,8 +329,8 @@ def linear(
 
 
 @linear.register_fake
-def _linear_fake(x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, gated=False):
-    return x.new_empty(x.shape[0], weight.shape[0] // (2 if gated else 1))
+def _linear_fake(x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, activation=""):
+    return x.new_empty(x.shape[0], weight.shape[0] // (2 if activation else 1))
 
 
 @functools.cache
@@ -354,10 +356,11 @@ def chunk_words(rows: int, bits: int, group: int) -> int:
 
 
 def constants_of(
-    rows: int, n_in: int, bits: int, group: int, gates: int, warps: int, outputs: int, unroll: int
+    rows: int, n_in: int, bits: int, group: int, activation: str, warps: int, outputs: int, unroll: int
 ) -> dict[str, int]:
     """The constants for which `_multiply` is compiled."""
-    shape = {"n_in": n_in, "BITS": bits, "GROUP": group, "GATED": gates, "ROWS": 1 << (rows - 1).bit_length()}
+    shape = {"n_in": n_in, "BITS": bits, "GROUP": group, "ROWS": 1 << (rows - 1).bit_length()}
+    shape |= {"GATED": 2 if activation else 1, "GELU": activation == "gelu_tanh"}
     blocks = {"WORDS": chunk_words(rows, bits, group), "BLOCK_N": outputs, "SPLITS": warps, "UNROLL": unroll}
     # Prefetching into shared memory (num_stages above 1) took 2 to 8 times as long on an H100.
     return {**shape, **blocks, "num_warps": warps, "num_stages": 1}
@@ -381,12 +384,18 @@ def _written_out(x: Tensor, weight: Tensor, scales: Tensor, bits: int, group: in
     return w
 
 
-def _plain(x, weight, bias, norm, eps, residual, gated):
+def _normed(x, norm, eps):
+    if norm.dtype != x.dtype:  # `F.rms_norm` would warn and be slow
+        return F.rms_norm(x.float(), norm.shape, norm.float(), eps).to(x.dtype)
+    return F.rms_norm(x, norm.shape, norm, eps)
+
+
+def _plain(x, weight, bias, norm, eps, residual, activation):
     """`linear` with float weights, in PyTorch's operators."""
-    y = F.linear(x if norm is None else F.rms_norm(x, x.shape[-1:], norm, eps), weight, bias)
-    if gated:
+    y = F.linear(x if norm is None else _normed(x, norm, eps), weight, bias)
+    if activation:
         gate, up = y.chunk(2, dim=-1)
-        y = F.silu(gate) * up
+        y = (F.gelu(gate, approximate="tanh") if activation == "gelu_tanh" else F.silu(gate)) * up
     return y if residual is None else residual + y
 
 

@@ -17,13 +17,12 @@ from fast.checkpoint import load_model
 from fast.cli import DEMO
 from fast.decoding import build_steps, stream
 from fast.layers import FastKVCache, fast_linear, fused, kernels_missing, speed_up
-from fast.quantized import LINEARS, QuantizedLinear, quantized_linears
+from fast.quantized import KV_DTYPES, LINEARS, QuantizedLinear, quantized_linears
 from fast.sampling import Sampling
 from fast.speculative import SPARE, DraftModel, PromptLookup, build_speculative_steps, speculate
 from fast.tokenizer import load_tokenizer
 from kernels import gpu
 from model import (
-    KV_DTYPES,
     Attention,
     KVCache,
     Linear,
@@ -55,7 +54,7 @@ class FusedProduct(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         residual = residual if self.name in ("wo", "w2") else None
-        return fused(self.linear, x, self.norm, residual, gated=self.name == "w13")
+        return fused(self.linear, x, self.norm, residual, activation="silu" if self.name == "w13" else "")
 
 
 def product_error(run: FusedProduct, x: Tensor, residual: Tensor, y: Tensor) -> float:

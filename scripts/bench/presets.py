@@ -19,6 +19,10 @@ def _preset(dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, context_
     return ModelArgs(**sizes, vocab_size=vocab_size, context_length=context_length, rope_theta=rope_theta, **rest)
 
 
+_GEMMA_3 = {
+    "tie_embeddings": True, "norm_eps": 1e-6, "norm_offset": 1.0, "qk_norm": True, "post_norms": True,
+    "activation": "gelu_tanh", "sliding_rope_theta": 1e4,
+}  # fmt: skip
 _LLAMA_31, _LLAMA_32 = RopeScaling("llama3", 8.0), RopeScaling("llama3", 32.0)
 
 # The shapes that benchmarks use, as their config.json on the Hugging Face hub gives them.
@@ -40,5 +44,9 @@ PRESETS: dict[str, ModelArgs] = {
     "llama-3.2-3b": _preset(3072, 28, 24, 8, 8192, 128256, 131072, 5e5, rope_scaling=_LLAMA_32, tie_embeddings=True),
     "mistral-7b": _preset(4096, 32, 32, 8, 14336, 32000, 32768, 1e4, sliding_window=4096),
     "qwen-2.5-7b": _preset(3584, 28, 28, 4, 18944, 152064, 32768, 1e6, norm_eps=1e-6, qkv_bias=True),
+    "gemma-3-1b": _preset(
+        1152, 26, 4, 1, 6912, 262144, 32768, 1e6, head_dim=256, attention_scale=256**-0.5, embedding_scale=34.0,
+        sliding_window=512, sliding_layers=tuple(i for i in range(26) if i % 6 != 5), **_GEMMA_3,
+    ),
     "qwen-3-8b": _preset(4096, 36, 32, 8, 12288, 151936, 40960, 1e6, norm_eps=1e-6, qk_norm=True),
-}
+}  # fmt: skip
