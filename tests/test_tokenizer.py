@@ -95,6 +95,22 @@ TEMPLATES = {
     {%- else %}{{- ' ' + m.content + eos_token }}
     {%- endif %}
 {%- endfor %}""",
+    "gemma": """{{ bos_token }}
+{%- set first, turns = ('', messages) %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- if messages[0]['content'] is string %}{% set first = messages[0]['content'] + '\n\n' %}
+    {%- else %}{% set first = messages[0]['content'][0]['text'] + '\n\n' %}{% endif %}
+    {%- set turns = messages[1:] %}
+{%- endif %}
+{%- for turn in turns %}
+    {%- if (turn['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+    {{ '<start_of_turn>' + {'assistant': 'model'}.get(turn.role, turn.role) + '\n' + (first if loop.first else '') }}
+    {%- if turn['content'] is string %}{{ turn['content'] | trim }}
+    {%- elif turn['content'] is iterable %}{% for part in turn['content'] %}{{ part['text'] | trim }}{% endfor %}
+    {%- endif %}
+    {{ '<end_of_turn>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}""",
     "json": "{{ messages | tojson }}|{{ messages[0] | tojson(indent=2) }}|{{ strftime_now('%Y') | length }}",
 }
 
