@@ -59,7 +59,9 @@ def read_rope(
     types: of the layers, for RoPE that is given for each. partial_rotary, other_names: as `Family` has them.
     """
     rope: dict[str, Any] = {}
-    sliding = {"rope_theta": config["rope_local_base_freq"]} if "rope_local_base_freq" in config else {}
+    sliding = {}
+    if "rope_local_base_freq" in config:
+        sliding["rope_theta"] = read(config, "rope_local_base_freq", float, above=1)
     for name in ("rope_parameters", "rope_scaling"):  # where both are there, someone has added the second
         found = {} if config.get(name) is None else config[name]
         if not isinstance(found, dict):

@@ -346,10 +346,11 @@ def args_from_hf(config: dict[str, Any]) -> ModelArgs:
     window = read_window(config, family.window_switch)
     types = read_layer_types(config, args["n_layers"], window, family.assumed)
     sliding = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
-    if window and sliding:
-        args |= {"sliding_window": window, "sliding_layers": None if len(sliding) == len(types) else sliding}
     sizes = args["head_dim"], args["context_length"]
     args |= read_rope(config, types, *sizes, family.partial_rotary, family.rope_types)
+    args["sliding_window"] = window if sliding else None
+    if (window or args["sliding_rope_theta"]) and 0 < len(sliding) < len(types):
+        args["sliding_layers"] = sliding
     if family.particular:
         args |= family.particular(config, args)
     return ModelArgs(**{**args, **family.fixed})

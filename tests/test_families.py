@@ -160,6 +160,12 @@ def test_rope_that_is_given_for_each_type_of_layer():
     assert found(full_attention=plain, sliding_attention={**plain, "rope_theta": 7.0}) == (5.0, None, 7.0)
 
 
+def test_a_gemma_without_a_window_keeps_its_two_ropes(tiny, read_config):
+    args = args_from_hf({**read_config(tiny("gemma3")[1]), "sliding_window": None})
+    layers = [args.of_layer(i) for i in range(2)]
+    assert [(layer.sliding_window, layer.rope_theta) for layer in layers] == [(None, 100.0), (None, 10000.0)]
+
+
 def test_llama_has_no_sliding_window():
     assert args_from_hf({**TINYLLAMA, "sliding_window": 4096}).sliding_window is None
 
@@ -271,6 +277,7 @@ def test_yarn_promises_the_stretched_length():
             "hidden_activation 'gelu' is not supported; supported: silu, swish, ge",
         ),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0, which is not supported"),
+        ("gemma3", {"rope_local_base_freq": "1e4"}, "rope_local_base_freq is '1e4'; expected a number above 1"),
         ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0; expected a number above 0"),
         (
             "gemma3",
