@@ -68,8 +68,7 @@ def read_rope(
             raise ValueError(f"config.json: {name} is {found!r:.80}; expected an object with rope_type and factor")
         if found.keys() & set(LAYER_TYPES):  # for every type of layer
             for kind in sorted(set(types)):
-                if not isinstance(found.get(kind), dict):
-                    value = found.get(kind)
+                if not isinstance(value := found.get(kind), dict):
                     raise ValueError(f"config.json: {name} for {kind} is {value!r:.80}; expected an object")
             of_sliding, others = found.get("sliding_attention", {}), set(types) - {"sliding_attention"}
             found = found[others.pop()] if others else of_sliding

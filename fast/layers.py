@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.quantized import Int4Linear, Int8Linear, QuantizedKVCache, QuantizedLinear
-from kernels import Product, cpu, gpu
+from kernels import GATES, Product, cpu, gpu
 from model import (
     Attention,
     Linear,
@@ -96,11 +96,13 @@ def fused(
     activation: str = "",
     post_norm: RMSNorm | None = None,
 ) -> Tensor:
-    """`residual + post_norm(linear(norm(x)))`, with `activation` of `gated` linear(norm(x)) instead of linear(norm(x)).
+    """`residual + post_norm(linear(norm(x)))`; an `activation` is applied to the Linear's output first, by `gated`.
 
-    One operator if the Linear has one, no collective and no post_norm: the residual must be added after these.
+    One operator if the Linear has one that knows the activation, no collective and no post_norm: these come before the
+    residual.
     """
-    if isinstance(linear, FastLinear) and linear.collective is None and post_norm is None:
+    is_known = activation in ("", *GATES)
+    if isinstance(linear, FastLinear) and linear.collective is None and post_norm is None and is_known:
         return linear(x, norm, residual, activation)
     y = linear(x if norm is None else norm(x))
     y = gated(y, activation) if activation else y

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+GATES = ("silu", "gelu_tanh")  # activations that products compute
+
 
 @dataclass(frozen=True)
 class Product:
@@ -22,9 +24,9 @@ class Product:
 
     tensors: the weight in the layout that the kernel reads, by name.
     operator: (x [M, K], *tensors, bias, norm, eps, residual, activation) -> [M, N], any M. norm `[K]`, of x's type or
-        float32, is the weight of an RMSNorm applied to x. With an activation, "silu" or "gelu_tanh", the outputs are
-        two halves g and u, and the result is activation(g) * u, `[M, N / 2]`; "" is none. residual `[M, N]`, not with
-        an activation, is added last.
+        float32, is the weight of an RMSNorm applied to x. With an activation, one of GATES, the outputs are two halves
+        g and u, and the result is activation(g) * u, `[M, N / 2]`; "" is none. residual `[M, N]`, not with an
+        activation, is added last.
     """
 
     tensors: dict[str, Tensor]

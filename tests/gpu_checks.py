@@ -209,6 +209,12 @@ def test_a_weight_of_another_size_is_refused():
             torch.ops.fast_gpu.linear(normal(1, 128).half(), *weights)
 
 
+@pytest.mark.parametrize(("outputs", "activation"), [(7, "silu"), (8, "relu")])
+def test_gates_that_do_not_fit_are_refused(outputs, activation):
+    with pytest.raises(ValueError, match=f"an even number of outputs, not {outputs}, and an activation of .'silu', "):
+        torch.ops.fast_gpu.linear(normal(1, 64).half(), normal(outputs, 64).half(), activation=activation)
+
+
 REPORTED = ModelArgs(
     dim=32, n_layers=1, n_heads=6, n_kv_heads=2, head_dim=32, hidden_dim=32, vocab_size=32, context_length=200,
     norm_eps=1e-5, rope_theta=1e4,

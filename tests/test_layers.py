@@ -15,7 +15,7 @@ from fast.checkpoint import load_model, open_checkpoint
 from fast.layers import FastBlock, FastKVCache, FastLinear, backend_for, fast_linear, in_one_region
 from fast.quantized import LINEARS, Int4Linear, Int8Linear, QuantizedKVCache, QuantizedLinear
 from kernels import Product, cpu
-from model import Linear, Transformer, TransformerBlock, gated
+from model import ACTIVATIONS, Linear, Transformer, TransformerBlock, gated
 from quantize import quantize
 
 MODES = {"float": None, "int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
@@ -79,6 +79,19 @@ def test_with_kernels_they_compute_the_same_but_for_rounding(stored, monkeypatch
     assert not [module for module in model.modules() if isinstance(module, (nn.Linear, QuantizedLinear))]
     for ours, theirs in zip(logits(model, kv_dtype), logits(exact, kv_dtype), strict=True):
         assert 0 < relative_error(ours, theirs) < 0.06
+
+
+@has_kernels
+def test_an_activation_that_no_kernel_knows_runs_without_one(tiny, monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, "tanh", torch.tanh)
+    exact = textbook(monkeypatch, tiny("llama")[1], torch.float32)
+    model = load_model(tiny("llama")[1], dtype=torch.bfloat16)
+    silu = logits(model, None)
+    for layer in [*model.layers, *exact.layers]:
+        layer.feed_forward.activation = "tanh"
+    for ours, theirs, other in zip(logits(model, None), logits(exact, None), silu, strict=True):
+        assert relative_error(ours, theirs) < 0.06
+        assert relative_error(other, theirs) > 0.2
 
 
 @has_kernels

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import gpu
+from kernels import GATES, gpu
 from kernels.gpu.choice import INDUCTOR, fastest
 
 MAX_ROWS = 16  # rows of x; more are a prefill
@@ -298,8 +298,8 @@ def linear(
     found = 8 * weight[0].nbytes // bits
     if found != n_in or n_in % 32:
         raise ValueError(f"x has {n_in} columns, the weight {found}: they must be equal and a multiple of 32")
-    if activation and n_out % 2:
-        raise ValueError(f"gates need an even number of outputs, not {n_out}")
+    if activation and (n_out % 2 or activation not in GATES):
+        raise ValueError(f"gates need an even number of outputs, not {n_out}, and an activation of {GATES}")
     if rows == 0:  # a draft's prefill asks for no logits
         return _linear_fake(x, weight, activation=activation)
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
