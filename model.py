@@ -11,7 +11,6 @@ step can be recorded as a CUDA graph; only `kv_pos`, the cache slots attention m
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,20 +23,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE frequencies are stretched to longer contexts.
+    """How RoPE is stretched to longer contexts; `fast/config.py` computes the factors of linear, llama3 and yarn."""
 
-    type: `linear` (Chen et al. 2023), `llama3` (Llama 3.1), `yarn` (Peng et al. 2023), `longrope` (Ding et al. 2024).
-    """
-
-    type: str
-    factor: float
-    low_freq_factor: float = 1.0  # pairs that turn less often than this in the original context are stretched,
-    high_freq_factor: float = 4.0  # those that turn more often than this are kept, those in between are mixed
-    original_context_length: int = 8192
+    factors: tuple[float, ...]  # a pair turns so much more slowly; a number for every pair that RoPE rotates
     attention_factor: float = 1.0  # of cosines and sines
-    truncate: bool = True  # yarn: mix from a whole pair to a whole pair
-    short_factors: tuple[float, ...] = ()  # longrope: a factor per pair, up to the original context length
-    long_factors: tuple[float, ...] = ()  # and beyond it
+    long_factors: tuple[float, ...] | None = None  # for texts longer than `short_length` (longrope, Ding et al. 2024)
+    short_length: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,45 +83,20 @@ class ModelArgs:
         return dataclasses.replace(self, **particular)
 
 
-def rope_frequencies(args: ModelArgs, length: int, device: torch.device) -> Tensor:
-    """The angle by which each pair turns from one position to the next, float32 `[rotary_dim / 2]`.
-
-    length: of the text, or of the cache that will hold it, which decides between longrope's factors.
-    """
-    rotary_dim, scaling = args.head_dim if args.rotary_dim is None else args.rotary_dim, args.rope_scaling
-    pairs = torch.arange(rotary_dim // 2, dtype=torch.float32, device=device)
-    freqs = 1.0 / args.rope_theta ** (2 * pairs / rotary_dim)
-    if scaling is None:
-        return freqs
-    if scaling.type == "linear":
-        return freqs / scaling.factor
-    if scaling.type == "longrope":
-        is_long = length > scaling.original_context_length
-        return freqs / torch.tensor(scaling.long_factors if is_long else scaling.short_factors, device=device)
-    # Pairs that turn slowly are stretched, fast ones kept, those in between mixed: by their turns or by their numbers.
-    low, high, original = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_context_length
-    if scaling.type == "llama3":
-        kept = (original * freqs / (2 * math.pi) - low) / (high - low)
-    else:
-        last, first = (
-            rotary_dim / 2 * math.log(original / (2 * math.pi * turns), args.rope_theta) for turns in (low, high)
-        )
-        if scaling.truncate:
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, rotary_dim - 1)
-        kept = 1 - (pairs - first) / ((last - first) or 0.001)
-    kept = kept.clamp(0, 1)
-    return freqs * kept + freqs / scaling.factor * (1 - kept)
-
-
 def rope_table(args: ModelArgs, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the RoPE angles (Su et al. 2021), each float32 `[*positions.shape, head_dim / 2]`.
 
     A pair that is not rotated has angle 0. `attention_scale` is part of the table: queries and keys are multiplied by
-    it, so scores, which attention multiplies by head_dim ** -0.5, by its square. length: as for `rope_frequencies`.
+    it, so scores, which attention multiplies by head_dim ** -0.5, by its square.
+    length: of the text, or of the cache that will hold it, which decides between longrope's factors.
     """
-    freqs = rope_frequencies(args, length, positions.device)
-    sizes = torch.full_like(freqs, 1.0 if args.rope_scaling is None else args.rope_scaling.attention_factor)
+    rotary_dim, scaling = args.head_dim if args.rotary_dim is None else args.rotary_dim, args.rope_scaling
+    pairs = torch.arange(rotary_dim // 2, dtype=torch.float32, device=positions.device)
+    freqs, sizes = 1.0 / args.rope_theta ** (2 * pairs / rotary_dim), torch.ones_like(pairs)
+    if scaling is not None:
+        is_long = scaling.long_factors is not None and length > scaling.short_length
+        freqs = freqs / pairs.new_tensor(scaling.long_factors if is_long else scaling.factors)
+        sizes = sizes * scaling.attention_factor
     unrotated = (0, args.head_dim // 2 - len(freqs))
     angles = positions.float()[..., None] * F.pad(freqs, unrotated)
     sizes = F.pad(sizes, unrotated, value=1.0)

@@ -82,10 +82,8 @@ def read_rope(
     if share > 1 or (share < 1 and not partial_rotary):
         raise ValueError(f"config.json: partial_rotary_factor {share} is not supported")
     rotary_dim = int(head_dim * share)
-    scaling = rope_scaling(rope, context_length, other_names, rotary_dim // 2)
-    if scaling and scaling.type == "yarn":
-        context_length = max(context_length, int(scaling.factor * scaling.original_context_length))
     theta, sliding_theta = read(rope, "rope_theta", float, 10000.0, above=1), None
+    scaling, context_length = read_rope_scaling(rope, context_length, other_names, theta, rotary_dim)
     if sliding and "sliding_attention" in types:
         sliding_theta = read(sliding, "rope_theta", float, theta, above=1)
         if (kind := sliding.get("rope_type", sliding.get("type", "default"))) != "default":
@@ -99,35 +97,73 @@ def read_rope(
     }
 
 
-def rope_scaling(rope: dict[str, Any], context_length: int, names: dict[str, str], n_pairs: int) -> RopeScaling | None:
-    """`names`: the family's own for types of RoPE. Defaults are those of transformers' modeling_rope_utils.py."""
+def read_rope_scaling(
+    rope: dict[str, Any], context_length: int, names: dict[str, str], theta: float, rotary_dim: int
+) -> tuple[RopeScaling | None, int]:
+    """The scaling and, as yarn may stretch it, the context length; defaults as in transformers' modeling_rope_utils.py.
+
+    names: the family's own for types of RoPE.
+    """
     kind = rope.get("rope_type", "default")
     kind = names.get(str(kind), kind)
     if kind not in ROPE_TYPES:
         raise ValueError(f"config.json: rope type {kind!r:.80} is not supported; supported: {', '.join(ROPE_TYPES)}")
     if kind == "default":
-        return None
+        return None, context_length
     original = read(rope, "original_max_position_embeddings", int, context_length, above=1)
     factor = read(rope, "factor", float, context_length / original if kind in ("yarn", "longrope") else None)
     if kind == "linear":
-        return RopeScaling("linear", factor)
+        return RopeScaling(rope_factors(kind, factor, theta, rotary_dim)), context_length
     if kind == "llama3":
         low, high = (read(rope, key, float) for key in ("low_freq_factor", "high_freq_factor"))
         if low >= high:
             raise ValueError(f"config.json: low_freq_factor {low} is not less than high_freq_factor {high}")
-        return RopeScaling("llama3", factor, low, high, original)
+        return RopeScaling(rope_factors(kind, factor, theta, rotary_dim, low, high, original)), context_length
     log = math.log(max(factor, 1.0))
     if kind == "longrope":
         attention = read(rope, "attention_factor", float, math.sqrt(1 + log / math.log(original)))
-        factors = {f"{which}s": read_numbers(rope, which, n_pairs) for which in ("short_factor", "long_factor")}
-        return RopeScaling(kind, factor, original_context_length=original, attention_factor=attention, **factors)
+        short, long = (read_numbers(rope, key, rotary_dim // 2) for key in ("short_factor", "long_factor"))
+        return RopeScaling(short, attention, long, original), context_length
     attention = 0.1 * log + 1
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         over, under = (0.1 * read(rope, key, float) * log + 1 for key in ("mscale", "mscale_all_dim"))
         attention = over / under
     attention = read(rope, "attention_factor", float, attention)
     turns = read(rope, "beta_slow", float, 1.0), read(rope, "beta_fast", float, 32.0)
-    return RopeScaling(kind, factor, *turns, original, attention, read(rope, "truncate", bool, True))
+    factors = rope_factors(kind, factor, theta, rotary_dim, *turns, original, read(rope, "truncate", bool, True))
+    return RopeScaling(factors, attention), max(context_length, int(factor * original))
+
+
+def rope_factors(
+    kind: str,
+    factor: float,
+    theta: float,
+    rotary_dim: int,
+    low: float = 1.0,
+    high: float = 4.0,
+    original: int = 8192,
+    truncate: bool = True,
+) -> tuple[float, ...]:
+    """How much more slowly RoPE with base `theta` turns each of its rotary_dim / 2 pairs.
+
+    kind: `linear` (Chen et al. 2023), all pairs by `factor`; `llama3` (Llama 3.1) or `yarn` (Peng et al. 2023): those
+        that turn less than `low` times in the `original` length by `factor`, those that turn more than `high` times by
+        1, and those in between by a mixture: llama3's depends on a pair's turns, yarn's on its number. truncate: the
+        mixture begins and ends at a whole number.
+    """
+    n, full = rotary_dim // 2, original / (2 * math.pi)
+    if kind == "linear":
+        return (factor,) * n
+    if kind == "llama3":
+        kept = [(full / theta ** (2 * i / rotary_dim) - low) / (high - low) for i in range(n)]
+    else:
+        last, first = (rotary_dim / 2 * math.log(full / turns, theta) for turns in (low, high))
+        if truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, rotary_dim - 1)
+        kept = [1 - (i - first) / ((last - first) or 0.001) for i in range(n)]
+    kept = [min(max(share, 0.0), 1.0) for share in kept]
+    return tuple(1 / (share + (1 - share) / factor) for share in kept)
 
 
 def read_numbers(config: dict[str, Any], key: str, n: int) -> tuple[float, ...]:
@@ -180,5 +216,18 @@ def args_from_dict(config: dict[str, Any]) -> ModelArgs:
     missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in config]
     if unknown or missing:
         raise ValueError(f"model config: unknown fields {unknown}, missing fields {missing}")
-    scaling = config.get("rope_scaling")
-    return ModelArgs(**{**config, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+    args = ModelArgs(**{**config, "rope_scaling": None})
+    if scaling := config.get("rope_scaling"):
+        scaling = RopeScaling(**scaling) if "factors" in scaling else _old_scaling(args, **scaling)
+    return dataclasses.replace(args, rope_scaling=scaling or None)
+
+
+def _old_scaling(args: ModelArgs, type: str, factor: float, **old: Any) -> RopeScaling:
+    """What files had before they had factors."""
+    original, attention = old.get("original_context_length", 8192), old.get("attention_factor", 1.0)
+    if type == "longrope":
+        return RopeScaling(old["short_factors"], attention, old["long_factors"], original)
+    turns = old.get("low_freq_factor", 1.0), old.get("high_freq_factor", 4.0)
+    rotary_dim = args.head_dim if args.rotary_dim is None else args.rotary_dim
+    factors = rope_factors(type, factor, args.rope_theta, rotary_dim, *turns, original, old.get("truncate", True))
+    return RopeScaling(factors, attention)

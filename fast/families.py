@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.config import read, read_layer_types, read_rope, read_window, text_config
+from fast.config import read, read_layer_types, read_rope, read_window, rope_factors, text_config
 from model import ModelArgs, RopeScaling, Transformer
 
 # Our module -> the file's modules whose weights (and biases) are stacked in it. `{}` is the layer's number.
@@ -409,6 +409,7 @@ def args_from_meta(params: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -
     if missing := {"layers.0.feed_forward.w1.weight", "tok_embeddings.weight"} - shapes.keys():
         raise ValueError(f"consolidated.*.pth: missing tensors: {', '.join(sorted(missing))}")
     theta, scaled = float(params.get("rope_theta", 1e4)), params.get("use_scaled_rope", False)
+    head_dim = params.get("head_dim") or params["dim"] // params["n_heads"]
     context = {1e6: 16384, 5e5: 8192}.get(theta, 4096)  # CodeLlama, Llama 3, Llama 2
     factor = 32.0 if params["dim"] < 4096 else 8.0  # Llama 3.2 (1B and 3B); 3.1 and 3.3
     return ModelArgs(
@@ -416,13 +417,13 @@ def args_from_meta(params: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -
         n_layers=params["n_layers"],
         n_heads=params["n_heads"],
         n_kv_heads=params.get("n_kv_heads") or params["n_heads"],
-        head_dim=params.get("head_dim") or params["dim"] // params["n_heads"],
+        head_dim=head_dim,
         hidden_dim=shapes["layers.0.feed_forward.w1.weight"][0],
         vocab_size=shapes["tok_embeddings.weight"][0],
         context_length=params.get("max_seq_len") or (131072 if scaled else context),
         norm_eps=params["norm_eps"],
         rope_theta=theta,
-        rope_scaling=RopeScaling("llama3", factor) if scaled else None,
+        rope_scaling=RopeScaling(rope_factors("llama3", factor, theta, head_dim)) if scaled else None,
         tie_embeddings="output.weight" not in shapes,
         sliding_window=params.get("sliding_window"),
     )

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fast.checkpoint import load_model, open_checkpoint, save_checkpoint
-from fast.config import args_from_dict
+from fast.config import args_from_dict, rope_factors
 from fast.layers import speed_up
 from model import RopeScaling
 
@@ -218,7 +218,7 @@ def test_meta_params(tiny, tmp_path):
     hf = tiny("llama")[0]
     llama32 = write_meta(hf, tmp_path / "32", 1, {"rope_theta": 5e5, "use_scaled_rope": True})
     args = open_checkpoint(llama32).args
-    assert (args.rope_scaling, args.context_length) == (RopeScaling("llama3", 32.0), 131072)
+    assert (args.rope_scaling, args.context_length) == (RopeScaling(rope_factors("llama3", 32.0, 5e5, 16)), 131072)
     code = write_meta(hf, tmp_path / "code", 1, {"rope_theta": 1e6})
     assert (open_checkpoint(code).args.rope_theta, open_checkpoint(code).args.context_length) == (1e6, 16384)
     mixture = write_meta(hf, tmp_path / "moe", 1, {"moe": {"num_experts": 8}})

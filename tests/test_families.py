@@ -5,6 +5,7 @@ python -m pytest tests/test_families.py
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fast.checkpoint import load_model
+from fast.config import rope_factors
 from fast.families import FAMILIES, HF_MODULES, Family, Naming, args_from_hf, hf_weights
 from model import RopeScaling, Transformer
 from scripts.bench.presets import preset
@@ -141,7 +143,7 @@ def test_a_sparse_gemma_has_what_transformers_assumes():
     assert args.sliding_layers == tuple(i for i, kind in enumerate(hf.layer_types) if kind == "sliding_attention")
     full, sliding = hf.rope_parameters["full_attention"], hf.rope_parameters["sliding_attention"]
     assert (args.rope_theta, args.sliding_rope_theta) == (full["rope_theta"], sliding["rope_theta"])
-    assert args.rope_scaling == RopeScaling("linear", 8.0)
+    assert args.rope_scaling == RopeScaling((8.0,) * (args.head_dim // 2))
 
 
 def test_rope_that_is_given_for_each_type_of_layer():
@@ -153,7 +155,7 @@ def test_rope_that_is_given_for_each_type_of_layer():
         args = args_from_hf({**TINYLLAMA, **types, "rope_parameters": of_types})
         return args.rope_theta, args.rope_scaling, args.sliding_rope_theta
 
-    scaling = RopeScaling("linear", 2.0)
+    scaling = RopeScaling((2.0,) * 32)
     assert found(full_attention=linear, sliding_attention=linear) == (5.0, scaling, None)
     assert found(full_attention=linear, sliding_attention=plain) == (5.0, scaling, 5.0)
     assert found(full_attention=plain, sliding_attention=plain) == (5.0, None, None)
@@ -301,9 +303,10 @@ def test_rope_scaling_goes_before_rope_parameters():
     """Someone has added it, as model cards say, to what transformers 5 wrote; the base of the latter stays."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     written = {"rope_type": "default", "rope_theta": 1e6}
+    scaling = RopeScaling(rope_factors("yarn", 4.0, 1e6, 128, 1.0, 32.0, 32768), 0.1 * math.log(4) + 1)
     for added in (yarn, {"type": yarn["rope_type"], **{key: yarn[key] for key in yarn if key != "rope_type"}}):
         args = args_from_hf({**HUB_CONFIGS["qwen-3-8b"], "rope_parameters": written, "rope_scaling": added})
-        assert (args.rope_scaling.type, args.rope_theta, args.context_length) == ("yarn", 1e6, 131072)
+        assert (args.rope_scaling, args.rope_theta, args.context_length) == (scaling, 1e6, 131072)
 
 
 def test_smollm3_slides_where_it_does_not_rotate(tiny, read_config):

@@ -16,7 +16,7 @@ from conftest import FAMILIES
 import quantize
 from fast import families
 from fast.checkpoint import load_model, open_checkpoint
-from fast.config import args_from_dict
+from fast.config import args_from_dict, rope_factors
 from fast.quantized import KV_DTYPES, Int4Linear, QuantizedKVCache, quantize_kv
 from model import RopeScaling, Transformer
 from scripts.bench.presets import PRESETS
@@ -66,8 +66,9 @@ def test_logits_equal_transformers(tiny, load, idx, family):
         ("ministral", {"sliding_layers": (0,)}),
         ("smollm3", {"unrotated_layers": ()}),
         ("smollm3", {"unrotated_layers": (0,)}),
-        ("qwen3-yarn", {"rope_scaling": RopeScaling("yarn", 4.0, 1.0, 32.0, 32, 1.0)}),  # without attention factor
-        ("llama-yarn", {"rope_scaling": RopeScaling("yarn", 4.0, 1.0, 32.0, 32, 1.0648)}),  # with truncation
+        # without the attention factor; with truncation
+        ("qwen3-yarn", {"rope_scaling": RopeScaling(rope_factors("yarn", 4.0, 1e4, 128, 1.0, 32.0, 32))}),
+        ("llama-yarn", {"rope_scaling": RopeScaling(rope_factors("yarn", 4.0, 1e4, 16, 1.0, 32.0, 32), 1.0648)}),
         ("phi3", {"sliding_window": None}),
         ("phi3-long", {"rotary_dim": None, "rope_scaling": None}),
         ("phi3-short", {"rope_scaling": None}),
@@ -138,10 +139,45 @@ def test_from_dict_inverts_asdict():
     for args in PRESETS.values():
         assert args_from_dict(dataclasses.asdict(args)) == args
     config = dataclasses.asdict(PRESETS["llama-3.2-1b"])
-    assert args_from_dict(config).rope_scaling == RopeScaling("llama3", 32.0)
     del config["dim"]
     with pytest.raises(ValueError, match=r"unknown fields \['width'\], missing fields \['dim'\]"):
         args_from_dict({**config, "width": 1})
+
+
+@pytest.mark.parametrize(
+    ("family", "old"),
+    [
+        ("llama-linear", {"type": "linear", "factor": 4.0}),
+        ("llama-llama3", {"type": "llama3", "factor": 8.0, "original_context_length": 32}),
+        (
+            "llama-yarn",
+            {
+                "type": "yarn", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 32.0,
+                "original_context_length": 32, "attention_factor": 1.06482162537, "truncate": False,
+            },
+        ),
+        (
+            "phi3-long",
+            {
+                "type": "longrope", "factor": 8.0, "attention_factor": 1.3228756555,
+                "original_context_length": 16, "short_factors": (1.0, 1.1, 1.2, 1.5, 2.0, 3.0),
+                "long_factors": (1.0, 1.5, 3.0, 6.0, 12.0, 24.0),
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_a_file_from_before_factors_means_the_same(tiny, family, old):
+    """`RopeScaling` had a type and that type's settings."""
+    args = load_model(tiny(family)[1], dtype=torch.float32).args
+    defaults = {
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context_length": 8192, "attention_factor": 1.0,
+        "truncate": True, "short_factors": (), "long_factors": (),
+    }  # fmt: skip
+    old = {**defaults, **old}
+    found = args_from_dict({**dataclasses.asdict(args), "rope_scaling": old})
+    found, expected = dataclasses.asdict(found.rope_scaling), dataclasses.asdict(args.rope_scaling)
+    assert found.pop("attention_factor") == pytest.approx(expected.pop("attention_factor"))
+    assert found == expected
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------

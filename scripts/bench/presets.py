@@ -3,6 +3,7 @@
 args = preset("llama-2-7b")
 """
 
+from fast.config import rope_factors
 from model import ModelArgs, RopeScaling
 
 
@@ -23,7 +24,9 @@ _GEMMA_3 = {
     "tie_embeddings": True, "norm_eps": 1e-6, "norm_offset": 1.0, "qk_norm": True, "post_norms": True,
     "activation": "gelu_tanh", "sliding_rope_theta": 1e4,
 }  # fmt: skip
-_LLAMA_31, _LLAMA_32 = RopeScaling("llama3", 8.0), RopeScaling("llama3", 32.0)
+_LLAMA_31, _LLAMA_32, _LLAMA_32_1B = (
+    RopeScaling(rope_factors("llama3", factor, 5e5, head_dim)) for factor, head_dim in ((8, 128), (32, 128), (32, 64))
+)
 
 # The shapes that benchmarks use, as their config.json on the Hugging Face hub gives them.
 PRESETS: dict[str, ModelArgs] = {
@@ -40,7 +43,7 @@ PRESETS: dict[str, ModelArgs] = {
     "llama-3.1-8b": _preset(4096, 32, 32, 8, 14336, 128256, 131072, 5e5, rope_scaling=_LLAMA_31),
     "llama-3.1-70b": _preset(8192, 80, 64, 8, 28672, 128256, 131072, 5e5, rope_scaling=_LLAMA_31),
     "llama-3.1-405b": _preset(16384, 126, 128, 8, 53248, 128256, 131072, 5e5, rope_scaling=_LLAMA_31),
-    "llama-3.2-1b": _preset(2048, 16, 32, 8, 8192, 128256, 131072, 5e5, rope_scaling=_LLAMA_32, tie_embeddings=True),
+    "llama-3.2-1b": _preset(2048, 16, 32, 8, 8192, 128256, 131072, 5e5, rope_scaling=_LLAMA_32_1B, tie_embeddings=True),
     "llama-3.2-3b": _preset(3072, 28, 24, 8, 8192, 128256, 131072, 5e5, rope_scaling=_LLAMA_32, tie_embeddings=True),
     "mistral-7b": _preset(4096, 32, 32, 8, 14336, 32000, 32768, 1e4, sliding_window=4096),
     "qwen-2.5-7b": _preset(3584, 28, 28, 4, 18944, 152064, 32768, 1e6, norm_eps=1e-6, qkv_bias=True),
