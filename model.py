@@ -50,6 +50,11 @@ class ModelArgs:
     qkv_bias: bool = False
     out_bias: bool = False  # on the attention's output projection
     mlp_bias: bool = False
+    n_experts: int = 0  # of a layer, which then has a MoEFeedForward in place of a FeedForward
+    experts_per_token: int = 0
+    expert_dim: int = 0  # width of an expert
+    norm_expert_weights: bool = True  # divide the weights of a token's experts by their sum
+    dense_layers: tuple[int, ...] = ()  # layers without experts
     qk_norm: bool = False  # RMSNorm on every query and key head (Qwen 3)
     post_norms: bool = False  # RMSNorm on what attention and feed-forward add to the residual stream (Gemma 2)
     norm_offset: float = 0.0  # added to the weights of every norm
@@ -73,13 +78,15 @@ class ModelArgs:
 
     def of_layer(self, i: int) -> "ModelArgs":
         """The arguments of a model whose layers are all as layer `i` of this one."""
-        particular = {"sliding_layers": None, "sliding_rope_theta": None, "unrotated_layers": ()}
+        particular = {"sliding_layers": None, "sliding_rope_theta": None, "unrotated_layers": (), "dense_layers": ()}
         if self.sliding_layers is not None and i not in self.sliding_layers:
             particular["sliding_window"] = None
         elif self.sliding_rope_theta is not None:
             particular |= {"rope_theta": self.sliding_rope_theta, "rope_scaling": None}
         if i in self.unrotated_layers:
             particular |= {"rotary_dim": 0, "rope_scaling": None}
+        if i in self.dense_layers:
+            particular["n_experts"] = 0
         return dataclasses.replace(self, **particular)
 
 
@@ -139,50 +146,71 @@ class Sharding:
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding`; if vocabulary-parallel, ids of other ranks give zeros, and the all-reduce fills them in."""
+    """`nn.Embedding`, times `scale`; `lookup` replaces the lookup of a rank's share of the vocabulary."""
 
     sharding = Sharding(collective="sum")
-    collective: Callable[[Tensor], Tensor] | None = None
-    first_id: int | None = None  # the first id of this rank's share; None: the whole vocabulary is here
+    lookup: Callable[[Tensor, Tensor], Tensor] = staticmethod(F.embedding)  # (ids, weight) -> rows
 
     def __init__(self, n_ids: int, dim: int, scale: float = 1.0):
-        super().__init__(n_ids, dim)
+        super().__init__(n_ids, dim, _weight=torch.randn(n_ids, dim))  # its own imports the compiler if on `meta`
         self.scale = scale
 
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:  # random numbers on `meta` would import the compiler, which takes a second
-            super().reset_parameters()
-
     def forward(self, idx: Tensor) -> Tensor:
-        if self.first_id is None:
-            y = super().forward(idx)
-        else:
-            row = idx - self.first_id
-            ours = (row >= 0) & (row < self.num_embeddings)
-            y = super().forward(row.where(ours, 0)) * ours[..., None]
-        y = y if self.scale == 1.0 else y * self.scale
-        return y if self.collective is None else self.collective(y)
+        y = self.lookup(idx, self.weight)
+        return y if self.scale == 1.0 else y * self.scale
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    n_experts: int = 1,
+    experts: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
     """`x W^T + bias` for `x [..., K]` and `weight [N, K]`.
 
     x is flattened because torch before 2.14 specialises a three-dimensional product with a bias on the text's length.
+    With `experts [..., k]`, `weight` stacks those of all experts, without a bias. Then x is multiplied by each of its
+    experts' weights, `[..., k, N]`; or, with float32 `weights [..., k]`, its rows `[..., k, K]` by one each, and the
+    sum of the results times these weights is returned, `[..., N]`.
     """
-    return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    if experts is None:
+        return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    rows = x if weights is not None else x[..., None, :].expand(*experts.shape, -1)
+    y = by_experts(rows, weight.unflatten(0, (n_experts, -1)), experts)
+    return y if weights is None else (y * weights[..., None]).sum(-2).to(x.dtype)
+
+
+@torch.library.custom_op("fast::by_experts", mutates_args=())  # torch.compile does not look inside
+def by_experts(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+    """Each row of `x [..., k, K]` times the weight of its expert, `experts [..., k]` of `weight [E, N, K]`."""
+    if experts.shape[:-1].numel() <= 16:  # few tokens: no shape depends on `experts`, so a CUDA graph can record it
+        return (weight[experts] @ x[..., None])[..., 0]
+    y = x.new_empty(*experts.shape, weight.shape[1])
+    for e in range(len(weight)):
+        rows = experts == e
+        y[rows] = F.linear(x[rows], weight[e])
+    return y
+
+
+by_experts.register_fake(lambda x, weight, experts: x.new_empty(*experts.shape, weight.shape[1]))
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that tensor parallelism can divide; `collective` then combines the ranks' outputs."""
+    """`nn.Linear` that tensor parallelism can divide; `collective` then combines the ranks' outputs.
+
+    Of experts it holds the weights of all, one below the other; `forward` is as `multiply`.
+    """
 
     collective: Callable[[Tensor], Tensor] | None = None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, sharding: Sharding):
-        super().__init__(in_features, out_features, bias)
-        self.sharding = sharding
+    def __init__(self, in_features: int, out_features: int, bias: bool, sharding: Sharding, n_experts: int = 1):
+        super().__init__(in_features, n_experts * out_features, bias)
+        self.sharding, self.n_experts = sharding, n_experts
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = multiply(x, self.weight, self.bias)
+    def forward(self, x: Tensor, experts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        y = multiply(x, self.weight, self.bias, self.n_experts, experts, weights)
         return y if self.collective is None else self.collective(y)
 
 
@@ -294,16 +322,43 @@ def gated(x: Tensor, activation: str) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """A gated feed-forward (Shazeer 2020); `w13` stacks the gate projection and, below it, the up projection."""
+    """A gated feed-forward (Shazeer 2020); `w13` stacks the gate projection and, below it, the up projection.
+
+    Those of `n_experts` experts are stacked, one below the other; `forward` is then told which compute a token.
+    """
+
+    def __init__(self, args: ModelArgs, hidden_dim: int, n_experts: int = 1):
+        super().__init__()
+        self.w13 = Linear(args.dim, 2 * hidden_dim, args.mlp_bias, Sharding((hidden_dim,) * 2 * n_experts), n_experts)
+        self.w2 = Linear(hidden_dim, args.dim, args.mlp_bias, Sharding((args.dim,) * n_experts, "sum"), n_experts)
+        self.activation = args.activation
+
+    def forward(self, x: Tensor, experts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        return self.w2(gated(self.w13(x, experts), self.activation), experts, weights)
+
+
+class Router(nn.Module):
+    """Chooses the experts of a token, int `[..., k]`, and how much each counts, float32 `[..., k]`."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.w13 = Linear(args.dim, 2 * args.hidden_dim, args.mlp_bias, Sharding(parts=(args.hidden_dim,) * 2))
-        self.w2 = Linear(args.hidden_dim, args.dim, args.mlp_bias, Sharding(collective="sum"))
-        self.activation = args.activation
+        self.k, self.normalizes = args.experts_per_token, args.norm_expert_weights
+        self.weight = nn.Parameter(torch.zeros(args.n_experts, args.dim))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, experts = F.linear(x.float(), self.weight.float()).softmax(-1).topk(self.k)
+        return experts, weights / weights.sum(-1, keepdim=True) if self.normalizes else weights
+
+
+class MoEFeedForward(nn.Module):
+    """A mixture of experts (Shazeer et al. 2017): feed-forwards, a few of which compute a token."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.router, self.experts = Router(args), FeedForward(args, args.expert_dim, args.n_experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(gated(self.w13(x), self.activation))
+        return self.experts(x, *self.router(x))
 
 
 class TransformerBlock(nn.Module):
@@ -312,7 +367,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps, args.norm_offset)
         self.attention = Attention(args)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps, args.norm_offset)
-        self.feed_forward = FeedForward(args)
+        self.feed_forward = MoEFeedForward(args) if args.n_experts else FeedForward(args, args.hidden_dim)
         after = RMSNorm if args.post_norms else nn.Identity
         self.attention_post_norm = after(args.dim, args.norm_eps, args.norm_offset)
         self.ffn_post_norm = after(args.dim, args.norm_eps, args.norm_offset)
@@ -421,7 +476,5 @@ class Transformer(nn.Module):
             raise ValueError("input_pos must be consecutive along a row: pad prompts on the right")
         first, last = int(rows.min()), int(rows.max())
         if first < 0 or last >= self.max_seq_length:
-            raise ValueError(
-                f"positions {first} to {last} do not fit the cache, whose capacity is {self.max_seq_length}"
-            )
+            raise ValueError(f"positions {first} to {last} do not fit the cache of {self.max_seq_length} positions")
         return last + 1

@@ -76,10 +76,14 @@ def quantize(
         save_checkpoint(target, checkpoint.args, tensors, scheme)
 
 
-def linear_names(args: ModelArgs, scheme: dict[str, Any]) -> list[str]:
-    """The names of the Linears that `scheme` quantises in a model of this shape."""
+def linears(args: ModelArgs, scheme: dict[str, Any]) -> list[tuple[str, nn.Linear]]:
+    """Names and modules, without memory, of the Linears that `scheme` quantises in a model of this shape."""
     with torch.device("meta"):
-        return [name for name, _ in quantized_linears(Transformer(args), scheme)]
+        return list(quantized_linears(Transformer(args), scheme))
+
+
+def linear_names(args: ModelArgs, scheme: dict[str, Any]) -> list[str]:
+    return [name for name, _ in linears(args, scheme)]
 
 
 def rounded_linears(
@@ -272,7 +276,7 @@ def calibrate(args: argparse.Namespace, model_args: ModelArgs, text: str | None)
     length = args.calibration_seq_length or min(2048, model_args.context_length)
     tokenizer = load_tokenizer(args.checkpoint_path, model_args.vocab_size)
     texts = task_documents(args.calibration_tasks) if text is None else [text]
-    widest = max(model_args.hidden_dim, model_args.dim, model_args.n_heads * model_args.head_dim)
+    widest = max(linear.in_features for _, linear in linears(model_args, {}) if linear.n_experts == 1)
     chunks = calibration_chunks(texts, tokenizer, length, args.calibration_limit, widest)
     warn_beyond("--calibration_seq_length", length, model_args.context_length)
     return chunks

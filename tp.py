@@ -30,9 +30,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ModelArgs
+from model import Embedding, ModelArgs
 
 GROUP = "0"  # the name of the first process group
 
@@ -66,10 +67,11 @@ def share_of(whole: Sequence[int], local: Sequence[int], rank: int, world_size: 
 def divided(args: ModelArgs, n_ranks: int) -> ModelArgs:
     """The configuration of one rank's share of a model.
 
-    Heads and the feed-forward width are divided, the vocabulary only if it is a multiple of `n_ranks`. With more ranks
-    than key heads, several ranks hold the same key head. Raises ValueError for sizes that `n_ranks` does not divide.
+    Heads and the width of a feed-forward, or of every expert, are divided, the vocabulary only if it is a multiple of
+    `n_ranks`. With more ranks than key heads, several ranks hold the same key head. Raises ValueError for sizes that
+    `n_ranks` does not divide.
     """
-    for name in ("n_heads", "hidden_dim"):
+    for name in ("n_heads", "hidden_dim", "expert_dim"):
         if getattr(args, name) % n_ranks:
             raise ValueError(f"{name} {getattr(args, name)} is not a multiple of {n_ranks}")
     if args.n_kv_heads % n_ranks and n_ranks % args.n_kv_heads:
@@ -79,6 +81,7 @@ def divided(args: ModelArgs, n_ranks: int) -> ModelArgs:
         n_heads=args.n_heads // n_ranks,
         n_kv_heads=max(1, args.n_kv_heads // n_ranks),
         hidden_dim=args.hidden_dim // n_ranks,
+        expert_dim=args.expert_dim // n_ranks,
         vocab_size=args.vocab_size // (1 if args.vocab_size % n_ranks else n_ranks),
     )
 
@@ -104,11 +107,21 @@ def connect(whole: nn.Module, local: nn.Module, ranks: "Ranks") -> dict[str, Sha
                 shares[f"{name}.{kind}"] = Share(dim, share_of(*sizes, ranks.rank, ranks.world_size))
             elif kind == "bias" and is_divided and sharding.collective == "sum" and ranks.rank > 0:
                 shares[f"{name}.{kind}"] = Share(is_zero=True)
-        if hasattr(module, "first_id") and is_divided:
-            module.first_id = shares[f"{name}.weight"].ranges[0][0]
         if collective := COLLECTIVES.get((sharding.collective, is_divided)):
-            module.collective = functools.partial(collective, world_size=ranks.world_size)
+            collective = functools.partial(collective, world_size=ranks.world_size)
+            if isinstance(module, Embedding):
+                first_id = shares[f"{name}.weight"].ranges[0][0]
+                module.lookup = functools.partial(parallel_lookup, first_id=first_id, collective=collective)
+            else:
+                module.collective = collective
     return shares
+
+
+def parallel_lookup(idx: Tensor, weight: Tensor, first_id: int, collective: Callable[[Tensor], Tensor]) -> Tensor:
+    """`F.embedding` of a vocabulary that ranks share, this one from `first_id` on: other ids give zeros to the sum."""
+    row = idx - first_id
+    ours = (row >= 0) & (row < len(weight))
+    return collective(F.embedding(row.where(ours, 0), weight) * ours[..., None])
 
 
 # ---- The collectives: torch's functional ones, which torch.compile takes into its graph.

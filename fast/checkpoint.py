@@ -305,7 +305,9 @@ def _match(
     for name, (n_rows, *width) in expected.items():
         module, _, kind = name.rpartition(".")
         template, layer = re.sub(r"\.\d+\.", ".{}.", module), re.findall(r"\.(\d+)\.", module)
-        theirs = [f"{other.format(*layer)}.{kind}" for other in modules.get(template, (template,))]
+        theirs, experts = [name], range(getattr(model.get_submodule(module), "n_experts", 1))
+        if template in modules:
+            theirs = [f"{other.format(*layer, e)}.{kind}" for e in experts for other in modules[template]]
         rows = model.get_submodule(module).sharding.parts if len(theirs) > 1 else [n_rows]
         for part, shape in zip(theirs, [(n, *width) for n in rows], strict=True):
             if part not in parts:

@@ -41,6 +41,15 @@ POST_NORM_MODULES = {
 }
 
 
+# In place of a feed-forward, experts: the second `{}` is an expert's number.
+EXPERT_MODULES = {
+    **HF_MODULES,
+    "layers.{}.feed_forward.router": ("model.layers.{}.mlp.gate",),
+    "layers.{}.feed_forward.experts.w13": tuple(f"model.layers.{{}}.mlp.experts.{{}}.{x}_proj" for x in ("gate", "up")),
+    "layers.{}.feed_forward.experts.w2": ("model.layers.{}.mlp.experts.{}.down_proj",),
+}
+
+
 def hf_weights(model: Transformer) -> dict[str, Tensor]:
     """The weights and biases of a textbook model under Hugging Face's names, as views; a tied output has no entry."""
     found = {}
@@ -163,6 +172,17 @@ def _gemma3(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
     return {"attention_scale": attention_scale, "embedding_scale": scale.item()}
 
 
+def _experts(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
+    n_experts, k = read(config, "num_local_experts", int, args["n_experts"]), args["experts_per_token"]
+    if k > n_experts:
+        raise ValueError(f"config.json: num_experts_per_tok is {k}; expected at most the {n_experts} experts there are")
+    dense, step = config.get("mlp_only_layers") or [], read(config, "decoder_sparse_step", int, 1)
+    if not isinstance(dense, list) or not all(type(i) is int for i in dense):
+        raise ValueError(f"config.json: mlp_only_layers is {dense!r:.80}; expected a list of numbers of layers")
+    dense = tuple(i for i in range(args["n_layers"]) if i in dense or (i + 1) % step)
+    return {"n_experts": n_experts, "dense_layers": dense}
+
+
 def _renamed(changes: dict[str, str], modules: dict = HF_MODULES) -> dict[str, tuple[str, ...]]:
     """`modules` with the parts of the files' names in `changes` replaced."""
 
@@ -224,6 +244,40 @@ FAMILIES: dict[str, Family] = {
         {**_QWEN, "head_dim": 128},
         {"qk_norm": True, "mlp_bias": False},
         window_switch="use_sliding_window",
+    ),
+    "MixtralForCausalLM": Family(
+        "mixtral",
+        {
+            "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "num_key_value_heads": 8, "rope_theta": 1e6,
+            "num_local_experts": 8, "num_experts_per_tok": 2,
+        },
+        _NO_BIAS,
+        {
+            "n_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok",
+            "expert_dim": "intermediate_size",
+        },
+        window_switch="sliding_window",
+        particular=_experts,
+        naming=Naming(
+            _renamed(
+                {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}, EXPERT_MODULES
+            )
+        ),
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        {
+            "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 4, "sliding_window": 4096,
+            "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        },
+        {"qk_norm": True, "mlp_bias": False},
+        {
+            "n_experts": "num_experts", "experts_per_token": "num_experts_per_tok",
+            "expert_dim": "moe_intermediate_size", "norm_expert_weights": "norm_topk_prob",
+        },
+        window_switch="use_sliding_window",
+        particular=_experts,
+        naming=Naming(EXPERT_MODULES),
     ),
     "Phi3ForCausalLM": Family(
         "phi3",

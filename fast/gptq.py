@@ -5,8 +5,9 @@
 A Linear's inputs X over the calibration text give the Hessian H = 2 X^T X of its squared output error. The weight's
 columns are rounded one after the other, and the inverse of H says how each error is spread over the columns to come.
 
-Worth knowing: one transformer block is quantised at a time. In memory are that block, the Hessian of one Linear and the
-hidden states of the calibration text; each Linear sees the inputs that the quantised Linears before it produce.
+Worth knowing: one transformer block is quantised at a time. In memory are that block, the Hessian of one Linear (of
+every expert) and the hidden states of the calibration text; each Linear sees the inputs that the quantised Linears
+before it produce, each expert only those of the tokens that are routed to it.
 """
 
 import sys
@@ -38,6 +39,17 @@ class Hessian:
     @property
     def mean(self) -> Tensor:
         return self.sum / self.n_rows
+
+
+def add_inputs(
+    hessians: list[Hessian], x: Tensor, experts: Tensor | None = None, weights: Tensor | None = None
+) -> None:
+    """Add the inputs of a Linear, as `multiply` takes them, to the Hessian of each expert."""
+    if experts is None:
+        return hessians[0].add(x)
+    rows = x if weights is not None else x[..., None, :].expand(*experts.shape, -1)
+    for e, hessian in enumerate(hessians):
+        hessian.add(rows[experts == e])
 
 
 def gptq(
@@ -130,7 +142,7 @@ def gptq_linears(
 
     scheme: "groupsize", "percdamp", "blocksize", "act_order", "skip". chunks: calibration text, equally long rows of
     token ids. Raises ValueError as `gptq` does, with the Linear's name. Where all inputs are zero there is nothing to
-    compensate: such a Linear is rounded, which is said on stderr.
+    compensate: such a Linear is rounded, as is an expert with fewer rows than inputs. Both are said on stderr.
     """
     with torch.device("meta"):
         model = Transformer(checkpoint.args)
@@ -143,19 +155,28 @@ def gptq_linears(
         module.load_state_dict(state, assign=True)
         return module
 
-    def quantize(name: str, linear: nn.Linear, hessian: Hessian) -> tuple[str, float, nn.Module]:
-        weight = read_weight(checkpoint, name, device, torch.float32)
-        if not hessian.sum.any():
-            tqdm.write(f"{name}: its inputs are all zero on the calibration text, so it is rounded", file=sys.stderr)
-            error, module = 0.0, Int4Linear.from_float(weight, linear.bias, scale_search=True, **options)
-        else:
+    def quantize(name: str, linear: nn.Linear, hessians: list[Hessian]) -> tuple[str, float, nn.Module]:
+        parts, errors, E, K = [], [], len(hessians), linear.in_features
+        weights = read_weight(checkpoint, name, device, torch.float32).chunk(E)
+        for weight, hessian in zip(weights, hessians, strict=True):
+            if not hessian.sum.any() or (E > 1 and hessian.n_rows < K):
+                rounded = Int4Linear.from_float(weight, scale_search=True, **options)
+                parts.append((rounded.weight, rounded.scales, rounded.zeros))
+                continue
             try:
                 q, scales, zeros, error = gptq(weight, hessian.mean, **options)
             except ValueError as problem:
                 raise ValueError(f"{name}: {problem}") from None
-            module = Int4Linear.from_parts(pack_nibbles(q), scales, zeros, bias=linear.bias)
+            parts.append((pack_nibbles(q), scales, zeros))
+            errors.append(error)
+        if len(errors) < E:
+            why = "its inputs are all zero on the calibration text, so it is rounded"
+            if E > 1:
+                why = f"{E - len(errors)} of {E} experts see fewer than {K} tokens or only zeros, so they are rounded"
+            tqdm.write(f"{name}: {why}", file=sys.stderr)
+        module = Int4Linear.from_parts(*map(torch.cat, zip(*parts, strict=True)), bias=linear.bias)
         linear.weight = nn.Parameter(module.dequantize(torch.bfloat16), requires_grad=False)
-        return name, error, module
+        return name, sum(errors) / max(1, len(errors)), module
 
     S, rows = len(chunks[0]), max(1, TOKENS_AT_ONCE // len(chunks[0]))
     positions = torch.arange(S, device=device)[None]
@@ -171,12 +192,12 @@ def gptq_linears(
         context = given[model.kind_of_layer[i]]
         linears = {name: linear for name, linear in wanted.items() if name.startswith(f"layers.{i}.")}
         for name, linear in linears.items():
-            hessian = Hessian(linear.in_features, device)
-            hook = linear.register_forward_pre_hook(lambda _, inputs, hessian=hessian: hessian.add(inputs[0]))
+            hessians = [Hessian(linear.in_features, device) for _ in range(linear.n_experts)]
+            hook = linear.register_forward_pre_hook(lambda _, inputs, each=hessians: add_inputs(each, *inputs))
             for x in hidden:
                 block(x, *context)
             hook.remove()
-            yield quantize(name, linear, hessian)
+            yield quantize(name, linear, hessians)
         for j, x in enumerate(hidden):
             hidden[j] = block(x, *context)
         model.layers[i] = None
@@ -184,4 +205,4 @@ def gptq_linears(
         norm, hessian = load("norm"), Hessian(output.in_features, device)
         for x in hidden:
             hessian.add(norm(x))
-        yield quantize("output", output, hessian)
+        yield quantize("output", output, [hessian])

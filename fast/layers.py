@@ -19,7 +19,9 @@ from kernels import GATES, Product, cpu, gpu
 from model import (
     Attention,
     Linear,
+    MoEFeedForward,
     RMSNorm,
+    Router,
     Transformer,
     TransformerBlock,
     gated,
@@ -55,14 +57,21 @@ class FastLinear(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(
-        self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None, activation: str = ""
+        self,
+        x: Tensor,
+        experts: Tensor | None = None,
+        weights: Tensor | None = None,
+        norm: RMSNorm | None = None,
+        residual: Tensor | None = None,
+        activation: str = "",
     ) -> Tensor:
         """As `fused`, in one operator; a collective comes last, and `fused` then passes no residual."""
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        added = None if residual is None else residual.flatten(0, -2)
+        flat = [None if t is None else t.flatten(0, -2) for t in (residual, experts, weights)]
         tensors = [getattr(self, name) for name in self.names]
-        y = self.operator(x.flatten(0, -2), *tensors, self.bias, weight, eps, added, activation)
-        y = y.unflatten(0, x.shape[:-1])
+        y = self.operator(x.flatten(0, -2), *tensors, self.bias, weight, eps, flat[0], activation, *flat[1:])
+        shape = x.shape[:-1] if experts is None else experts.shape if weights is None else experts.shape[:-1]
+        y = y.unflatten(0, shape)
         return y if self.collective is None else self.collective(y)
 
 
@@ -74,7 +83,7 @@ class CompiledLinear(Linear):
             super().__init__(linear.in_features, linear.out_features, linear.bias is not None, linear.sharding)
         self.weight, self.bias, self.collective = linear.weight, linear.bias, linear.collective
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, experts: None = None, weights: None = None) -> Tensor:
         if x.numel() > self.in_features or not torch.compiler.is_compiling():
             y = multiply(x, self.weight, self.bias)
         else:  # a multiply-and-sum that Inductor fuses
@@ -95,16 +104,20 @@ def fused(
     residual: Tensor | None = None,
     activation: str = "",
     post_norm: RMSNorm | None = None,
+    experts: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """`residual + post_norm(linear(norm(x)))`; an `activation` is applied to the Linear's output first, by `gated`.
+
+    experts, weights: as in `multiply`.
 
     One operator if the Linear has one that knows the activation, no collective and no post_norm: these come before the
     residual.
     """
     is_known = activation in ("", *GATES)
     if isinstance(linear, FastLinear) and linear.collective is None and post_norm is None and is_known:
-        return linear(x, norm, residual, activation)
-    y = linear(x if norm is None else norm(x))
+        return linear(x, experts, weights, norm, residual, activation)
+    y = linear(x if norm is None else norm(x), experts, weights)
     y = gated(y, activation) if activation else y
     y = y if post_norm is None else post_norm(y)
     return y if residual is None else residual + y
@@ -118,7 +131,22 @@ class NormedOutput(nn.Module):
         self.norm, self.linear = norm, linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x, self.norm)
+        return self.linear(x, norm=self.norm)
+
+
+class FastRouter(nn.Module):
+    """A norm and the router after it in one operator."""
+
+    def __init__(self, product: Product):
+        super().__init__()
+        self.operator, self.names = product.operator, tuple(product.tensors)
+        for name, tensor in product.tensors.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        tensors = [getattr(self, name) for name in self.names]
+        routing = self.operator(x.flatten(0, -2), *tensors, norm.weight, norm.eps)
+        return tuple(t.unflatten(0, x.shape[:-1]) for t in routing)
 
 
 class FastKVCache(QuantizedKVCache):
@@ -191,8 +219,13 @@ class FastBlock(nn.Module):
         else:
             y = a.kv_cache.attend(a, qkv, cos, sin, input_pos, n_slots, mask)
         x = fused(a.wo, y, residual=x, post_norm=self.attention_post_norm)
-        y = fused(f.w13, x, self.ffn_norm, activation=f.activation)
-        return fused(f.w2, y, residual=x, post_norm=self.ffn_post_norm)
+        experts = weights = None
+        if isinstance(f, MoEFeedForward):
+            is_fast = isinstance(f.router, FastRouter)
+            experts, weights = f.router(x, self.ffn_norm) if is_fast else f.router(self.ffn_norm(x))
+            f = f.experts
+        y = fused(f.w13, x, self.ffn_norm, activation=f.activation, experts=experts)
+        return fused(f.w2, y, residual=x, post_norm=self.ffn_post_norm, experts=experts, weights=weights)
 
 
 # The tensors of a Linear that a backend's `product` takes, in that order. A class not listed here has no kernel.
@@ -206,10 +239,12 @@ TENSORS: dict[type[nn.Module], tuple[str, ...]] = {
 
 def fast_linear(linear: nn.Module, backend: ModuleType | None) -> nn.Module:
     """A `FastLinear`; if `backend` has no kernel, a `CompiledLinear` (not quantised, on a CPU) or `linear` itself."""
-    product = backend and backend.product(*(getattr(linear, name) for name in TENSORS[type(linear)]))
+    tensors = (getattr(linear, name) for name in TENSORS[type(linear)])
+    product = backend and backend.product(*tensors, n_experts=linear.n_experts)
     if product:
         return FastLinear(linear, product)
-    return CompiledLinear(linear) if type(linear) is Linear and linear.weight.device.type == "cpu" else linear
+    is_plain = type(linear) is Linear and linear.n_experts == 1
+    return CompiledLinear(linear) if is_plain and linear.weight.device.type == "cpu" else linear
 
 
 def replace_linears(module: nn.Module, backend: ModuleType | None) -> None:
@@ -242,6 +277,10 @@ def speed_up(model: Transformer, dtype: torch.dtype) -> None:
     for i, block in enumerate(model.layers):
         if type(block) is TransformerBlock:
             model.layers[i] = FastBlock(block)
+        router = getattr(block.feed_forward, "router", None)
+        product = backend and type(router) is Router and backend.router(router.weight, router.k, router.normalizes)
+        if product:
+            block.feed_forward.router = FastRouter(product)
     replace_linears(model, backend)
     if isinstance(model.output, FastLinear) and model.output.collective is None:
         model.output, model.norm = NormedOutput(model.norm, model.output), nn.Identity()

@@ -24,11 +24,20 @@ from model import ModelArgs, Transformer
 
 
 def bytes_per_step(model: Transformer, batch_size: int, positions: float) -> float:
-    """Bytes a decode step must read: all weights but the embedding table, and `positions` of KV cache in every row."""
+    """Bytes a decode step must read: all weights but the embedding table, and `positions` of KV cache in every row.
+
+    Of experts, those of one token; with more rows as many as if every row chose k of them at random.
+    """
     tensors = model.state_dict()
     del tensors["tok_embeddings.weight"]  # a token reads one row of it; if tied, it is counted as the output projection
-    weights = sum(t.nbytes for t in tensors.values())
+    unread = (1 - share_of_experts(model.args)) ** batch_size
+    weights = sum(t.nbytes * (1 - unread if ".experts." in name else 1) for name, t in tensors.items())
     return weights + batch_size * positions * bytes_per_position(model)
+
+
+def share_of_experts(args: ModelArgs) -> float:
+    """The share of a layer's experts that compute a token; 1 in a model without experts."""
+    return args.experts_per_token / args.n_experts if args.n_experts else 1.0
 
 
 def bytes_per_position(model: Transformer) -> int:

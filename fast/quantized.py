@@ -33,6 +33,7 @@ class QuantizedLinear(nn.Module):
     """Base class: `y = x W^T + bias` for x `[..., K]`, with W `[N, K]` from `dequantize`."""
 
     in_groups = False  # whether each group of `groupsize` inputs has its own scale
+    n_experts = 1  # whose weights are stacked
     sharding = Sharding()
     collective: Callable[[Tensor], Tensor] | None = None
 
@@ -44,8 +45,8 @@ class QuantizedLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = multiply(x, self.dequantize(x.dtype), self.bias)
+    def forward(self, x: Tensor, experts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        y = multiply(x, self.dequantize(x.dtype), self.bias, self.n_experts, experts, weights)
         return y if self.collective is None else self.collective(y)
 
 
@@ -146,7 +147,7 @@ def swap_linears(model: nn.Module, scheme: dict[str, Any]) -> None:
         parent, _, child = name.rpartition(".")
         with linear.weight.device:
             swapped = LINEARS[mode](linear.in_features, linear.out_features, linear.bias is not None, **options)
-        swapped.sharding = linear.sharding
+        swapped.sharding, swapped.n_experts = linear.sharding, linear.n_experts
         setattr(model.get_submodule(parent), child, swapped)
 
 

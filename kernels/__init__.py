@@ -3,7 +3,8 @@
 A backend is a module with
 
     missing(device, dtype) -> str | None                         in one line, why it has no kernels there; else None
-    product(weight, scales, zeros) -> Product | None             for a Linear's tensors, as in `fast/quantized.py`
+    product(weight, scales, zeros, n_experts) -> Product | None  for a Linear's tensors, as in `fast/quantized.py`
+    router(weight, k, normalizes) -> Product | None              see `Product`
     attention(device, kv_dtype, head_dim) -> Attention | None    over a KV cache of that type
     in_one_region(step) -> step                                  for a step whose products and attention are all these
 
@@ -23,10 +24,13 @@ class Product:
     """Multiplication by one weight.
 
     tensors: the weight in the layout that the kernel reads, by name.
-    operator: (x [M, K], *tensors, bias, norm, eps, residual, activation) -> [M, N], any M. norm `[K]`, of x's type or
-        float32, is the weight of an RMSNorm applied to x. With an activation, one of GATES, the outputs are two halves
-        g and u, and the result is activation(g) * u, `[M, N / 2]`; "" is none. residual `[M, N]`, not with an
-        activation, is added last.
+    operator: (x [M, K], *tensors, bias, norm, eps, residual, activation, experts, weights) -> [M, N], any M.
+        norm `[K]`, of x's type or float32, is the weight of an RMSNorm applied to x. With an activation, one of GATES,
+        the outputs are two halves g and u, and the result is activation(g) * u, `[M, N / 2]`; "" is none. residual
+        `[M, N]`, not with an activation, is added last.
+        experts, int64 `[T, k]`, and weights, float32 `[T, k]`: as for `model.multiply`. x has T rows, and the result
+        T k; or, with weights, x has T k and the result T.
+        A router's: (x [T, K], *tensors, norm, eps) -> experts, weights; its norm is not optional.
     """
 
     tensors: dict[str, Tensor]

@@ -82,6 +82,23 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         {"head_dim": 16, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
     ),
     "mistral3": ("mistral3", {}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {"num_local_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 32},
+    ),
+    "qwen3-moe-mixed": (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "head_dim": 32,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+            "intermediate_size": 128,
+        },
+    ),
     "phi3": ("phi3", {"pad_token_id": 0, "sliding_window": 5}),
     "phi3-long": ("phi3", {"pad_token_id": 0, "original_max_position_embeddings": 16, "rope_parameters": LONGROPE}),
     "phi3-short": ("phi3", {"pad_token_id": 0, "original_max_position_embeddings": 64, "rope_parameters": LONGROPE}),

@@ -28,6 +28,11 @@ MODELS: dict[str, tuple[str, str]] = {
     ),
     "Qwen2ForCausalLM": ("Qwen 2 and 2.5, DeepSeek's Qwen distils", "biases on query, key and value"),
     "Qwen3ForCausalLM": ("Qwen 3, dense", "norms on query and key heads"),
+    "MixtralForCausalLM": ("Mixtral 8x7B and 8x22B", "[experts](#mixtures-of-experts), 2 of 8 for a token"),
+    "Qwen3MoeForCausalLM": (
+        "Qwen 3 30B-A3B and 235B-A22B, Qwen3-Coder",
+        "experts, 8 of 128 for a token; their weights may not add up to 1; layers without experts",
+    ),
     "Phi3ForCausalLM": (
         "Phi-3 and 3.5 mini and medium, Phi-4, Phi-4-mini",
         "stacked projections; only part of a head is rotated; `longrope`",

@@ -29,6 +29,8 @@ PUBLISHED_PARAMETERS = {
     "qwen-2.5-7b": 7_615_616_512,
     "gemma-3-1b": 999_885_952,
     "qwen-3-8b": 8_190_735_360,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen-3-30b-a3b": 30_532_122_624,
 }
 
 
@@ -40,7 +42,7 @@ def test_preset_has_the_published_number_of_parameters(name):
 
 
 def test_preset_names_are_exact():
-    assert set(PRESETS) == set(PUBLISHED_PARAMETERS)
+    assert set(PRESETS) - {"moe-8x300m"} == set(PUBLISHED_PARAMETERS)  # which nobody has trained
     for near_miss in ("llama-2", "LLAMA-2-7B", "llama-2-7b-chat", ""):
         with pytest.raises(ValueError, match="choose from: stories-15m, .*, qwen-3-8b"):
             preset(near_miss)

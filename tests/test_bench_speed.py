@@ -170,6 +170,23 @@ def test_shapes(monkeypatch):
         assert any(f"{point['mode']} {point['shape']}, {point['rows']} rows " in line for line in lines)
 
 
+def test_experts_take_turns_with_a_dense_model(monkeypatch):
+    experts = {"n_experts": 16, "experts_per_token": 2, "expert_dim": 96}
+    shape = dataclasses.replace(PRESETS["stories-15m"], n_layers=2, **experts)
+    monkeypatch.setitem(PRESETS, "experts", shape)
+    sizes = ["--new_tokens", "3", "--repeats", "1"]
+    lines, figures = run_of("--model", "experts", "--dense", "--mode", "bf16", "int8", *sizes)
+    points = {point["mode"]: point for point in figures["decode"]}
+    assert list(points) == ["bf16", "int8", "bf16 dense", "int8 dense"]
+    routers = 2 * 16 * DIM
+    assert points["bf16"]["bytes"] == points["bf16 dense"]["bytes"] + 2 * routers
+    assert points["bf16"]["operations"] == points["bf16 dense"]["operations"] + 2 * routers
+    for mode in ("bf16", "int8"):
+        ratio = points[mode]["tokens_per_s"] / points[f"{mode} dense"]["tokens_per_s"]
+        (line,) = (line for line in lines if f" {mode} decode, of the dense model's " in line)
+        assert f" {ratio:.2f} x " in line
+
+
 def test_startup_is_measured_in_fresh_processes():
     sizes = ["--prompt_length", "5", "--context_length", "5", "--new_tokens", "2", "--repeats", "1"]
     lines, figures = run_of("--startup", *sizes)
@@ -197,6 +214,12 @@ def test_the_plot_is_a_picture(run):
         (["--batch_size", "4", "0"], "error: --batch_size 0 must be at least 1"),
         (["--device", "nowhere"], "error: --device nowhere cannot be used here"),
         (["--max_seq_length", "512", "100"], "error: --max_seq_length 100 is less than the 159 these lengths take"),
+        (["--dense"], "error: --dense: stories-15m has no experts; mixtral-8x7b, moe-8x300m, qwen-3-30b-a3b have"),
+        (
+            ["--model", "moe-8x300m", "--shapes"],
+            "error: --shapes: moe-8x300m has experts, whose products depend on the",
+        ),
+        (["--plot", "x.png", "--dense", "--model", "moe-8x300m"], "error: --plot draws one model: leave --dense out"),
         (["--shapes", "--plot", "x.png"], "error: --plot draws prefills and decodes, which --shapes leaves out"),
         (["--plot", "no/such/folder/x.png"], "error: cannot write no/such/folder/x.png: "),
     ],

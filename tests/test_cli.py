@@ -133,7 +133,8 @@ def test_a_run_prints_the_text_on_stdout_and_the_rest_on_stderr(checkpoint, tmp_
 
 @pytest.mark.parametrize(
     "family", ["llama-yarn", "ministral", "mistral3", "qwen2-mixed", "qwen3-yarn", "phi3", "phi3-short", "smollm3",
-               "granite", "granite-4", "gemma3", "gemma3-vision", "seed-oss", "ernie", "helium"],
+               "granite", "granite-4", "gemma3", "gemma3-vision", "seed-oss", "ernie", "helium", "mixtral",
+               "qwen3-moe"],
 )  # fmt: skip
 def test_a_family_gives_the_tokens_that_transformers_gives(copy, figures, family):
     for file in copy.glob("model*"):

@@ -25,7 +25,7 @@ from fast.decoding import Steps, build_steps, every_size, kv_slots, record, stre
 from fast.sampling import Sampling
 from kernels import Attention
 
-VARIED = ["ministral", "smollm3", "granite", "gemma3"]  # by layer, or in scales
+VARIED = ["ministral", "smollm3", "granite", "gemma3", "qwen3-moe-mixed"]  # by layer, or in scales
 MIXED = ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "full_attention"]
 
 
@@ -58,7 +58,7 @@ def test_greedy_tokens_equal_transformers(tiny, ours, monkeypatch, family):
         assert tokens_of(steps, [prompt], n) == theirs[:, length:].tolist()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen3", "mixtral"])
 def test_a_ragged_batch_gives_what_each_prompt_gives_alone(ours, family):
     prompts = [prompt_of(length) for length in (9, 1, 20, 2)]
     alone = build_steps(ours(family), GREEDY)

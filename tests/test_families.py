@@ -115,13 +115,18 @@ def test_absent_fields_are_what_transformers_assumes(name):
     is_qwen2 = name == "Qwen2ForCausalLM"  # which has biases whatever its configuration says
     assert args.qkv_bias == (is_qwen2 or getattr(hf, "attention_bias", False) or getattr(hf, "use_bias", False))
     assert args.attention_scale == getattr(hf, "attention_multiplier", None)
+    if args.n_experts:
+        assert (args.n_experts, args.experts_per_token) == (hf.num_local_experts, hf.num_experts_per_tok)
+        assert args.expert_dim == getattr(hf, "moe_intermediate_size", hf.intermediate_size)
+        assert (args.norm_expert_weights, args.dense_layers) == (getattr(hf, "norm_topk_prob", True), ())
     rotated = getattr(hf, "no_rope_layers", [1] * 30)
     assert args.unrotated_layers == tuple(i for i in range(30) if not rotated[i])
     if "use_sliding_window" in hf.to_dict():
         hf = AutoConfig.for_model(hf.model_type, **given, use_sliding_window=True, sliding_window=7, pad_token_id=0)
         settings = {"use_sliding_window": True, "sliding_window": 7}
         args = args_from_hf({**given, "vocab_size": 128, "architectures": [name], **settings})
-        slides = tuple(i for i, kind in enumerate(hf.layer_types) if kind == "sliding_attention")
+        types = getattr(hf, "layer_types", None)  # without, all layers are alike
+        slides = types and tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
         assert (args.sliding_window, args.sliding_layers) == (7, slides)
 
 
@@ -286,6 +291,11 @@ def test_yarn_promises_the_stretched_length():
             {"layer_types": None, "sliding_window_pattern": "6"},
             "sliding_window_pattern is '6'; expected a who",
         ),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5; expected at most the 4 experts there are"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts is 0; expected a whole number above 0"),
+        ("qwen3-moe", {"mlp_only_layers": 3}, "mlp_only_layers is 3; expected a list of numbers of layers"),
+        ("qwen3-moe", {"mlp_only_layers": ["0"]}, r"mlp_only_layers is \['0'\]; expected a list of numbers of layers"),
+        ("qwen3-moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; expected a whole number above 0"),
         ("granite-4", {"num_local_experts": ""}, "num_local_experts is ''; expected a whole number above -1"),
     ],
 )
@@ -297,6 +307,21 @@ def test_a_broken_setting_of_a_family_is_an_error(tiny, read_config, family, cha
 def test_a_list_that_is_longer_than_the_model_is_cut(tiny, read_config):
     config = {**read_config(tiny("smollm3")[1]), "no_rope_layers": [1, 0, 0, 0]}
     assert args_from_hf(config).unrotated_layers == (1,)
+
+
+def test_which_layers_have_experts(tiny, read_config):
+    config = {**read_config(tiny("qwen3-moe")[1]), "num_hidden_layers": 6, "decoder_sparse_step": 2}
+    args = args_from_hf({**config, "mlp_only_layers": [3, 9]})
+    assert args.dense_layers == (0, 2, 3, 4)
+    experts = [args.of_layer(i).n_experts for i in range(6)]
+    assert experts == [0, 8, 0, 0, 0, 8]
+
+
+def test_the_hub_and_transformers_5_name_the_number_of_experts_differently(tiny, read_config):
+    config = read_config(tiny("qwen3-moe")[1])
+    n_experts = config.pop("num_local_experts")
+    assert args_from_hf({**config, "num_experts": n_experts}).n_experts == 8
+    assert args_from_hf(config).n_experts == 128  # the default
 
 
 def test_rope_scaling_goes_before_rope_parameters():

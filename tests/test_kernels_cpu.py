@@ -22,12 +22,14 @@ import torch.nn.functional as F
 
 from fast.checkpoint import load_model
 from fast.decoding import build_steps, stream
-from fast.layers import fused
+from fast.layers import TENSORS, fused
 from fast.quantized import Int4Linear, Int8Linear, QuantizedKVCache
 from fast.sampling import Sampling
 from kernels import cpu
 from kernels.cpu import build, packing
-from model import ACTIVATIONS, Linear, RMSNorm, Sharding
+from model import ACTIVATIONS, Linear, RMSNorm, Router, Sharding, gated
+from model import multiply as textbook_multiply
+from scripts.bench.presets import preset
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(build.load() is not None, reason=str(build.load()))
@@ -154,6 +156,78 @@ def test_fused_norm_bias_gates_and_residual(variant, rows, activation, norm_dtyp
         assert float((y.float() - expected).norm() / expected.norm()) < 0.008  # rounded to bfloat16 after each step
 
 
+@pytest.mark.parametrize("mode", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 2, 6, 40, 130])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_experts(variant, mode, tokens, threads):
+    """Of 5 experts 3 compute a token; the last is chosen by none, the first by all, in prefill by more than 16."""
+    E, K, N = 5, 64, 96
+    experts = torch.stack([torch.tensor([0, 1 + t % 3, 1 + (t + 1) % 3]) for t in range(tokens)])
+    experts = experts[:, torch.tensor([1, 0, 2])].contiguous()
+    weights, norm = normal(tokens, 3).abs(), normal(K).bfloat16()
+    float_weight, residual = normal(E * N, K).bfloat16(), normal(tokens, N).bfloat16()
+    if mode == "bf16":
+        dense, product = float_weight.float(), cpu.product(float_weight, n_experts=E)
+    else:
+        kind, scheme = (Int8Linear, {}) if mode == "int8" else (Int4Linear, {"groupsize": 32})
+        module = kind.from_float(float_weight, **scheme)
+        tensors = (getattr(module, name) for name in TENSORS[type(module)])
+        dense, product = module.dequantize(torch.float32), cpu.product(*tensors, n_experts=E)
+    torch.set_num_threads(threads)
+    try:
+        x = normal(tokens, K).bfloat16()
+        y = product.operator(x, *product.tensors.values(), None, norm, 1e-5, None, "silu", experts, None)
+        normed = F.rms_norm(x.float(), (K,), norm.float(), 1e-5).bfloat16().float()
+        exact = gated(textbook_multiply(normed, dense, None, E, experts).bfloat16().float(), "silu").flatten(0, 1)
+        assert y.shape == (3 * tokens, N // 2)
+        assert float((y.float() - exact).norm() / exact.norm()) < 0.008
+        x = normal(3 * tokens, K).bfloat16()
+        y = product.operator(x, *product.tensors.values(), None, None, 0.0, residual, "", experts, weights)
+        exact = textbook_multiply(x.float().unflatten(0, (-1, 3)), dense, None, E, experts, weights) + residual
+        assert close(y, exact)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("normalizes", [False, True])
+@pytest.mark.parametrize(("n_experts", "k"), [(8, 2), (20, 3), (128, 8)])
+def test_router(variant, n_experts, k, normalizes):
+    weight, norm = normal(n_experts, 256).bfloat16(), RMSNorm(256, eps=1.0).requires_grad_(False)
+    norm.weight.data = normal(256).bfloat16()
+    exact = Router(preset("moe-8x300m")).requires_grad_(False)
+    exact.k, exact.normalizes, exact.weight.data = k, normalizes, weight
+    product = cpu.router(weight, k, normalizes)
+    for tokens in (1, 3, 16, 17, 100):
+        x = normal(tokens, 256).bfloat16()
+        experts, weights = product.operator(x, *product.tensors.values(), norm.weight, norm.eps)
+        expected, shares = exact(norm(x))
+        assert experts.equal(expected)
+        assert torch.allclose(weights, shares, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts": torch.tensor([[0, 3]])}, "expert 3 of 3"),
+        ({"experts": torch.tensor([[0, -1]])}, "expert -1 of 3"),
+        ({"experts": torch.tensor([[0, 1], [0, 1]])}, "1 rows of x for experts [2, 2]"),
+        ({"experts": torch.tensor([[0, 1]]).int()}, "experts must be int64 [T, k]"),
+        ({"weights": torch.ones(1, 2)}, "1 rows of x for experts [1, 2]"),
+        ({"bias": torch.ones(32).bfloat16()}, "without a bias"),
+        ({"n_out": 24}, "a multiple of 16 outputs"),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused(changes, message):
+    packed = packing.pack_bf16(normal(96, 64).bfloat16())
+    given = {"n_out": 32, "experts": torch.tensor([[0, 1]]), **changes}
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        torch.ops.fast.bf16_linear(normal(1, 64).bfloat16(), packed, **given)
+
+
+def test_experts_of_which_a_panel_would_hold_two_have_no_kernel():
+    assert cpu.product(normal(3 * 24, 64).bfloat16(), n_experts=3) is None
+
+
 @pytest.mark.parametrize(("activation", "exact"), ACTIVATIONS.items())
 def test_gates_far_from_zero(variant, activation, exact):
     gates = torch.tensor([-1e30, -200, -90, -20, -1, 0, 1, 20, 90, 200, 1e30]).bfloat16()
@@ -208,6 +282,13 @@ def test_operators_keep_pytorchs_rules():
     module = Int4Linear.from_float(normal(40, 64), groupsize=32)
     torch.library.opcheck(torch.ops.fast.int4_linear.default, (x, pack(module), 40, 32))
     torch.library.opcheck(torch.ops.fast.bf16_linear.default, (x, packing.pack_bf16(normal(40, 64).bfloat16()), 40))
+    packed, norm = packing.pack_bf16(normal(48, 64).bfloat16()), normal(64).bfloat16()
+    routing = x, packing.pack_bf16(normal(3, 64).bfloat16()), 3, 2, True, norm, 1e-5
+    experts, weights = torch.ops.fast.route(*routing)
+    torch.library.opcheck(torch.ops.fast.route.default, routing)
+    torch.library.opcheck(torch.ops.fast.bf16_linear.default, (x, packed, 16), {"experts": experts})
+    given = {"experts": experts[:1], "weights": weights[:1].contiguous()}
+    torch.library.opcheck(torch.ops.fast.bf16_linear.default, (x[:2], packed, 16), given)
 
 
 def test_a_weight_of_another_size_is_refused():
@@ -356,12 +437,13 @@ def two_threads():
 
 @needs_avx512
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_team_decodes_the_same(tiny, two_threads, monkeypatch, compiled):
-    model = load_model(tiny("llama-head-dim")[1], device="cpu", dtype=torch.bfloat16)
+@pytest.mark.parametrize("family", ["llama-head-dim", "qwen3-moe-mixed"])
+def test_a_team_decodes_the_same(tiny, two_threads, monkeypatch, family, compiled):
+    model = load_model(tiny(family)[1], device="cpu", dtype=torch.bfloat16)
     model.setup_caches(2, 64)
     region = build_steps(model, Sampling(temperature=0), compiled)
     monkeypatch.setattr("fast.decoding.in_one_region", lambda model, step: step)
-    alone = build_steps(model, Sampling(temperature=0))
+    alone = build_steps(model, Sampling(temperature=0), compiled)
     assert region.decode.__qualname__.startswith("in_one_region")
     texts = [list(stream(steps, [[3, 4], [5]], 40)) for steps in (alone, region)]
     assert texts[0] == texts[1]

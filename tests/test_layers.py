@@ -15,9 +15,10 @@ from fast.checkpoint import load_model, open_checkpoint
 from fast.layers import FastBlock, FastKVCache, FastLinear, backend_for, fast_linear, in_one_region
 from fast.quantized import LINEARS, Int4Linear, Int8Linear, QuantizedKVCache, QuantizedLinear
 from kernels import Product, cpu
-from model import ACTIVATIONS, Linear, Transformer, TransformerBlock, gated
+from model import ACTIVATIONS, Linear, Router, Transformer, TransformerBlock, gated
 from quantize import quantize
 
+TEXTBOOKS = ["llama-bias", "mistral-window", "qwen3", "gemma3", "qwen3-moe-mixed"]
 MODES = {"float": None, "int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
 has_kernels = pytest.mark.skipif(cpu.missing("cpu", torch.bfloat16) is not None, reason="needs the CPU's kernels")
 
@@ -58,7 +59,7 @@ def logits(model: Transformer, kv_dtype: torch.dtype | None) -> list[torch.Tenso
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", ["llama-bias", "mistral-window", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", TEXTBOOKS)
 def test_without_kernels_the_layers_compute_the_textbooks_bits(stored, monkeypatch, family, mode, dtype, kv_dtype):
     exact = textbook(monkeypatch, stored(family, mode), dtype)
     assert all(type(block) is TransformerBlock for block in exact.layers)
@@ -72,13 +73,15 @@ def test_without_kernels_the_layers_compute_the_textbooks_bits(stored, monkeypat
 @has_kernels
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", ["llama-bias", "llama-tied", "mistral-window", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", [*TEXTBOOKS, "llama-tied", "mixtral"])
 def test_with_kernels_they_compute_the_same_but_for_rounding(stored, monkeypatch, family, mode, kv_dtype):
     exact = textbook(monkeypatch, stored(family, mode), torch.float32)
     model = load_model(stored(family, mode), dtype=torch.bfloat16)
-    assert not [module for module in model.modules() if isinstance(module, (nn.Linear, QuantizedLinear))]
+    assert not [module for module in model.modules() if isinstance(module, (nn.Linear, QuantizedLinear, Router))]
     for ours, theirs in zip(logits(model, kv_dtype), logits(exact, kv_dtype), strict=True):
-        assert 0 < relative_error(ours, theirs) < 0.06
+        errors = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+        # Where two experts are almost equally probable, bfloat16 may choose the other one.
+        assert 0 < (errors.median() if model.args.n_experts else relative_error(ours, theirs)) < 0.06
 
 
 @has_kernels
@@ -155,14 +158,14 @@ def test_a_kernel_is_added_in_two_places(tiny, tmp_path, monkeypatch):
     """As docs/extending.md says: in a backend's `product`, and in TENSORS, which lists the tensors passed to it."""
     seen = []
 
-    def operator(x, weight, scales, bias, norm, eps, residual, activation):
+    def operator(x, weight, scales, bias, norm, eps, residual, activation, experts, weights):
         seen.append((x.shape[0], activation))
         x = x if norm is None else nn.functional.rms_norm(x, norm.shape, norm, eps)
         y = nn.functional.linear(x, weight * scales[:, None], bias)
         y = gated(y, activation) if activation else y
         return y if residual is None else y + residual
 
-    def product(weight, scales=None, zeros=None) -> Product | None:
+    def product(weight, scales=None, zeros=None, n_experts=1) -> Product | None:
         return scales is not None and Product({"weight": weight, "scales": scales}, operator) or None
 
     backend = SimpleNamespace(missing=lambda *_: None, product=product, attention=lambda *_: None, in_one_region=None)

@@ -39,6 +39,17 @@ def test_bytes_per_step_by_hand(tied, dtype, size):
     assert bytes_per_step(model, 2, 10.5) == size * weights + 2 * 10.5 * position * (6 + 4) / 6
 
 
+def test_bytes_per_step_count_the_experts_that_compute_a_token():
+    experts = {"n_experts": 8, "experts_per_token": 2, "expert_dim": 4, "dense_layers": (1,)}
+    model = Transformer(ModelArgs(**ARGS, **experts))
+    model.setup_caches(2, 40)
+    attention, expert, router = 8 * (4 + 2 + 2) * 6 + 4 * 6 * 8, 3 * 8 * 4, 8 * 8
+    others = 3 * (attention + 2 * 8) + 2 * router + 3 * 8 * 10 + 8 + 32 * 8
+    assert bytes_per_step(model, 1, 0) == 4 * (others + 2 * 2 * expert)
+    two_rows = 8 * (1 - (6 / 8) ** 2)  # experts, if each row chooses at random
+    assert bytes_per_step(model, 2, 0) == 4 * (others + 2 * two_rows * expert)
+
+
 def test_describe():
     line = describe(FIGURES)
     prefill = "first token 12 ms · prefill 456.8 tokens/s"

@@ -77,6 +77,9 @@ def test_logits_equal_transformers(tiny, load, idx, family):
         ("granite", {"embedding_scale": 12.0}),
         ("granite", {"logits_scale": 1.0}),
         ("granite", {"norm_eps": 0.1}),
+        ("mixtral", {"norm_expert_weights": False}),
+        ("mixtral", {"experts_per_token": 1}),
+        ("qwen3-moe", {"norm_expert_weights": True}),
         ("gemma3", {"norm_offset": -1.0}),  # loading has added it to the weights
         ("gemma3", {"activation": "silu"}),
         ("gemma3", {"attention_scale": None}),
@@ -123,6 +126,10 @@ def test_int4_logits_equal_transformers_with_the_same_weights(tiny, idx, tmp_pat
         parameter.copy_(parameter.bfloat16())
     for linear, weight in zip(linears, weights, strict=True):
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)  # a tied output projection gets its own
+    for name, stacked in tiny(family)[0].named_parameters():
+        if ".experts." in name:
+            weight = Int4Linear.from_float(stacked.flatten(0, 1), groupsize=32).dequantize(torch.float32)
+            hf.get_parameter(name).copy_(weight.view_as(stacked))
     assert_equal_logits(load_model(tmp_path / "model.pth", dtype=torch.float32)(idx), hf(idx).logits)
 
 
@@ -281,7 +288,7 @@ def test_kv_pos_may_hold_more_slots_than_are_valid(load, idx):
 @pytest.mark.parametrize(
     ("rows", "positions", "message"),
     [
-        (2, torch.arange(62, 66), "positions 62 to 65 do not fit the cache, whose capacity is 64"),
+        (2, torch.arange(62, 66), "positions 62 to 65 do not fit the cache of 64 positions"),
         (2, torch.arange(-1, 3), "positions -1 to 2 do not fit the cache"),
         (3, torch.arange(4), "batch of 3 rows, but setup_caches was given max_batch_size=2"),
         (2, torch.tensor([0, 1, 2, 4]), "input_pos must be consecutive along a row"),

@@ -25,8 +25,8 @@ import generate
 import quantize
 from fast import gptq as gptq_module
 from fast.checkpoint import load_model, open_checkpoint, save_checkpoint
-from fast.gptq import gptq, gptq_linears
-from fast.quantized import Int4Linear, Int8Linear, int4_values
+from fast.gptq import Hessian, gptq, gptq_linears
+from fast.quantized import Int4Linear, Int8Linear, int4_values, pack_nibbles
 from model import Linear, ModelArgs, Transformer
 
 ROOT = Path(quantize.__file__).parent
@@ -126,7 +126,7 @@ def test_weights_are_those_of_from_float(written):
     assert found["tok_embeddings.weight"].load("cpu", torch.bfloat16).equal(source.tok_embeddings.weight.bfloat16())
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "llama-bias", "qwen2", "mistral-window", "gemma3"])
+@pytest.mark.parametrize("family", ["llama-tied", "llama-bias", "qwen2", "mistral-window", "gemma3", "qwen3-moe-mixed"])
 @pytest.mark.parametrize("mode", ["int8", "int4", "int4-gptq"])
 def test_families(tiny, tmp_path, family, mode):
     """A tied output projection is stored by itself, biases are kept, a sliding window applies; logits stay close."""
@@ -235,6 +235,41 @@ def test_gptq_rounds_a_linear_whose_inputs_are_all_zero(tmp_path, text, capsys):
     expected = Int4Linear.from_float(weight, groupsize=32, scale_search=True).state_dict()
     for part, value in expected.items():
         assert tensors[f"{name}.{part}"].parts[0].read().equal(value)
+
+
+def test_gptq_rounds_an_expert_that_few_tokens_reach(tiny, capsys):
+    """Each expert sees the tokens that are routed to it, none of the others."""
+    source = load_model(
+        tiny("mixtral")[1], dtype=torch.float32
+    ).bfloat16()  # loading in bfloat16 would pack the weights
+    tokens = torch.randint(128, (10, 16), generator=torch.Generator().manual_seed(0))
+    seen = {}
+    feed_forward = source.layers[0].feed_forward
+    feed_forward.router.register_forward_hook(lambda _, x, routing: seen.update(x=x[0], experts=routing[0]))
+    source(tokens)
+    scheme = {"groupsize": 32, "percdamp": 0.01, "blocksize": 32, "act_order": False, "skip": ["wqkv", "wo"]}
+    found = gptq_linears(open_checkpoint(tiny("mixtral")[1]), scheme, tokens.tolist(), "cpu")
+    name, mean_error, module = next(found)
+    assert name == "layers.0.feed_forward.experts.w13"
+    rows = [seen["x"][(seen["experts"] == e).any(-1)].float() for e in range(4)]
+    few = [len(x) < 64 for x in rows]  # inputs
+    assert sorted(few)[:1] + sorted(few)[-1:] == [False, True]
+    message = f"{name}: {sum(few)} of 4 experts see fewer than 64 tokens or only zeros, so they are rounded\n"
+    assert message in capsys.readouterr().err
+    parts = module.weight.chunk(4), module.scales.chunk(4), module.zeros.chunk(4)
+    exact = load_model(tiny("mixtral")[1], dtype=torch.float32).layers[0].feed_forward.experts.w13.weight
+    weights, errors = exact.chunk(4), []
+    for weight, x, is_rounded, *part in zip(weights, rows, few, *parts, strict=True):
+        if is_rounded:
+            plain = Int4Linear.from_float(weight, groupsize=32, scale_search=True)
+            assert all(a.equal(b) for a, b in zip(part, (plain.weight, plain.scales, plain.zeros), strict=True))
+        else:
+            hessian = Hessian(64, "cpu")
+            hessian.add(x)
+            q, *_, error = gptq(weight, hessian.mean, 32, blocksize=32)
+            assert part[0].equal(pack_nibbles(q))
+            errors.append(error)
+    assert mean_error == pytest.approx(sum(errors) / len(errors), rel=1e-3)
 
 
 def test_gptq_of_inputs_that_are_no_numbers_says_so():

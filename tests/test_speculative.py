@@ -112,7 +112,7 @@ def test_greedy_tokens_over_a_quantized_cache(ours, drafted):
     assert rows_of(steps, [PROMPTS[2]], 24) == tokens_of(build_steps(model, GREEDY), [PROMPTS[2]], 24)
 
 
-@pytest.mark.parametrize("family", ["mistral-window", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral-window", "qwen3", "qwen3-moe"])
 def test_greedy_tokens_of_other_families(ours, drafted, family):
     expected = tokens_of(build_steps(ours(family), GREEDY), [PROMPTS[2]], 24)
     for by in ("itself", "lookup"):

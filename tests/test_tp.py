@@ -49,6 +49,8 @@ def checkpoints(tiny, tmp_path_factory) -> dict[str, Path]:
         chunks = [prompt_of(64, seed) for seed in range(4)] if scheme is GPTQ else None
         with torch.no_grad():
             quantize(open_checkpoint(paths["wide"]), scheme, paths[mode], "cpu", chunks)
+    paths["experts-int4"] = folder / "experts.pth"
+    quantize(open_checkpoint(paths["qwen3-moe-mixed"]), SCHEMES["int4"], paths["experts-int4"], "cpu")
     return paths
 
 
@@ -93,7 +95,7 @@ def in_threads(n_ranks: int, monkeypatch, work) -> list:
         ("llama", 2), ("llama", 4), ("llama-mha", 4), ("llama-tied", 2), ("llama-bias", 4), ("qwen2", 2), ("qwen3", 4),
         ("mistral3", 2), ("ministral", 2), ("phi3", 4), ("phi3-short", 2), ("granite-tied", 2), ("ernie", 4),
         ("gemma3", 2), ("odd-vocab", 2), ("meta", 2), ("meta", 4), ("int8", 4), ("int4", 2), ("int4", 4),
-        ("int4-gptq", 2),
+        ("int4-gptq", 2), ("mixtral", 2), ("qwen3-moe-mixed", 4), ("experts-int4", 2),
     ],
 )  # fmt: skip
 def test_ranks_together_compute_the_logits_of_one(checkpoints, monkeypatch, name, n_ranks):

@@ -24,9 +24,13 @@ def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
     return build.load()
 
 
-def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None) -> Product | None:
+def product(
+    weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None, n_experts: int = 1
+) -> Product | None:
     """Pack a weight in bfloat16, int8 or int4 for its product; None where its sizes do not fit the panels."""
-    n_out, n_in = weight.shape
+    n_out, n_in = weight.shape[0] // n_experts, weight.shape[1]
+    if n_experts > 1 and n_out % packing.LANES:
+        return None
     if zeros is not None:
         groupsize = 2 * n_in // scales.shape[1]
         if groupsize % 32 or packing.INPUTS_PER_SCALE % groupsize:
@@ -40,6 +44,15 @@ def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None =
     else:
         operator, sizes, packed = torch.ops.fast.bf16_linear, (n_out,), packing.pack_bf16(weight)
     return Product({"packed": packed}, lambda x, packed, *fused: operator(x, packed, *sizes, *fused))
+
+
+def router(weight: Tensor, k: int, normalizes: bool) -> Product | None:
+    """Pack a router's weight, bfloat16 `[E, K]`; None where its sizes do not fit the panels."""
+    if weight.shape[1] % 2 or weight.dtype != torch.bfloat16:
+        return None
+    sizes = len(weight), k, normalizes
+    operator = torch.ops.fast.route
+    return Product({"packed": packing.pack_bf16(weight)}, lambda x, packed, *norm: operator(x, packed, *sizes, *norm))
 
 
 def attention(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> Attention | None:

@@ -106,10 +106,18 @@ def _build(library: Path) -> None:
 def _register_fakes() -> None:
     """Tell torch.compile the shapes that the operators return."""
 
-    def linear(x, packed, n_out, bias=None, norm=None, eps=0.0, residual=None, activation=""):
-        return x.new_empty(x.shape[0], n_out // 2 if activation else n_out)
+    def linear(
+        x, packed, n_out, bias=None, norm=None, eps=0.0, residual=None, activation="", experts=None, weights=None
+    ):
+        n_rows = x.shape[0] if experts is None else experts.numel() if weights is None else experts.shape[0]
+        return x.new_empty(n_rows, n_out // 2 if activation else n_out)
 
     for name in ("bf16_linear", "int8_linear"):
         torch.library.register_fake(f"fast::{name}", linear)
     torch.library.register_fake("fast::int4_linear", lambda x, w, n, groupsize, *fused: linear(x, w, n, *fused))
+
+    def route(x, packed, n_experts, k, normalizes, norm, eps):
+        return x.new_empty(x.shape[0], k, dtype=torch.long), x.new_empty(x.shape[0], k, dtype=torch.float32)
+
+    torch.library.register_fake("fast::route", route)
     torch.library.register_fake("fast::decode_attention", lambda q, *others: q.new_empty(q.shape))

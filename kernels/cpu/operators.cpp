@@ -41,7 +41,12 @@ void by_matrices(Kind kind, const Call& c, const at::Tensor& x, at::Tensor& y) {
   }
 }
 
-void few_rows(Kind kind, Call c) {
+struct Inputs {  // what `Call::inputs` and `Call::groups` point to
+  std::vector<bf16> inputs;
+  std::vector<Group> groups;
+};
+
+Inputs arrange(Kind kind, const Call& c) {
   const bool rounds = kind != BF16 && chosen.round;
   std::vector<bf16> inputs(c.M > 1 || rounds ? c.M * c.K : 0);
   std::vector<Group> groups(kind == BF16 ? 0 : c.M * n_groups(c.K, c.G));
@@ -59,12 +64,26 @@ void few_rows(Kind kind, Call c) {
         for (int64_t i = g; i < std::min(c.K, g + c.G); ++i) row->sum += to_float(x[i]);
     }
   }
-  c.inputs = inputs.empty() ? c.x : inputs.data();
-  c.groups = groups.data();
-  share_out(panels(c.N), [&](int64_t p) {
+  return {std::move(inputs), std::move(groups)};
+}
+
+// Calls of the same sizes, but for the rows; their panels are shared out together. Calls `put(c, panel, out)` with results.
+template <class Put>
+void few_rows(Kind kind, std::vector<Call> calls, const Put& put) {
+  if (calls.empty()) return;
+  std::vector<Inputs> arranged;
+  for (Call& c : calls) {
+    const bool again = &c != calls.data() && c.x == (&c)[-1].x && c.M == 1;  // a token's row, for its next expert
+    if (!again) arranged.push_back(arrange(kind, c));
+    c.inputs = arranged.back().inputs.empty() ? c.x : arranged.back().inputs.data();
+    c.groups = arranged.back().groups.data();
+  }
+  const int64_t n = panels(calls[0].N), bytes = panel_bytes(kind, calls[0].K, calls[0].G);
+  share_out(calls.size() * n, [&](int64_t i) {
     float out[MAX_ROWS * LANES];
-    chosen.few_rows[kind](c, c.w + p * panel_bytes(kind, c.K, c.G), out);
-    store(c, p, out);
+    const Call& c = calls[i / n];
+    chosen.few_rows[kind](c, c.w + i % n * bytes, out);
+    put(c, i % n, out);
   });
 }
 
@@ -90,7 +109,45 @@ struct Fused {
   double eps;
   const std::optional<at::Tensor>& residual;  // [M, N]
   const std::string& activation;  // "", "silu" or "gelu_tanh"
+  const std::optional<at::Tensor>&experts, &weights;  // [T, k]
 };
+
+// Multiplies each row of x with the weights of its token's experts, or, of `k` rows a token, of one expert each; y [T k, N].
+void by_experts(Kind kind, Call c, const at::Tensor& x, const at::Tensor& experts, int64_t n_experts, at::Tensor& y) {
+  const int64_t T = experts.size(0), k = experts.size(1), M = T * k, bytes = panels(c.N) * panel_bytes(kind, c.K, c.G);
+  const int64_t* chosen_by = static_cast<const int64_t*>(experts.const_data_ptr());
+  const int64_t per_row = M / x.size(0);  // 1 or k
+  std::vector<int64_t> begins(n_experts + 1), order(M);
+  for (int64_t i = 0; i < M; ++i) {
+    TORCH_CHECK(chosen_by[i] >= 0 && chosen_by[i] < n_experts, "expert ", chosen_by[i], " of ", n_experts);
+    ++begins[chosen_by[i] + 1];
+  }
+  for (int64_t e = 0; e < n_experts; ++e) begins[e + 1] += begins[e];
+  std::vector<int64_t> next(begins.begin(), begins.end() - 1);
+  for (int64_t i = 0; i < M; ++i) order[next[chosen_by[i]]++] = i;
+  // Rows of the same expert are brought together; a single token has none.
+  at::Tensor from = T > 1 ? empty({M, c.K}) : x, to = T > 1 ? empty({M, c.N}) : y;
+  const bf16* rows = c.x;
+  bf16 *gathered = static_cast<bf16*>(from.data_ptr()), *results = static_cast<bf16*>(to.data_ptr()), *out = c.y;
+  if (T > 1) by_rows(M, c.K, [&](int64_t i) { std::memcpy(gathered + i * c.K, rows + order[i] / per_row * c.K, 2 * c.K); });
+  std::vector<Call> few;
+  for (int64_t i = 0; i < M; i += c.M) {
+    const int64_t e = T > 1 ? chosen_by[order[i]] : chosen_by[i];
+    c.M = T > 1 ? begins[e + 1] - i : 1;
+    c.x = gathered + (T > 1 ? i : i / per_row) * c.K, c.y = results + i * c.N, c.w += e * bytes;
+    if (c.M <= MAX_ROWS) {
+      few.push_back(c);
+    } else if (chosen.many_rows[kind]) {
+      many_rows(kind, c);
+    } else {
+      at::Tensor part = to.narrow(0, i, c.M);
+      by_matrices(kind, c, from.narrow(0, i, c.M), part);
+    }
+    c.w -= e * bytes;
+  }
+  few_rows(kind, std::move(few), store);
+  if (T > 1) by_rows(M, c.N, [&](int64_t i) { std::memcpy(out + order[i] * c.N, results + i * c.N, 2 * c.N); });
+}
 
 const bf16* bf16_data(const at::Tensor& x, at::IntArrayRef sizes, const char* name) {
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.is_contiguous() && x.sizes() == sizes, name, " must be bfloat16 ", sizes,
@@ -98,31 +155,89 @@ const bf16* bf16_data(const at::Tensor& x, at::IntArrayRef sizes, const char* na
   return static_cast<const bf16*>(x.const_data_ptr());
 }
 
+at::Tensor normalized(const at::Tensor& x, const at::Tensor& norm, double eps) {
+  const int64_t K = x.size(1);
+  const bool is_bf16 = norm.scalar_type() != at::kFloat;
+  const void* weight = is_bf16 ? bf16_data(norm, {K}, "the norm") : norm.const_data_ptr();
+  TORCH_CHECK(is_bf16 || (norm.is_contiguous() && norm.numel() == K), "the norm must have ", K, " weights");
+  at::Tensor y = empty(x.sizes());
+  const bf16* from = static_cast<const bf16*>(x.const_data_ptr());
+  bf16* to = static_cast<bf16*>(y.data_ptr());
+  by_rows(x.size(0), K, [&](int64_t m) { chosen.normalize(from + m * K, weight, is_bf16, float(eps), K, to + m * K); });
+  return y;
+}
+
+// The k most probable of E experts for every row of x [T, K], after an RMSNorm, and their probabilities, both [T, k].
+std::tuple<at::Tensor, at::Tensor> route(const at::Tensor& x_any, const at::Tensor& packed, int64_t E, int64_t k, bool normalizes,
+                                         const at::Tensor& norm, double eps) {
+  TORCH_CHECK(x_any.dim() == 2 && x_any.scalar_type() == at::kBFloat16, "x must be bfloat16 [T, K]");
+  TORCH_CHECK(int64_t(packed.nbytes()) == panels(E) * panel_bytes(BF16, x_any.size(1), 1), "the router has ", packed.nbytes(), " bytes");
+  const at::Tensor x = normalized(x_any.contiguous(), norm, eps);
+  const int64_t T = x.size(0), K = x.size(1);
+  at::Tensor experts = empty({T, k}, at::kLong), weights = empty({T, k}, at::kFloat);
+  const bf16* rows = static_cast<const bf16*>(x.const_data_ptr());
+  int64_t* ids = static_cast<int64_t*>(experts.data_ptr());
+  float* shares = static_cast<float*>(weights.data_ptr());
+  std::vector<float> scores(T * E);
+  std::vector<Call> calls;
+  for (int64_t t = 0; t < T; t += MAX_ROWS)
+    calls.push_back({rows + t * K, static_cast<const uint8_t*>(packed.const_data_ptr()), nullptr, nullptr, nullptr,
+                     std::min(MAX_ROWS, T - t), E, K, 1});
+  if (leader.in_step) leader.team->multiplies(packed, packed.nbytes());
+  few_rows(BF16, std::move(calls), [&](const Call& c, int64_t panel, const float* out) {
+    float* to = scores.data() + (c.x - rows) / K * E + panel * LANES;
+    for (int64_t m = 0; m < c.M; ++m) std::memcpy(to + m * E, out + m * LANES, 4 * std::min(LANES, E - panel * LANES));
+  });
+  by_rows(T, 32 * E, [&](int64_t t) {
+    float *row = scores.data() + t * E, *share = shares + t * k, total = 0, of_chosen = 0;
+    const float top = *std::max_element(row, row + E);
+    for (int64_t e = 0; e < E; ++e) total += row[e] = std::exp(row[e] - top);
+    for (int64_t j = 0; j < k; ++j) {
+      float* best = std::max_element(row, row + E);
+      ids[t * k + j] = best - row, of_chosen += share[j] = std::exchange(*best, -1.f);
+    }
+    for (int64_t j = 0; j < k; ++j) share[j] /= normalizes ? of_chosen : total;
+  });
+  return {experts, weights};
+}
+
 at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed, int64_t N, int64_t G, const Fused& fused) {
   TORCH_CHECK(x_any.dim() == 2 && x_any.scalar_type() == at::kBFloat16, "x must be bfloat16 [M, K]");
-  const int64_t M = x_any.size(0), K = x_any.size(1), expected = panels(N) * panel_bytes(kind, K, G);
+  const int64_t K = x_any.size(1), expected = panels(N) * panel_bytes(kind, K, G);
+  const int64_t n_experts = fused.experts && expected ? int64_t(packed.nbytes()) / expected : 1;
   TORCH_CHECK(packed.scalar_type() == at::kByte, "the weight is ", packed.scalar_type(), ", not packed in bytes");
-  TORCH_CHECK(packed.is_contiguous() && int64_t(packed.nbytes()) == expected, "the weight has ", packed.nbytes(),
-              " bytes, not ", expected);
+  TORCH_CHECK(packed.is_contiguous() && int64_t(packed.nbytes()) == n_experts * expected, "the weight has ", packed.nbytes(),
+              " bytes, not ", n_experts * expected);
+  int64_t M = x_any.size(0);
+  at::Tensor experts, weights;
+  if (fused.experts) {
+    experts = fused.experts->contiguous();
+    TORCH_CHECK(experts.dim() == 2 && experts.scalar_type() == at::kLong && N % LANES == 0 && !fused.bias,
+                "experts must be int64 [T, k], and have a multiple of 16 outputs, without a bias");
+    TORCH_CHECK(M == (fused.weights ? experts.numel() : experts.size(0)), M, " rows of x for experts ", experts.sizes());
+    M = experts.numel();
+  }
+  if (fused.weights) {
+    weights = fused.weights->contiguous();
+    TORCH_CHECK(fused.experts && weights.scalar_type() == at::kFloat && weights.sizes() == experts.sizes(),
+                "the experts' weights must be float32 [T, k]");
+  }
   const bool gelu = fused.activation == "gelu_tanh", gated = gelu || fused.activation == "silu";
   TORCH_CHECK(gated || fused.activation.empty(), "the activation is silu or gelu_tanh, not ", fused.activation);
-  TORCH_CHECK(!gated || (N % 2 == 0 && !fused.residual), "gates need an even number of outputs, not ", N, ", with no residual");
+  TORCH_CHECK(!gated || (N % 2 == 0 && !fused.residual && !fused.weights), "gates need an even number of outputs, not ", N, ", with no residual");
   at::Tensor x = x_any.contiguous(), y = empty({M, N});
-  if (fused.norm) {
-    const bool is_bf16 = fused.norm->scalar_type() != at::kFloat;
-    const void* weight = is_bf16 ? bf16_data(*fused.norm, {K}, "the norm") : fused.norm->const_data_ptr();
-    TORCH_CHECK(is_bf16 || (fused.norm->is_contiguous() && fused.norm->numel() == K), "the norm must have ", K, " weights");
-    const bf16* from = static_cast<const bf16*>(x.const_data_ptr());
-    x = empty({M, K});
-    bf16* to = static_cast<bf16*>(x.data_ptr());
-    by_rows(M, K, [&](int64_t m) { chosen.normalize(from + m * K, weight, is_bf16, float(fused.eps), K, to + m * K); });
-  }
+  if (fused.norm) x = normalized(x, *fused.norm, fused.eps);
   bf16* out = static_cast<bf16*>(y.data_ptr());
   const Call c{static_cast<const bf16*>(x.const_data_ptr()), static_cast<const uint8_t*>(packed.const_data_ptr()), out,
                nullptr, nullptr, M, N, K, G};
-  if (leader.in_step) leader.team->multiplies(packed);
-  if (M <= MAX_ROWS)
-    few_rows(kind, c);
+  if (leader.in_step && fused.experts)
+    leader.team->multiplies(packed, expected, static_cast<const int64_t*>(experts.const_data_ptr()), M == experts.size(1) ? M : 0);
+  else if (leader.in_step)
+    leader.team->multiplies(packed, packed.nbytes());
+  if (fused.experts)
+    by_experts(kind, c, x, experts, n_experts, y);
+  else if (M <= MAX_ROWS)
+    few_rows(kind, {c}, store);
   else if (chosen.many_rows[kind])
     many_rows(kind, c);
   else
@@ -130,6 +245,14 @@ at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed
   if (fused.bias) {
     const bf16* bias = bf16_data(*fused.bias, {N}, "the bias");
     by_rows(M, N, [&](int64_t m) { chosen.add(bias, N, out + m * N); });
+  }
+  if (fused.weights) {
+    const int64_t k = experts.size(1), T = experts.size(0);
+    const float* weight = static_cast<const float*>(weights.const_data_ptr());
+    const at::Tensor each = std::exchange(y, empty({T, N}));
+    bf16* sums = static_cast<bf16*>(y.data_ptr());
+    by_rows(T, k * N, [&](int64_t t) { chosen.mix(out + t * k * N, weight + t * k, k, N, sums + t * N); });
+    out = sums, M = T;
   }
   if (fused.residual) {
     const bf16* residual = bf16_data(*fused.residual, {M, N}, "the residual");
@@ -144,19 +267,19 @@ at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed
 
 using Maybe = std::optional<at::Tensor>;
 at::Tensor bf16_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, const Maybe& bias, const Maybe& norm, double eps,
-                       const Maybe& residual, std::string activation) {
-  return multiply(BF16, x, packed, N, 32, {bias, norm, eps, residual, activation});
+                       const Maybe& residual, std::string activation, const Maybe& experts, const Maybe& weights) {
+  return multiply(BF16, x, packed, N, 32, {bias, norm, eps, residual, activation, experts, weights});
 }
 at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, const Maybe& bias, const Maybe& norm, double eps,
-                       const Maybe& residual, std::string activation) {
+                       const Maybe& residual, std::string activation, const Maybe& experts, const Maybe& weights) {
   TORCH_CHECK(x.size(-1) % 4 == 0, x.size(-1), " inputs are not a multiple of 4");
-  return multiply(INT8, x, packed, N, INPUTS_PER_SCALE, {bias, norm, eps, residual, activation});
+  return multiply(INT8, x, packed, N, INPUTS_PER_SCALE, {bias, norm, eps, residual, activation, experts, weights});
 }
 at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, int64_t G, const Maybe& bias, const Maybe& norm,
-                       double eps, const Maybe& residual, std::string activation) {
+                       double eps, const Maybe& residual, std::string activation, const Maybe& experts, const Maybe& weights) {
   TORCH_CHECK(G > 0 && G % 32 == 0 && INPUTS_PER_SCALE % G == 0 && x.size(-1) % G == 0, x.size(-1),
               " inputs cannot be divided into groups of ", G, ", which must be a multiple of 32 and divide ", INPUTS_PER_SCALE);
-  return multiply(INT4, x, packed, N, G, {bias, norm, eps, residual, activation});
+  return multiply(INT4, x, packed, N, G, {bias, norm, eps, residual, activation, experts, weights});
 }
 
 // Packs rows of bf16 [N, K] into panels, by transposing squares of 16 x 16 pairs; the last panel is padded with zeros.
@@ -282,10 +405,12 @@ void choose_variant(const std::string& name) {
 
 TORCH_LIBRARY(fast, m) {
   m.def("pack_bf16(Tensor weight, Tensor(a!) out) -> ()");
-  const std::string fused = ", Tensor? bias=None, Tensor? norm=None, float eps=0, Tensor? residual=None, str activation=\"\") -> Tensor";
+  const std::string fused = ", Tensor? bias=None, Tensor? norm=None, float eps=0, Tensor? residual=None, str activation=\"\", "
+                            "Tensor? experts=None, Tensor? weights=None) -> Tensor";
   m.def(("bf16_linear(Tensor x, Tensor packed, int n_out" + fused).c_str());
   m.def(("int8_linear(Tensor x, Tensor packed, int n_out" + fused).c_str());
   m.def(("int4_linear(Tensor x, Tensor packed, int n_out, int groupsize" + fused).c_str());
+  m.def("route(Tensor x, Tensor packed, int n_experts, int k, bool normalizes, Tensor norm, float eps) -> (Tensor, Tensor)");
   m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor positions, int window=0, Tensor? k_scales=None, "
         "Tensor? v_scales=None) -> Tensor");
   m.def("variants() -> str[]", variants);
@@ -297,5 +422,6 @@ TORCH_LIBRARY_IMPL(fast, CPU, m) {
   m.impl("int8_linear", int8_linear);
   m.impl("int4_linear", int4_linear);
   m.impl("bf16_linear", bf16_linear);
+  m.impl("route", route);
   m.impl("decode_attention", decode_attention);
 }

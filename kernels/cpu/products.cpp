@@ -51,7 +51,7 @@ INLINE void int4_values(const uint8_t* panel, int64_t K, int64_t G, bf16* out) {
   }
 }
 
-// ---- Row operations before a product (RMSNorm) and after it (add, gate): plain loops that the compiler vectorises.
+// ---- Row operations before a product (RMSNorm) and after it (add, gate, mix): plain loops that the compiler vectorises.
 
 INLINE float power_of_2(float x) {
   x = std::min(std::max(x, -126.f), 126.f);
@@ -96,11 +96,21 @@ INLINE void gate(const bf16* x, int64_t n, bool gelu, bf16* y) {  // SiLU or GEL
   }
 }
 
+INLINE void mix(const bf16* x, const float* weights, int64_t k, int64_t n, bf16* y) {  // sum of k rows, weighted
+  for (int64_t i = 0; i < n; i += LANES) {
+    float sums[LANES] = {0};
+    for (int64_t j = 0; j < k; ++j)
+      for (int64_t r = 0; r < LANES; ++r) sums[r] += weights[j] * to_float(x[j * n + i + r]);
+    for (int64_t r = 0; r < LANES; ++r) y[i + r] = to_bf16(sums[r]);
+  }
+}
+
 #define ROWS(name, target)                                                                    \
   target void normalize_##name(const bf16* x, const void* weight, bool is_bf16, float eps, int64_t n, bf16* y) { normalize(x, weight, is_bf16, eps, n, y); } \
   target void add_##name(const bf16* x, int64_t n, bf16* y) { add(x, n, y); }                 \
-  target void gate_##name(const bf16* x, int64_t n, bool gelu, bf16* y) { gate(x, n, gelu, y); }
-#define ROW_FUNCTIONS(name) normalize_##name, add_##name, gate_##name
+  target void gate_##name(const bf16* x, int64_t n, bool gelu, bf16* y) { gate(x, n, gelu, y); } \
+  target void mix_##name(const bf16* x, const float* weights, int64_t k, int64_t n, bf16* y) { mix(x, weights, k, n, y); }
+#define ROW_FUNCTIONS(name) normalize_##name, add_##name, gate_##name, mix_##name
 
 // ---- Portable products of M rows of x, stored as pairs `[K / 2, M]`, with one panel, whose 16 rows are the lanes of
 // PARTS vectors as wide as the processor's.

@@ -80,6 +80,7 @@ struct Kernels {  // the kernels for one instruction set
   void (*normalize)(const bf16* x, const void* weight, bool is_bf16, float eps, int64_t n, bf16* y);
   void (*add)(const bf16* x, int64_t n, bf16* y);
   void (*gate)(const bf16* x, int64_t n, bool gelu, bf16* y);
+  void (*mix)(const bf16* x, const float* weights, int64_t k, int64_t n, bf16* y);
   // bf16, int8: slots begin .. end - 1 of a key head of row b; see attention_avx512.h.
   void (*attend[2])(const Attention&, int64_t b, int64_t head, int64_t begin, int64_t end, float* best, float* total, float* out);
 };

@@ -25,6 +25,7 @@
 namespace {
 
 constexpr int64_t AHEAD = 1 << 20;        // bytes that a thread prefetches: what a core's own cache holds
+constexpr int64_t MAX_CHOSEN = 16;        // experts; more are not prefetched
 constexpr int64_t AT_ONCE = 1 << 10;      // bytes: of more prefetches at a time, the processor drops some
 constexpr int64_t SLEEP_AFTER = 1 << 16;  // polls, a few milliseconds, before a follower sleeps until it is called
 constexpr int64_t LATE_AFTER = 1000;      // polls, some 20 microseconds, after which the leader calls followers late
@@ -36,8 +37,13 @@ constexpr uint32_t CALL = 1 << 21, CLOSED = 1 << 20, ENTERED = 1 << 10, INSIDE =
 
 struct Weights {
   const uint8_t* begin = nullptr;
-  int64_t bytes = 0;
+  int64_t bytes = 0;              // of all, or of one expert
   const Weights* next = nullptr;  // what was multiplied after them last time
+  int64_t n_chosen = 1;
+  int64_t chosen[MAX_CHOSEN] = {0};  // the experts
+
+  int64_t end() const { return n_chosen * bytes; }
+  const uint8_t* at(int64_t i) const { return begin + chosen[i / bytes] * bytes + i % bytes; }
 };
 
 struct Team {
@@ -53,13 +59,15 @@ struct Team {
 
   explicit Team(int64_t size) : size(size) {}
 
-  void multiplies(const at::Tensor& packed) {
+  void multiplies(const at::Tensor& packed, int64_t bytes, const int64_t* experts = nullptr, int64_t n_chosen = 1) {
     const auto* begin = static_cast<const uint8_t*>(packed.const_data_ptr());
     Weights& now = known[begin];
-    now.begin = begin, now.bytes = packed.nbytes();
+    now.begin = begin, now.bytes = bytes, now.n_chosen = n_chosen <= MAX_CHOSEN ? n_chosen : 0;
+    if (experts) std::copy_n(experts, now.n_chosen, now.chosen);
     if (last) last->next = &now;
     last = &now;
     ahead = now.next ? *now.next : Weights{};
+    if (experts && ahead.n_chosen == now.n_chosen) std::copy_n(experts, now.n_chosen, ahead.chosen);  // the same token's
   }
 
   void open(void (*run)(const void*, int64_t), const void* with) {
@@ -84,7 +92,7 @@ void follow(const std::shared_ptr<Team>& team, int64_t t) {
   uint32_t seen = 0;
   int64_t n_read = 0, n_looks = 0, looked = nanoseconds(), began = looked, rest = 0;
   for (;;) {
-    const int64_t from = ahead.bytes * t / team->size + n_read;  // from the start of the thread's own share
+    const int64_t from = ahead.end() * t / team->size + n_read;  // from the start of the thread's own share
     if (uint32_t state = team->state; state / CALL != seen && !(state & CLOSED)) {
       if (!team->state.compare_exchange_weak(state, state + ENTERED + INSIDE)) continue;
       if (!team->work) return;
@@ -93,8 +101,8 @@ void follow(const std::shared_ptr<Team>& team, int64_t t) {
       const int64_t late_since = team->late_since;
       team->state -= INSIDE;
       looked = late_since ? late_since : nanoseconds();
-    } else if (n_read < AHEAD && from + AT_ONCE <= ahead.bytes) {
-      for (int64_t i = 0; i < AT_ONCE; i += 64) __builtin_prefetch(ahead.begin + from + i);  // no fault if freed
+    } else if (n_read < AHEAD && from + AT_ONCE <= ahead.end()) {
+      for (int64_t i = 0; i < AT_ONCE; i += 64) __builtin_prefetch(ahead.at(from) + i);  // no fault if freed
       n_read += AT_ONCE;
     } else if (++n_looks < SLEEP_AFTER && team->polls) {
       pause();

@@ -55,7 +55,9 @@ def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None) -> Product | None:
+def product(
+    weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None, n_experts: int = 1
+) -> Product | None:
     """The product with a weight in bfloat16 or float16, int8 or int4; None where 32 does not divide the inputs.
 
     From Hopper on, a quantised weight lets all kernels of the process overlap (`OVERLAP`): on an H100 that gave 3 to
@@ -64,7 +66,7 @@ def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None =
     global OVERLAP
     from kernels.gpu import products
 
-    if weight.shape[1] % (16 if zeros is not None else 32):
+    if n_experts > 1 or weight.shape[1] % (16 if zeros is not None else 32):
         return None
     if scales is None:
         return Product({"weight": weight}, products.float_linear)
@@ -73,6 +75,11 @@ def product(weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None =
     if weight.is_cuda:
         OVERLAP = torch.cuda.get_device_capability(weight.device) >= (9, 0)
     return Product({"weight": weight.contiguous(), "scales": scales.contiguous()}, torch.ops.fast_gpu.linear)
+
+
+def router(weight: Tensor, k: int, normalizes: bool) -> Product | None:
+    """None yet."""
+    return None
 
 
 def attention(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> Attention | None:

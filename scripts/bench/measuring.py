@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fast.decoding import Steps, stream
 from fast.layers import backend_for, replace_linears
-from fast.metrics import bytes_per_step, memory_to_read
+from fast.metrics import bytes_per_step, memory_to_read, share_of_experts
 from kernels.gpu import choice
 from model import ModelArgs, Transformer
 from scripts.bench.random_models import fill_weights
@@ -87,13 +87,15 @@ class Yardstick:
 
 
 def operations(args: ModelArgs, batch_size: int, tokens: int, pairs: float) -> float:
-    """Operations of a pass over `tokens` tokens of each row: 2 per token and weight of the layers, 2 per weight of the
-    output projection (computed for a row's last token only), and those of attention's two products. pairs: a row's
-    pairs of a query and a key it attends to. Norms, RoPE and softmax are not counted.
+    """Operations of a pass over `tokens` tokens of each row: 2 per token and weight of the layers (of experts, those
+    that compute a token), 2 per weight of the output projection (computed for a row's last token only), and those of
+    attention's two products. pairs: a row's pairs of a query and a key it attends to. Norms, RoPE and softmax are not
+    counted.
     """
     with torch.device("meta"):
-        blocks = Transformer(args).layers
-    layers = 2 * tokens * sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
+        weights = [(name, p) for name, p in Transformer(args).layers.named_parameters() if p.dim() == 2]
+    used = share_of_experts(args)
+    layers = 2 * tokens * sum(p.numel() * (used if ".experts." in name else 1) for name, p in weights)
     attention = 4 * args.n_layers * args.n_heads * args.head_dim * pairs
     return batch_size * (layers + attention + 2 * args.vocab_size * args.dim)
 

@@ -3,6 +3,8 @@
 args = preset("llama-2-7b")
 """
 
+from dataclasses import replace
+
 from fast.config import rope_factors
 from model import ModelArgs, RopeScaling
 
@@ -12,6 +14,11 @@ def preset(name: str) -> ModelArgs:
     if name not in PRESETS:
         raise ValueError(f"unknown model {name!r}; choose from: {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def without_experts(args: ModelArgs) -> ModelArgs:
+    """A dense model that reads as many bytes a token as this one with experts, but for its routers."""
+    return replace(args, n_experts=0, hidden_dim=args.experts_per_token * args.expert_dim)
 
 
 def _preset(dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, context_length, rope_theta, **other):
@@ -50,6 +57,14 @@ PRESETS: dict[str, ModelArgs] = {
     "gemma-3-1b": _preset(
         1152, 26, 4, 1, 6912, 262144, 32768, 1e6, head_dim=256, attention_scale=256**-0.5, embedding_scale=34.0,
         sliding_window=512, sliding_layers=tuple(i for i in range(26) if i % 6 != 5), **_GEMMA_3,
+    ),
+    "mixtral-8x7b": _preset(
+        4096, 32, 32, 8, 14336, 32000, 32768, 1e6, n_experts=8, experts_per_token=2, expert_dim=14336
+    ),
+    "moe-8x300m": _preset(1024, 24, 16, 4, 2816, 32000, 4096, 1e4, n_experts=8, experts_per_token=2, expert_dim=2816),
+    "qwen-3-30b-a3b": _preset(
+        2048, 48, 32, 4, 6144, 151936, 40960, 1e6, head_dim=128, norm_eps=1e-6, qk_norm=True,
+        n_experts=128, experts_per_token=8, expert_dim=768,
     ),
     "qwen-3-8b": _preset(4096, 36, 32, 8, 12288, 151936, 40960, 1e6, norm_eps=1e-6, qk_norm=True),
 }  # fmt: skip

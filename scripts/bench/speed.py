@@ -34,10 +34,11 @@ from fast.layers import kernels_missing
 from fast.metrics import peak_memory
 from fast.quantized import GROUP_SIZES
 from fast.sampling import Sampling
+from model import ModelArgs
 from scripts.bench import command_line
 from scripts.bench.command_line import check_files, report
 from scripts.bench.measuring import Decode, Prefill, Product, Rotation, Yardstick
-from scripts.bench.presets import preset
+from scripts.bench.presets import PRESETS, preset, without_experts
 from scripts.bench.random_models import SHAPES, build_model, meta_model, scheme_of, with_caches
 
 
@@ -49,9 +50,9 @@ def capacities_of(args: argparse.Namespace) -> list[int]:
     return args.max_seq_length or [needed]
 
 
-def prepare(args: argparse.Namespace, mode: str) -> list[Steps]:
+def prepare(args: argparse.Namespace, mode: str, shape: ModelArgs) -> list[Steps]:
     """The steps, compiled if asked, for each capacity of the KV cache; they share the weights."""
-    capacities, shape = capacities_of(args), preset(args.model)
+    capacities = capacities_of(args)
     model = build_model(shape, *resolve_device(args), scheme_of(mode, args.groupsize))
     twins = with_caches(model, max(args.batch_size), capacities, resolve_kv_dtype(args))
     return [build_steps(twin, Sampling(), args.compile, args.compile_prefill) for twin in twins]
@@ -64,7 +65,7 @@ def warm_up_alone(args: argparse.Namespace) -> dict[str, float]:
     start = time.perf_counter()
     kernels_missing(*resolve_device(args))  # builds them
     seconds = time.perf_counter() - start
-    (steps,) = prepare(args, args.only_warm_up)
+    (steps,) = prepare(args, args.only_warm_up, preset(args.model))
     seconds += warm_up(steps, prompts, 2)
     deque(stream(steps, prompts, 2), maxlen=0)
     return {"seconds": seconds, "peak_memory_bytes": peak_memory(args.device)}
@@ -113,17 +114,20 @@ def measure_model(args: argparse.Namespace) -> dict[str, Any]:
     decodes = [(batches[0], context, 0) for context in contexts] + [(batch, contexts[0], 0) for batch in batches[1:]]
     decodes += [(batches[0], contexts[0], i) for i in range(1, len(capacities_of(args)))]
     if args.compile:  # compile for each batch size; otherwise the second one would be compiled as dynamic
-        torch._dynamo.config.automatic_dynamic_shapes = len(args.mode) * len(decodes) == 1
+        torch._dynamo.config.automatic_dynamic_shapes = len(args.mode) * len(decodes) == 1 and not args.dense
     print(f"building {args.model} and warming up ...", file=sys.stderr)
     yardstick, by_mode = Yardstick(preset(args.model), *resolve_device(args)), {}
     prefills, points = [], []
-    for mode in args.mode:
-        by_mode[mode] = steps = prepare(args, mode)
-        prefills += [Prefill(mode, steps[0], yardstick, batches[0], length) for length in args.prompt_length]
+    shapes = {mode: (mode, preset(args.model)) for mode in args.mode}
+    if args.dense:
+        shapes |= {f"{mode} dense": (mode, without_experts(preset(args.model))) for mode in args.mode}
+    for name, shape in shapes.items():
+        by_mode[name] = steps = prepare(args, *shape)
+        prefills += [Prefill(name, steps[0], yardstick, batches[0], length) for length in args.prompt_length]
     for batch, context, i in decodes:
-        for mode in args.mode:
-            warm_up(by_mode[mode][i], [[1] * context] * batch, args.new_tokens)
-            points.append(Decode(mode, by_mode[mode][i], yardstick, batch, context, args.new_tokens))
+        for name in shapes:
+            warm_up(by_mode[name][i], [[1] * context] * batch, args.new_tokens)
+            points.append(Decode(name, by_mode[name][i], yardstick, batch, context, args.new_tokens))
     take_turns(prefills + points, args.repeats)
     return {"prefill": [p.figures() for p in prefills], "decode": [p.figures() for p in points]}
 
@@ -149,7 +153,7 @@ def measure_shapes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_table(r: dict[str, Any]) -> None:
-    widths = (36, 34, 40, 18, 22)
+    widths = (38, 34, 40, 18, 22)
 
     def row(*cells: str) -> None:
         cells += ("",) * (len(widths) - len(cells))
@@ -173,6 +177,10 @@ def print_table(r: dict[str, Any]) -> None:
             decode += f" ({p['tokens_per_s'] / base['tokens_per_s']:.2f} x)"
         name = "{mode} decode {batch_size} at {context_length}, cache {max_seq_length}".format(**p)
         row(name, decode, read(p), share(*p["share"]), f"{p['layer_bytes_us']:.1f} {p['layer_rest_us']:+.1f}")
+    rates = {tuple(p[key] for key in ("mode", *place)): p["tokens_per_s"] for p in r.get("decode", [])}
+    for (mode, *where), rate in rates.items():
+        if dense := rates.get((f"{mode} dense", *where)):
+            row(f"{mode} decode, of the dense model's", f"{rate / dense:.2f} x")
     for p in r.get("prefill", []):
         row(f"{p['mode']} first token after {p['prompt_length']}", f"{p['first_token_s'] * 1e3:.0f} ms")
     for p in r.get("products", []):
@@ -201,6 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
         add(f"--{name}", type=int, nargs="+", default=default, help=f"{text}; one or several")
     add("--new_tokens", type=int, default=32, help="of a run")
     add("--repeats", type=int, default=5, help="runs of every point, which take turns")
+    add("--dense", action="store_true", help="take turns with a dense model that reads as much as one with experts")
     add("--shapes", action="store_true", help="the single products of a decode step instead, --batch_size rows each")
     add("--startup", action="store_true", help="compile times and peak memory too, in fresh processes")
     add("--plot", type=Path, help="draw every prefill and decode under the device's roofline in this PNG")
@@ -215,6 +224,13 @@ def check(args: argparse.Namespace) -> None:
     preset(args.model)
     capacities_of(args)
     check_files(args)
+    if args.dense and not preset(args.model).n_experts:
+        with_experts = ", ".join(name for name, shape in PRESETS.items() if shape.n_experts)
+        raise ValueError(f"--dense: {args.model} has no experts; {with_experts} have them")
+    if args.shapes and preset(args.model).n_experts:
+        raise ValueError(f"--shapes: {args.model} has experts, whose products depend on the token; leave it out")
+    if args.plot and args.dense:
+        raise ValueError("--plot draws one model: leave --dense out")
     if args.plot and args.shapes:
         raise ValueError("--plot draws prefills and decodes, which --shapes leaves out")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
