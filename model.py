@@ -102,7 +102,7 @@ def rope_table(args: ModelArgs, positions: Tensor, length: int) -> tuple[Tensor,
     freqs, sizes = 1.0 / args.rope_theta ** (2 * pairs / rotary_dim), torch.ones_like(pairs)
     if scaling is not None:
         is_long = scaling.long_factors is not None and length > scaling.short_length
-        freqs = freqs / pairs.new_tensor(scaling.long_factors if is_long else scaling.factors)
+        freqs = freqs / torch.tensor(scaling.long_factors if is_long else scaling.factors).to(positions.device)
         sizes = sizes * scaling.attention_factor
     unrotated = (0, args.head_dim // 2 - len(freqs))
     angles = positions.float()[..., None] * F.pad(freqs, unrotated)

@@ -19,8 +19,19 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fast.layers import FastBlock, FastKVCache, FastLinear, fast_linear, fused, speed_up
 from fast.quantized import GROUP_SIZES, Int4Linear, Int8Linear, QuantizedKVCache
 from kernels import gpu
-from kernels.gpu import choice, flash_decoding, products
-from model import Attention, Linear, ModelArgs, RMSNorm, Sharding, Transformer, rope_table
+from kernels.gpu import choice, flash_decoding, products, routing
+from model import (
+    Attention,
+    Linear,
+    ModelArgs,
+    RMSNorm,
+    Router,
+    Sharding,
+    Transformer,
+    gated,
+    multiply,
+    rope_table,
+)
 from scripts.bench import gpu_correctness, gpu_products
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -166,6 +177,62 @@ def test_no_rows():
         assert product(linear, x).shape == (0, 48)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["float", "int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17])  # more than 16 are a prefill
+def test_experts(dtype, mode, tokens):
+    """Of 5 experts 3 compute a token; the first computes all, the last none."""
+    E, K, N = 5, 64, 48
+    experts = torch.tensor([[1 + t % 3, 0, 1 + (t + 1) % 3] for t in range(tokens)], device=DEVICE)
+    weights, norm, residual = normal(tokens, 3).abs(), normal(K).to(dtype), normal(tokens, N).to(dtype)
+    float_weight = normal(E * N, K)
+    module = {
+        "float": lambda: float_linear(float_weight, dtype),
+        "int8": lambda: Int8Linear.from_float(float_weight),
+        "int4": lambda: Int4Linear.from_float(float_weight, groupsize=32),
+    }[mode]().to(DEVICE)
+    module.n_experts = E
+    exact = module.weight.float() if mode == "float" else module.dequantize(torch.float32)
+    fast, bound = fast_linear(module, gpu), BOUND * torch.finfo(dtype).eps
+    x, rms = normal(tokens, K).to(dtype), RMSNorm(K, 1e-5).requires_grad_(False)
+    rms.weight.data = norm
+    y = fast(x, experts, norm=rms, activation="silu")
+    expected = gated(multiply(rms(x.float()), exact, None, E, experts), "silu")
+    assert (y.dtype, y.shape) == (dtype, (tokens, 3, N // 2))
+    assert float((y.float() - expected).norm() / expected.norm()) < 3 * bound
+    x = normal(tokens, 3, K).to(dtype)
+    y = fast(x, experts, weights, residual=residual)
+    expected = multiply(x.float(), exact, None, E, experts, weights) + residual.float()
+    assert (y.dtype, y.shape) == (dtype, (tokens, N))
+    assert float((y.float() - expected).norm() / expected.norm()) < 3 * bound
+
+
+def test_inductor_multiplies_no_experts():
+    """Not even one: it would multiply with the weights of all."""
+    assert choice.INDUCTOR in products.ways_of(1, 64, 48, 16, 64, 1)
+    assert choice.INDUCTOR not in products.ways_of(1, 64, 48, 16, 64, 1, n_chosen=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_experts", "k", "n_in"), [(8, 2, 64), (20, 3, 288), (128, 8, 320)])
+@pytest.mark.parametrize("normalizes", [False, True])
+def test_router(dtype, n_experts, k, n_in, normalizes):
+    args = dataclasses.replace(REPORTED, dim=n_in, n_experts=n_experts, experts_per_token=k)
+    exact = Router(dataclasses.replace(args, norm_expert_weights=normalizes)).requires_grad_(False)
+    exact.weight.data = normal(n_experts, n_in).to(dtype).float()
+    norm = RMSNorm(n_in, eps=1.0).to(DEVICE).requires_grad_(False)
+    norm.weight.data = normal(n_in).to(dtype).float()
+    product = gpu.router(exact.weight.to(dtype), k, normalizes)
+    for tokens in (0, 1, 7, 17):
+        x = normal(tokens, n_in).to(dtype)
+        experts, weights = product.operator(x, *product.tensors.values(), norm.weight.to(dtype), norm.eps)
+        expected, shares = exact(norm(x.float()))
+        assert (experts.shape, weights.shape) == ((tokens, k), (tokens, k))
+        assert (experts == expected).all(1).float().mean() > 0.8 or tokens == 0  # more rows are normed in x's type
+        alike = (experts == expected).all(1)
+        assert torch.allclose(weights[alike], shares[alike], rtol=0.05, atol=1e-3)
+
+
 def test_large_zeros_cancel_exactly():
     """Weights around 100 with a spread of 1, the inputs' second half is the first one negated: the spread remains."""
     for rows in (2, 6):
@@ -189,6 +256,9 @@ def test_operators_keep_pytorchs_rules():
     int4 = Int4Linear.from_float(normal(3, 64), groupsize=32)
     for weights in ((int8.weight, int8.scales), (int4.weight, pairs(int4)), (normal(3, 64).half(),)):
         torch.library.opcheck(torch.ops.fast_gpu.linear.default, (x, *weights))
+    experts = {"experts": torch.tensor([[0, 2], [1, 0]], device=DEVICE), "n_experts": 3}
+    torch.library.opcheck(torch.ops.fast_gpu.linear.default, (x, normal(48, 64).half()), experts)
+    torch.library.opcheck(routing.route, (x, normal(3, 64).half(), normal(64).half(), 1e-5, 2, True))
 
 
 def test_one_compiled_graph_serves_every_number_of_rows():

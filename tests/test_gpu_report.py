@@ -30,8 +30,9 @@ TINY = dataclasses.replace(gpu_correctness.TINY, context_length=2048)
 @pytest.fixture
 def card(tmp_path, monkeypatch) -> Card:
     """A `Card` for the CPU with made-up figures; all models are tiny."""
-    for name in gpu_speed.MODELS:
-        monkeypatch.setitem(gpu_speed.MODELS, name, TINY)
+    for name, shape in gpu_speed.MODELS.items():
+        tiny = gpu_correctness.TINY_MODELS["with experts"] if shape.n_experts else TINY
+        monkeypatch.setitem(gpu_speed.MODELS, name, dataclasses.replace(tiny, context_length=2048))
     sizes = {"N_LAYERS": 3, "NEW_TOKENS": 12, "PROMPT_LENGTHS": (9, 20)}
     for name, value in sizes.items():
         monkeypatch.setattr(gpu_speed, name, value)
@@ -54,7 +55,7 @@ def by_name(card: Card, *parts: Part) -> dict[str, Row]:
 
 def test_right_arithmetic_is_right(card):
     rows = by_name(card, *gpu_correctness.CORRECTNESS[1:])
-    assert len(rows) == 7
+    assert len(rows) == 11
     assert all(row.is_right for row in rows.values()), rows
 
 
@@ -166,7 +167,8 @@ def test_a_product_that_fails_or_errs_is_wrong(card, monkeypatch):
 def test_whole_steps_and_waits(card):
     rows = by_name(card, *gpu_speed.DECODES, *gpu_speed.WAITS)
     assert all(math.isfinite(row.measured) for row in rows.values())
-    assert len(rows) == 3 * (2 * 2 + 1) * 6 + 1 + 3 * 2 * 2 + 2 * 2 + 2
+    assert len(rows) == (3 * (2 * 2 + 1) + 1) * 6 + 1 + 3 * 2 * 2 + 2 * 2 + 2
+    assert rows["30B-A3B, int4, 1 at 20: kernels"].predicted == 4 * (6 + 3) + 24
     assert (card.out / "8B_int4_8_at_140.json.gz").stat().st_size > 0
 
 

@@ -104,9 +104,10 @@ def compiled(tmp_path, monkeypatch):
 
 
 def product_types(bits: int, *present: str) -> tuple[dict[str, str], dict[str, None]]:
-    """Types of `_multiply`'s arguments, and those that are None: bias, norm and residual unless `present`."""
+    """Types of `_multiply`'s arguments, and those that are None: bias, norm, residual and experts unless `present`."""
     types = {"x_ptr": "*bf16", "words_ptr": "*i32", "y_ptr": "*bf16", "eps": "fp32", **dict.fromkeys(present, "*bf16")}
-    absent = {"bias_ptr", "norm_ptr", "residual_ptr"}.difference(present)
+    types |= {"experts_ptr": "*i64"} if "experts_ptr" in present else {}
+    absent = {"bias_ptr", "norm_ptr", "residual_ptr", "experts_ptr"}.difference(present)
     if bits == 16:
         return types, dict.fromkeys(absent | {"scales_ptr"})
     return types | {"scales_ptr": STORED[bits][1]}, dict.fromkeys(absent)
@@ -129,6 +130,9 @@ def product_types(bits: int, *present: str) -> tuple[dict[str, str], dict[str, N
         (16, 4096, 1, ("norm_ptr",), "silu", 2.5),
         (16, 4096, 6, ("norm_ptr", "bias_ptr"), "", 3.5),
         (16, 4096, 16, ("residual_ptr",), "", 3.5),
+        (4, 32, 1, ("norm_ptr", "experts_ptr"), "silu", 3),
+        (8, 4096, 1, ("experts_ptr",), "", 4.5),
+        (16, 4096, 1, ("norm_ptr", "experts_ptr"), "silu", 2.5),
     ],
 )
 def test_threads_do_not_exchange_weights(compiled, capability, bits, group, rows, present, activation, most):
@@ -155,12 +159,18 @@ def test_threads_do_not_exchange_weights(compiled, capability, bits, group, rows
     assert "bar.sync" in ptx[end:]
 
 
-@pytest.mark.parametrize(("bits", "before"), [(4, 4), (8, 0), (16, 0)])
-def test_a_product_that_overlaps_waits_for_its_inputs(compiled, bits, before):
-    """Before the wait only int4 scales and zeros are read: one load for each of a thread's 4 (of 32) outputs."""
+@pytest.mark.parametrize(
+    ("bits", "others", "before"),
+    [(4, ["residual_ptr"], 4), (8, ["residual_ptr"], 0), (16, ["residual_ptr"], 0), (4, ["experts_ptr"], 0)],
+)
+def test_a_product_that_overlaps_waits_for_its_inputs(compiled, bits, others, before):
+    """Before the wait only int4 scales and zeros are read: one load for each of a thread's 4 (of 32) outputs.
+
+    Those of experts are not known before the wait.
+    """
     from kernels.gpu import products
 
-    types, absent = product_types(bits, "norm_ptr", "residual_ptr")
+    types, absent = product_types(bits, "norm_ptr", *others)
     constants = products.constants_of(1, 4096, bits, 32 if bits == 4 else 4096, "", 4, 32, 1)
     ptx = compiled(products._multiply, 90, types, **constants, **absent, rows=1, OVERLAP=True).ptx
     assert accesses_before_waiting(ptx) == before
@@ -169,6 +179,22 @@ def test_a_product_that_overlaps_waits_for_its_inputs(compiled, bits, before):
 def accesses_before_waiting(ptx: str) -> int:
     assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait")
     return len(re.findall(r"(?:ld|st)\.global|cp\.async", ptx[: ptx.index("griddepcontrol.wait")]))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("n_experts", "k"), [(8, 2), (128, 8)])
+def test_the_router_waits_for_its_inputs(compiled, capability, n_experts, k):
+    from kernels.gpu import routing
+
+    overlap = capability == 90
+    types = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "norm_ptr": "*bf16", "scores_ptr": "*fp32", "eps": "fp32"}
+    shape = {"n_in": 2048, "BLOCK_E": routing.EXPERTS, "BLOCK_K": routing.INPUTS, "OVERLAP": overlap}
+    score = compiled(routing._score, capability, types, num_warps=8, **shape).ptx
+    types = {"scores_ptr": "*fp32", "experts_ptr": "*i64", "weights_ptr": "*fp32"}
+    shape = {"k": k, "NORMALIZES": True, "BLOCK_E": n_experts, "BLOCK_J": k, "OVERLAP": overlap}
+    choose = compiled(routing._choose, capability, types, num_warps=1, **shape).ptx
+    assert re.search(r"ld\.global\S*\.v[24]", score)
+    assert not overlap or accesses_before_waiting(score) == accesses_before_waiting(choose) == 0
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 256), (8, 4096)])

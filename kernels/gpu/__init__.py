@@ -66,20 +66,23 @@ def product(
     global OVERLAP
     from kernels.gpu import products
 
-    if n_experts > 1 or weight.shape[1] % (16 if zeros is not None else 32):
+    if weight.shape[1] % (16 if zeros is not None else 32):
         return None
+    operator = functools.partial(products.multiply, n_experts)
     if scales is None:
-        return Product({"weight": weight}, products.float_linear)
+        return Product({"weight": weight}, lambda x, weight, *others: operator(x, weight, None, *others))
     if zeros is not None:
         scales = torch.stack((scales, zeros), -1)  # so that a thread loads both at once
     if weight.is_cuda:
         OVERLAP = torch.cuda.get_device_capability(weight.device) >= (9, 0)
-    return Product({"weight": weight.contiguous(), "scales": scales.contiguous()}, torch.ops.fast_gpu.linear)
+    return Product({"weight": weight.contiguous(), "scales": scales.contiguous()}, operator)
 
 
 def router(weight: Tensor, k: int, normalizes: bool) -> Product | None:
-    """None yet."""
-    return None
+    """The router with a weight `[E, K]`, of any sizes."""
+    from kernels.gpu import routing
+
+    return Product({"weight": weight}, lambda x, *tensors: routing.route(x, *tensors, k, normalizes))
 
 
 def attention(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> Attention | None:

@@ -19,7 +19,6 @@ norm's weight exceeds 65504.
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +128,8 @@ def _multiply(
     bias_ptr,  # [N] or None
     norm_ptr,  # [K] or None
     residual_ptr,  # like y, or None
-    y_ptr,  # [rows, N], or [rows, N / 2] if gated
+    experts_ptr,  # [P] or None
+    y_ptr,  # [rows, N], or [rows, N / 2] if gated; of experts [P, N] or [P, N / 2]
     rows,
     n_out,
     exponent,  # the bits of 1.0 in x's type, in both halves of the word
@@ -144,6 +144,7 @@ def _multiply(
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,  # warps of a program, which divide K
     UNROLL: tl.constexpr,  # iterations of the loop that the compiler unrolls
+    PER_ROW: tl.constexpr,  # experts for a row of x
     OVERLAP: tl.constexpr,
 ):
     """`y = x W^T`: a program computes BLOCK_N outputs for all rows of x; a thread loads a chunk of WORDS at a time.
@@ -154,6 +155,9 @@ def _multiply(
 
     The four chunks may span PARTS quantisation groups. To sum these separately, the inputs of each have columns of
     their own, which are zero for the others: of 8 columns the first ROWS_PER_PART hold rows of x for the first group.
+
+    With experts, the weights of all are stacked, and there are P products of one row with one expert's, each computed
+    by programs of its own: the second axis of the grid.
 
     An int4 nibble u becomes the float 16 + u; an int8 weight's become 24 + upper (signed) and 1 + lower / 16. Multiples
     of the sum of the inputs remove these offsets and add the zero. The exponent is an argument because with a constant
@@ -171,6 +175,15 @@ def _multiply(
     exponent = exponent.to(tl.uint32, bitcast=True)
     top = exponent + ((64 if BITS == 4 else 72) << UP) * 0x10001  # bits of 16; for int8 of 24, which flips the sign bit
     n_y = n_out // GATED
+    if experts_ptr is not None:
+        let_overlap(OVERLAP)
+        pair = tl.program_id(1).to(tl.int64)
+        first_out = tl.load(experts_ptr + pair) * n_out  # of this expert
+        words_ptr += first_out * (n_in * BITS // 32)
+        if BITS < 16:
+            scales_ptr += first_out * (n_in // GROUP)
+        x_ptr += pair // PER_ROW * n_in
+        y_ptr += pair * n_y
     first_n = tl.minimum(tl.program_id(0) * (BLOCK_N // GATED), n_y - BLOCK_N // GATED).to(tl.int64)
     thread, row_block = _threads(tl.arange(0, 32 * SPLITS)), _registers(tl.arange(0, BLOCK_N // 8))
     lane_row, lane_column = thread // 4 % 8, thread % 4
@@ -183,7 +196,8 @@ def _multiply(
     if BITS == 4:  # loaded an iteration ahead: the compiler would load late, at the use, and a warp would wait twice
         groups = n * (n_in // GROUP)
         next_scales = tl.load(scales_ptr + groups + tl.minimum(place, n_chunks - 1) * CHUNK // GROUP)
-    let_overlap(OVERLAP)
+    if experts_ptr is None:
+        let_overlap(OVERLAP)
     for first in tl.range(0, n_chunks, 4 * SPLITS, loop_unroll_factor=UNROLL):
         chunk = first + place
         if BITS == 4:
@@ -285,14 +299,17 @@ def linear(
     eps: float = 0.0,
     residual: Tensor | None = None,
     activation: str = "",
+    experts: Tensor | None = None,
+    n_experts: int = 1,
 ) -> Tensor:
     """`x W^T`, `[M, N]`, for x `[M, K]` in bfloat16 or float16; other arguments as in `kernels.Product`.
 
+    With `experts [T, k]` x has T or T k rows and the result T k; bias and residual are None.
     The weight is of x's type, `[N, K]`; or int8 `[N, K]` with `scales [N]`; or 4-bit `[N, K / 2]` with `scales`, pairs
     of scale and zero, bfloat16 `[N, K / G, 2]`. K is a multiple of 32. Raises ValueError for sizes that do not fit.
     """
-    again = functools.partial(linear, x, weight, scales, bias, norm, eps, residual, activation)
-    (rows, n_in), n_out, bits = x.shape, weight.shape[0], 8 * weight.element_size()
+    again = functools.partial(linear, x, weight, scales, bias, norm, eps, residual, activation, experts, n_experts)
+    (rows, n_in), n_out, bits = x.shape, weight.shape[0] // n_experts, 8 * weight.element_size()
     if scales is not None and scales.dim() == 3:
         bits, scales = 4, scales.view(torch.int32)
     found = 8 * weight[0].nbytes // bits
@@ -301,53 +318,68 @@ def linear(
     if activation and (n_out % 2 or activation not in GATES):
         raise ValueError(f"gates need an even number of outputs, not {n_out}, and an activation of {GATES}")
     if rows == 0:  # a draft's prefill asks for no logits
-        return _linear_fake(x, weight, activation=activation)
+        return _linear_fake(x, weight, activation=activation, experts=experts, n_experts=n_experts)
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    few = rows <= MAX_ROWS and n_out >= LEAST_OUTPUTS
-    if norm is not None and few and rows > NORM_ROWS:
-        x, norm = _normed(x, norm, eps), None
-    group = n_in if scales is None else n_in * n_out // scales.numel()
+    few = (rows if experts is None else experts.shape[0]) <= MAX_ROWS and n_out >= LEAST_OUTPUTS
+    n_chosen = 0 if experts is None else experts.numel()
+    if norm is not None and few and rows > NORM_ROWS and experts is None:
+        x, norm = normed(x, norm, eps), None
+    group = n_in if scales is None else n_in * n_out * n_experts // scales.numel()
     with torch.cuda.device_of(x):
         if not few:
             w = weight if scales is None else _written_out(x, weight, scales, bits, group)
-            return _plain(x, w, bias, norm, eps, residual, activation)
-        ways = ways_of(rows, n_in, n_out, bits, group, multiprocessors(x.device))
+            if experts is None:
+                return _plain(x, w, bias, norm, eps, residual, activation)
+            y = _sorted_by_expert(x if norm is None else normed(x, norm, eps), w.unflatten(0, (n_experts, -1)), experts)
+            return _gated(y, activation)
+        per_row, rows = n_chosen // rows, rows if experts is None else 1  # of a product
+        ways = ways_of(rows, n_in, n_out, bits, group, multiprocessors(x.device), n_chosen)
         key = f"{rows} x {n_in} to {n_out}, {bits} bits in groups of {group}, {x.dtype}"
+        if experts is not None:
+            key += f", {n_chosen} of {n_experts} experts"
         fused = {"bias": bias, "norm": norm, "residual": residual, activation: activation or None}
         key += "".join(f", {name}" for name, given in fused.items() if given is not None)
         way = fastest(key, ways, again)
         if way is None:
             return _compiled(key)(x, weight, bias, norm, eps, residual, activation)
         warps, outputs, _ = way
-        programs, y = -(-n_out // outputs), _linear_fake(x, weight, activation=activation)
+        programs = -(-n_out // outputs)
+        y = _linear_fake(x, weight, activation=activation, experts=experts, n_experts=n_experts)
         words, one = weight.view(torch.int32), ONE[x.dtype] * 0x10001
-        options = constants_of(rows, n_in, bits, group, activation, *way) | overlapping()
+        options = constants_of(rows, n_in, bits, group, activation, *way, per_row) | overlapping()
         if rows == 1:
-            options |= registers_of(warps, programs, multiprocessors(x.device))
-        _multiply[programs,](x, words, scales, bias, norm, residual, y, rows, n_out, one, eps, **options)
+            options |= registers_of(warps, programs * max(1, n_chosen), multiprocessors(x.device))
+        chosen = None if experts is None else experts.contiguous()
+        _multiply[programs, max(1, n_chosen)](
+            x, words, scales, bias, norm, residual, chosen, y, rows, n_out, one, eps, **options
+        )
         return y
 
 
 @linear.register_fake
-def _linear_fake(x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, activation=""):
-    return x.new_empty(x.shape[0], weight.shape[0] // (2 if activation else 1))
+def _linear_fake(
+    x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, activation="", experts=None, n_experts=1
+):
+    rows = x.shape[0] if experts is None else experts.numel()
+    return x.new_empty(rows, weight.shape[0] // n_experts // (2 if activation else 1))
 
 
 @functools.cache
 def ways_of(
-    rows: int, n_in: int, n_out: int, bits: int, group: int, multiprocessors: int
+    rows: int, n_in: int, n_out: int, bits: int, group: int, multiprocessors: int, n_chosen: int = 0
 ) -> dict[str, tuple[int, int, int] | None]:
     """By name, the ways worth timing: (warps of a program, its outputs, iterations unrolled); None: Inductor's product.
 
     The first is the default where nothing was timed. Ways with too many warps for K or too many sums are left out.
+    n_chosen: experts whose products are computed at a time, with `rows` each.
     """
     n_chunks = n_in * bits // (32 * chunk_words(rows, bits, group))
     most = 1 << (-(-n_chunks // 4) - 1).bit_length()
-    tiles = MANY_OUTPUTS if n_out > 128 * multiprocessors else FEW_OUTPUTS
+    tiles = MANY_OUTPUTS if n_out * max(1, n_chosen) > 128 * multiprocessors else FEW_OUTPUTS
     fitting = [way for way in tiles if way[0] <= most and way[1] <= min(n_out, 512 // rows)]
     fitting = fitting or [(most, LEAST_OUTPUTS, 1)]
     ways = {f"{way[0]} warps, {way[1]} outputs, {way[2]} unrolled": way for way in fitting}
-    return ways | {INDUCTOR: None} if bits == 16 else ways
+    return ways | {INDUCTOR: None} if bits == 16 and not n_chosen else ways
 
 
 def chunk_words(rows: int, bits: int, group: int) -> int:
@@ -356,11 +388,19 @@ def chunk_words(rows: int, bits: int, group: int) -> int:
 
 
 def constants_of(
-    rows: int, n_in: int, bits: int, group: int, activation: str, warps: int, outputs: int, unroll: int
+    rows: int,
+    n_in: int,
+    bits: int,
+    group: int,
+    activation: str,
+    warps: int,
+    outputs: int,
+    unroll: int,
+    per_row: int = 1,
 ) -> dict[str, int]:
-    """The constants for which `_multiply` is compiled."""
+    """The constants for which `_multiply` is compiled. per_row: experts for a row of x."""
     shape = {"n_in": n_in, "BITS": bits, "GROUP": group, "ROWS": 1 << (rows - 1).bit_length()}
-    shape |= {"GATED": 2 if activation else 1, "GELU": activation == "gelu_tanh"}
+    shape |= {"GATED": 2 if activation else 1, "GELU": activation == "gelu_tanh", "PER_ROW": per_row}
     blocks = {"WORDS": chunk_words(rows, bits, group), "BLOCK_N": outputs, "SPLITS": warps, "UNROLL": unroll}
     # Prefetching into shared memory (num_stages above 1) took 2 to 8 times as long on an H100.
     return {**shape, **blocks, "num_warps": warps, "num_stages": 1}
@@ -384,7 +424,8 @@ def _written_out(x: Tensor, weight: Tensor, scales: Tensor, bits: int, group: in
     return w
 
 
-def _normed(x, norm, eps):
+def normed(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """RMSNorm of x with weights of its type or float32, rounded to its type."""
     if norm.dtype != x.dtype:  # `F.rms_norm` would warn and be slow
         return F.rms_norm(x.float(), norm.shape, norm.float(), eps).to(x.dtype)
     return F.rms_norm(x, norm.shape, norm, eps)
@@ -392,11 +433,29 @@ def _normed(x, norm, eps):
 
 def _plain(x, weight, bias, norm, eps, residual, activation):
     """`linear` with float weights, in PyTorch's operators."""
-    y = F.linear(x if norm is None else _normed(x, norm, eps), weight, bias)
-    if activation:
-        gate, up = y.chunk(2, dim=-1)
-        y = (F.gelu(gate, approximate="tanh") if activation == "gelu_tanh" else F.silu(gate)) * up
+    y = _gated(F.linear(x if norm is None else normed(x, norm, eps), weight, bias), activation)
     return y if residual is None else residual + y
+
+
+def _gated(y, activation):
+    if not activation:
+        return y
+    gate, up = y.chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") if activation == "gelu_tanh" else F.silu(gate)) * up
+
+
+def _sorted_by_expert(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+    """Many rows of x times the weights `[E, N, K]` of their experts `[T, k]`, expert by expert; `[T k, N]`."""
+    n_experts, each = len(weight), experts.flatten()
+    order = each.argsort(stable=True)
+    ends = (each[:, None] == torch.arange(n_experts, device=each.device)).sum(0).cumsum(0)
+    x = x[order // (len(each) // len(x))]
+    if x.dtype == torch.bfloat16:
+        y = F.grouped_mm(x, weight.mT, offs=ends.int())
+    else:
+        parts = x.tensor_split(ends[:-1].cpu())
+        y = torch.cat([F.linear(part, w) for part, w in zip(parts, weight, strict=True)])
+    return torch.empty_like(y).index_copy_(0, order, y)
 
 
 @functools.cache
@@ -406,11 +465,28 @@ def _compiled(key: str) -> Callable[..., Tensor]:
     return torch.compile(one, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True})
 
 
-def float_linear(x: Tensor, weight: Tensor, *fused: Any) -> Tensor:
-    """`linear` for a float weight. Many rows are plain PyTorch: a product by cuBLAS, and the rest for torch.compile."""
-    if x.shape[0] > MAX_ROWS:
-        return _plain(x, weight, *fused)
-    return torch.ops.fast_gpu.linear(x, weight, None, *fused)
+def multiply(
+    n_experts: int,
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+    experts: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """`Product.operator`; torch.compile sees, and can fuse, what surrounds many rows and sums the experts' outputs."""
+    if experts is None and scales is None and x.shape[0] > MAX_ROWS:  # cuBLAS
+        return _plain(x, weight, bias, norm, eps, residual, activation)
+    inside = residual if experts is None else None
+    y = torch.ops.fast_gpu.linear(x, weight, scales, bias, norm, eps, inside, activation, experts, n_experts)
+    if weights is None:
+        return y
+    y = (y.unflatten(0, experts.shape) * weights[..., None]).sum(1).to(x.dtype)
+    return y if residual is None else residual + y
 
 
 @functools.cache

@@ -59,6 +59,7 @@ PROMPT_LENGTHS = (200, 517, 1111)
 # Inductor writes for an H100: (per layer, outside the layers), by batch size. That code calls topk once. For one row an
 # H100 ran it as 17 kernels (torch 2.11); for more rows it is counted as one.
 COUNTED_LAUNCHES = {1: (6, 7 + 17), 8: (6, 7)}
+COUNTED_EXPERTS = 3  # more in a layer with experts (torch 2.11): the router is two, and one sums their outputs
 COUNTED_VERIFY = 68  # the verify pass over 6 rows, 8 layers; torch 2.11 has 1 more
 COUNTED_DEMO = 48  # a greedy decode step of the demo
 
@@ -169,6 +170,7 @@ def decode_rows(card: Card, name: str, mode: str, batch: int, n_contexts: int = 
     yardstick, contexts = Yardstick(MODELS[name], card.device, card.dtype), CONTEXTS[:n_contexts]
     model = build_fitting(card, name, mode, batch, max(contexts) + NEW_TOKENS)
     n_layers, (per_layer, around) = model.args.n_layers, COUNTED_LAUNCHES[batch]
+    per_layer += COUNTED_EXPERTS if model.args.n_experts else 0
     steps, launches = build_steps(model, Sampling(), card.compile), n_layers * per_layer + around
     time_kernels(model, batch, 1)
     for context in contexts:
@@ -215,6 +217,7 @@ DECODES: list[Part] = [partial(decode_rows, name="8B", mode=mode, batch=1) for m
 DECODES += [partial(decode_rows, name="7B", mode=mode, batch=1, n_contexts=1) for mode in WHOLE_MODELS]
 DECODES += [partial(overlap_rows, mode="int4")]
 DECODES += [partial(decode_rows, name="8B", mode=mode, batch=8) for mode in WHOLE_MODELS]
+DECODES += [partial(decode_rows, name="30B-A3B", mode="int4", batch=1, n_contexts=1)]
 
 
 # ---- Step 6: a user's waiting times.
