@@ -7,6 +7,9 @@ and multiplies on the tensor cores. With more rows (prefill) or fewer than 16 ou
 to memory for `F.linear`. `choice.py` measures which tiles are fastest, and whether Inductor's product of float weights
 is faster than the kernel. No sum depends on the order in which programs run: equal inputs give equal bits.
 
+Of experts (`model.MoEFeedForward`) it reads the weights of those chosen, whose numbers stay on the GPU. In a prefill,
+rows are sorted by expert.
+
 The kernel also does what surrounds a product (`kernels.Product`), because a separate one for norm, gates or residual
 would cost one or two microseconds. Bias, gates and residual are applied to the finished sums. RMSNorm, up to 8 rows:
 inputs are scaled by its weight when loaded; 1/rms multiplies the finished sum.
@@ -349,10 +352,8 @@ def linear(
         options = constants_of(rows, n_in, bits, group, activation, *way, per_row) | overlapping()
         if rows == 1:
             options |= registers_of(warps, programs * max(1, n_chosen), multiprocessors(x.device))
-        chosen = None if experts is None else experts.contiguous()
-        _multiply[programs, max(1, n_chosen)](
-            x, words, scales, bias, norm, residual, chosen, y, rows, n_out, one, eps, **options
-        )
+        tensors = x, words, scales, bias, norm, residual, None if experts is None else experts.contiguous(), y
+        _multiply[programs, max(1, n_chosen)](*tensors, rows, n_out, one, eps, **options)
         return y
 
 
