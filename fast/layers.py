@@ -10,6 +10,7 @@ backend (`kernels/__init__.py`) has no kernel, the textbook layer stays: new fam
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,16 +46,26 @@ def backend_for(device: torch.device | str, dtype: torch.dtype) -> ModuleType | 
     return BACKENDS[torch.device(device).type] if kernels_missing(device, dtype) is None else None
 
 
-class FastLinear(nn.Module):
-    """A Linear whose product is a backend's operator; its buffers are the tensors that the operator takes."""
+class Operator(nn.Module):
+    """A backend's operator and, as buffers, the tensors that it takes after its input."""
 
-    def __init__(self, linear: nn.Module, product: Product):
+    def __init__(self, product: Product):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias, self.collective = linear.bias, linear.collective
         self.operator, self.names = product.operator, tuple(product.tensors)
         for name, tensor in product.tensors.items():
             self.register_buffer(name, tensor)
+
+    def call(self, x: Tensor, *others: Any) -> Any:
+        return self.operator(x.flatten(0, -2), *(getattr(self, name) for name in self.names), *others)
+
+
+class FastLinear(Operator):
+    """A Linear whose product is a backend's operator."""
+
+    def __init__(self, linear: nn.Module, product: Product):
+        super().__init__(product)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias, self.collective = linear.bias, linear.collective
 
     def forward(
         self,
@@ -68,8 +79,7 @@ class FastLinear(nn.Module):
         """As `fused`, in one operator; a collective comes last, and `fused` then passes no residual."""
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         flat = [None if t is None else t.flatten(0, -2) for t in (residual, experts, weights)]
-        tensors = [getattr(self, name) for name in self.names]
-        y = self.operator(x.flatten(0, -2), *tensors, self.bias, weight, eps, flat[0], activation, *flat[1:])
+        y = self.call(x, self.bias, weight, eps, flat[0], activation, *flat[1:])
         shape = x.shape[:-1] if experts is None else experts.shape if weights is None else experts.shape[:-1]
         y = y.unflatten(0, shape)
         return y if self.collective is None else self.collective(y)
@@ -134,19 +144,12 @@ class NormedOutput(nn.Module):
         return self.linear(x, norm=self.norm)
 
 
-class FastRouter(nn.Module):
+class FastRouter(Operator):
     """A norm and the router after it in one operator."""
 
-    def __init__(self, product: Product):
-        super().__init__()
-        self.operator, self.names = product.operator, tuple(product.tensors)
-        for name, tensor in product.tensors.items():
-            self.register_buffer(name, tensor)
-
     def forward(self, x: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        tensors = [getattr(self, name) for name in self.names]
-        routing = self.operator(x.flatten(0, -2), *tensors, norm.weight, norm.eps)
-        return tuple(t.unflatten(0, x.shape[:-1]) for t in routing)
+        experts, weights = self.call(x, norm.weight, norm.eps)
+        return experts.unflatten(0, x.shape[:-1]), weights.unflatten(0, x.shape[:-1])
 
 
 class FastKVCache(QuantizedKVCache):
