@@ -40,6 +40,9 @@ ELSEWHERE = {
     "python tests/models_table.py": "tests/test_docs.py::test_the_table_of_models",
     "python scripts/gpu_report.py": "tests/test_gpu_report.py::test_the_table_and_the_json",
     "python -m scripts.bench.quality --every_mode": "tests/test_bench_quality.py::test_every_mode_by_its_flags",
+    "python -m scripts.bench.speed --model moe-8x300m --dense --mode bf16 int8 int4 --compile --repeats 7": (
+        "tests/test_bench_speed.py::test_experts_take_turns_with_a_dense_model"
+    ),
     "python -m fast.harness --model fast --model_args checkpoint_path=demo/target --tasks hellaswag": (
         "tests/test_eval.py::test_the_harness_runs_the_registered_model_itself"
     ),
