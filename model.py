@@ -178,30 +178,29 @@ def multiply(
     if experts is None:
         return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     rows = x if weights is not None else x[..., None, :].expand(*experts.shape, -1)
-    y = by_experts(rows, weight.unflatten(0, (n_experts, -1)), experts)
+    product = opaque_by_experts if torch.compiler.is_compiling() else by_experts
+    y = product(rows, weight.unflatten(0, (n_experts, -1)), experts)
     return y if weights is None else (y * weights[..., None]).sum(-2).to(x.dtype)
 
 
-@torch.library.custom_op("fast::by_experts", mutates_args=())  # torch.compile does not look inside
 def by_experts(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
     """Each row of `x [..., k, K]` times the weight of its expert, `experts [..., k]` of `weight [E, N, K]`."""
-    if experts.shape[:-1].numel() <= 16:  # few tokens: no shape depends on `experts`, so a CUDA graph can record it
-        return (weight[experts] @ x[..., None])[..., 0]
+    if x.is_cuda and experts.shape[:-1].numel() <= 16:  # a step, which a CUDA graph records: no shape may depend on ids
+        y = F.linear(x, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
+        return y.take_along_dim(experts[..., None, None], -2)[..., 0, :]
     y = x.new_empty(*experts.shape, weight.shape[1])
-    for e in range(len(weight)):
+    for e in experts.unique().tolist():
         rows = experts == e
         y[rows] = F.linear(x[rows], weight[e])
     return y
 
 
-by_experts.register_fake(lambda x, weight, experts: x.new_empty(*experts.shape, weight.shape[1]))
+opaque_by_experts = torch.library.custom_op("fast::by_experts", by_experts, mutates_args=())  # for torch.compile
+opaque_by_experts.register_fake(lambda x, weight, experts: x.new_empty(*experts.shape, weight.shape[1]))
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that tensor parallelism can divide; `collective` then combines the ranks' outputs.
-
-    Of experts it holds the weights of all, one below the other; `forward` is as `multiply`.
-    """
+    """`multiply` by a weight that tensor parallelism can divide; `collective` then combines the ranks' outputs."""
 
     collective: Callable[[Tensor], Tensor] | None = None
 

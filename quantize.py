@@ -182,7 +182,7 @@ def build_parser() -> Parser:
     add("--mode", choices=LINEARS, default="int8", help="how weights are stored")
     add("--groupsize", type=int, choices=GROUP_SIZES, help="inputs that share a scale in int4 (default: 32)")
     add("--scale_search", action="store_true", help="int4: choose each group's scale for the least squared error")
-    add("--skip", nargs="+", default=[], metavar="NAME", help="Linears to leave in bf16, as in `output w2 layers.0.wo`")
+    add("--skip", nargs="+", default=[], metavar="NAME", help="left in bf16, such as `output w2 layers.0.attention.wo`")
     add("--output_path", type=Path, help="a .pth (default: model_MODE.pth beside the input)")
     add = parser.add_argument_group("int4-gptq").add_argument
     add("--calibration_tasks", nargs="+", metavar="TASK", help="calibrate on lm_eval tasks (default: wikitext)")

@@ -174,13 +174,19 @@ def _gemma3(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
 
 def _experts(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
     n_experts, k = read(config, "num_local_experts", int, args["n_experts"]), args["experts_per_token"]
+    if not 1 < n_experts <= 4096:
+        raise ValueError(f"config.json: a layer has {n_experts} experts; expected 2 to 4096")
     if k > n_experts:
         raise ValueError(f"config.json: num_experts_per_tok is {k}; expected at most the {n_experts} experts there are")
-    dense, step = config.get("mlp_only_layers") or [], read(config, "decoder_sparse_step", int, 1)
+    return {"n_experts": n_experts}
+
+
+def _qwen3_moe(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
+    dense, step = config.get("mlp_only_layers", []), read(config, "decoder_sparse_step", int, 1)
     if not isinstance(dense, list) or not all(type(i) is int for i in dense):
         raise ValueError(f"config.json: mlp_only_layers is {dense!r:.80}; expected a list of numbers of layers")
     dense = tuple(i for i in range(args["n_layers"]) if i in dense or (i + 1) % step)
-    return {"n_experts": n_experts, "dense_layers": dense}
+    return {**_experts(config, args), "dense_layers": dense}
 
 
 def _renamed(changes: dict[str, str], modules: dict = HF_MODULES) -> dict[str, tuple[str, ...]]:
@@ -268,7 +274,7 @@ FAMILIES: dict[str, Family] = {
         "qwen3_moe",
         {
             "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 4, "sliding_window": 4096,
-            "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+            "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "intermediate_size": 6144,
         },
         {"qk_norm": True, "mlp_bias": False},
         {
@@ -276,7 +282,7 @@ FAMILIES: dict[str, Family] = {
             "expert_dim": "moe_intermediate_size", "norm_expert_weights": "norm_topk_prob",
         },
         window_switch="use_sliding_window",
-        particular=_experts,
+        particular=_qwen3_moe,
         naming=Naming(EXPERT_MODULES),
     ),
     "Phi3ForCausalLM": Family(

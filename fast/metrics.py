@@ -23,14 +23,14 @@ from kernels.gpu.choice import seconds_by_events
 from model import ModelArgs, Transformer
 
 
-def bytes_per_step(model: Transformer, batch_size: int, positions: float) -> float:
-    """Bytes a decode step must read: all weights but the embedding table, and `positions` of KV cache in every row.
+def bytes_per_step(model: Transformer, batch_size: int, positions: float, n_tokens: int = 1) -> float:
+    """Bytes a step must read: all weights but the embedding table, and `positions` of KV cache in every row.
 
-    Of experts, those of one token; with more rows as many as if every row chose k of them at random.
+    Of experts, those of one token; of several, `n_tokens` in every row, as many as if each chose at random.
     """
     tensors = model.state_dict()
     del tensors["tok_embeddings.weight"]  # a token reads one row of it; if tied, it is counted as the output projection
-    unread = (1 - share_of_experts(model.args)) ** batch_size
+    unread = (1 - share_of_experts(model.args)) ** (batch_size * n_tokens)
     weights = sum(t.nbytes * (1 - unread if ".experts." in name else 1) for name, t in tensors.items())
     return weights + batch_size * positions * bytes_per_position(model)
 

@@ -42,11 +42,21 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        """The weights as numbers, `[N, K]`, or only these `rows` of them, int `[n]`."""
         raise NotImplementedError
 
+    def stored(self, rows: Tensor | None) -> list[Tensor]:
+        """Its buffers, or only these rows of them."""
+        return [t if rows is None else t[rows] for t in self.buffers()]
+
     def forward(self, x: Tensor, experts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        y = multiply(x, self.dequantize(x.dtype), self.bias, self.n_experts, experts, weights)
+        rows, n_experts = None, self.n_experts
+        if experts is not None and experts.numel() < n_experts:  # dequantise the chosen ones alone
+            n_out = self.out_features // n_experts
+            rows = (experts.reshape(-1, 1) * n_out + torch.arange(n_out, device=x.device)).flatten()
+            n_experts, experts = experts.numel(), torch.arange(experts.numel(), device=x.device).view_as(experts)
+        y = multiply(x, self.dequantize(x.dtype, rows), self.bias, n_experts, experts, weights)
         return y if self.collective is None else self.collective(y)
 
 
@@ -66,9 +76,9 @@ class Int8Linear(QuantizedLinear):
         module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return module
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weights as numbers, `[N, K]`."""
-        return (self.weight * self.scales[:, None]).to(dtype)
+    def dequantize(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        weight, scales = self.stored(rows)
+        return (weight * scales[:, None]).to(dtype)
 
 
 class Int4Linear(QuantizedLinear):
@@ -106,9 +116,9 @@ class Int4Linear(QuantizedLinear):
         module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return module
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weights as numbers, `[N, K]`."""
-        return int4_values(unpack_nibbles(self.weight), self.scales, self.zeros).to(dtype)
+    def dequantize(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        weight, scales, zeros = self.stored(rows)
+        return int4_values(unpack_nibbles(weight), scales, zeros).to(dtype)
 
 
 LINEARS: dict[str, type[QuantizedLinear]] = {

@@ -115,8 +115,9 @@ def run_rows(
     seconds, ttft = time.perf_counter() - start, rows[0].times[0] - start
     n_steps = max(len(row.tokens) for row in rows) - 1  # that plain decoding would take
     positions = max(len(row.prompt) for row in rows) + n_steps / 2
-    nbytes = bytes_per_step(steps.model, len(rows), positions)
-    if isinstance(steps, SpeculativeSteps) and n_steps:
+    is_speculative = isinstance(steps, SpeculativeSteps)
+    nbytes = bytes_per_step(steps.model, len(rows), positions, 1 + steps.drafter.k if is_speculative else 1)
+    if is_speculative and n_steps:
         nbytes = (nbytes + steps.drafter.bytes_per_step(len(rows), positions)) * passes / n_steps
     return {
         "rows": [row.figures(start) for row in rows],

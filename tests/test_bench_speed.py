@@ -219,6 +219,7 @@ def test_the_plot_is_a_picture(run):
             ["--model", "moe-8x300m", "--shapes"],
             "error: --shapes: moe-8x300m has experts, whose products depend on the",
         ),
+        (["--dense", "--model", "moe-8x300m", "--batch_size", "1", "4"], "error: --dense: more rows read more experts"),
         (["--plot", "x.png", "--dense", "--model", "moe-8x300m"], "error: --plot draws one model: leave --dense out"),
         (["--shapes", "--plot", "x.png"], "error: --plot draws prefills and decodes, which --shapes leaves out"),
         (["--plot", "no/such/folder/x.png"], "error: cannot write no/such/folder/x.png: "),

@@ -292,6 +292,9 @@ def test_yarn_promises_the_stretched_length():
             "sliding_window_pattern is '6'; expected a who",
         ),
         ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5; expected at most the 4 experts there are"),
+        ("mixtral", {"num_local_experts": 1}, "a layer has 1 experts; expected 2 to 4096"),
+        ("mixtral", {"num_local_experts": 10**9}, "a layer has 1000000000 experts; expected 2 to 4096"),
+        ("qwen3-moe", {"mlp_only_layers": 0}, "mlp_only_layers is 0; expected a list of numbers of layers"),
         ("mixtral", {"num_local_experts": 0}, "num_local_experts is 0; expected a whole number above 0"),
         ("qwen3-moe", {"mlp_only_layers": 3}, "mlp_only_layers is 3; expected a list of numbers of layers"),
         ("qwen3-moe", {"mlp_only_layers": ["0"]}, r"mlp_only_layers is \['0'\]; expected a list of numbers of layers"),
@@ -315,6 +318,11 @@ def test_which_layers_have_experts(tiny, read_config):
     assert args.dense_layers == (0, 2, 3, 4)
     experts = [args.of_layer(i).n_experts for i in range(6)]
     assert experts == [0, 8, 0, 0, 0, 8]
+
+
+def test_mixtral_does_not_read_what_says_so_for_qwen(tiny, read_config):
+    config = read_config(tiny("mixtral")[1])
+    assert args_from_hf({**config, "decoder_sparse_step": 7, "mlp_only_layers": [0]}) == args_from_hf(config)
 
 
 def test_the_hub_and_transformers_5_name_the_number_of_experts_differently(tiny, read_config):

@@ -137,8 +137,9 @@ class TernaryLinear(QuantizedLinear):
         module.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
         return module
 
-    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        return (self.weight * self.scales[:, None]).to(dtype)
+    def dequantize(self, dtype: torch.dtype, rows: torch.Tensor | None = None) -> torch.Tensor:
+        weight, scales = self.stored(rows)
+        return (weight * scales[:, None]).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -152,6 +153,25 @@ def test_a_quantisation_that_has_no_kernel_runs(tiny, tmp_path, monkeypatch, dty
     assert set(w2.weight.unique().tolist()) == {-1, 0, 1}
     for ours, theirs in zip(logits(model, None), logits(exact, None), strict=True):
         assert 0.1 < relative_error(ours, theirs) < 1.5  # 3 levels lose a lot, but not all
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 3])  # of 8 experts 3 compute a token, 9 three tokens
+def test_without_a_kernel_only_the_chosen_experts_are_dequantised(stored, monkeypatch, mode, tokens):
+    w13 = load_model(stored("qwen3-moe", mode), dtype=torch.float32).layers[0].feed_forward.experts.w13
+    assert isinstance(w13, QuantizedLinear)
+    x, experts = normal(1, tokens, 64), torch.tensor([[[6, 0, 3], [2, 5, 0], [7, 1, 4]]])[:, :tokens]
+    exact = w13.dequantize(torch.float32).unflatten(0, (8, -1))
+    expected = torch.stack([x[0, t] @ exact[e].T for t in range(tokens) for e in experts[0, t]]).view(1, tokens, 3, -1)
+    seen, dequantize = [], type(w13).dequantize
+
+    def observed(*args) -> torch.Tensor:
+        seen.append(dequantize(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(type(w13), "dequantize", observed)
+    torch.testing.assert_close(w13(x, experts), expected)
+    assert len(seen[0]) == (3 if tokens == 1 else 8) * 64
 
 
 def test_a_kernel_is_added_in_two_places(tiny, tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def test_bytes_per_step_count_the_experts_that_compute_a_token():
     others = 3 * (attention + 2 * 8) + 2 * router + 3 * 8 * 10 + 8 + 32 * 8
     assert bytes_per_step(model, 1, 0) == 4 * (others + 2 * 2 * expert)
     two_rows = 8 * (1 - (6 / 8) ** 2)  # experts, if each row chooses at random
-    assert bytes_per_step(model, 2, 0) == 4 * (others + 2 * two_rows * expert)
+    assert bytes_per_step(model, 2, 0) == bytes_per_step(model, 1, 0, 2) == 4 * (others + 2 * two_rows * expert)
 
 
 def test_describe():

@@ -161,6 +161,15 @@ def test_key_heads_that_do_not_go_with_the_ranks():
         tp.divided(args, 12)
 
 
+def test_a_width_that_no_layer_has_need_not_be_divided():
+    args = dataclasses.replace(preset("qwen-3-30b-a3b"), hidden_dim=129)
+    assert tp.divided(args, 4).expert_dim == 192
+    with pytest.raises(ValueError, match="hidden_dim 129 is not a multiple of 4"):
+        tp.divided(dataclasses.replace(args, dense_layers=(3,)), 4)
+    with pytest.raises(ValueError, match="expert_dim 770 is not a multiple of 4"):
+        tp.divided(dataclasses.replace(args, expert_dim=770), 4)
+
+
 def test_any_module_that_declares_its_sharding_is_divided():
     def make(rows: int) -> torch.nn.Module:
         module = torch.nn.Conv1d(3, rows, kernel_size=1)  # which no model has

@@ -39,6 +39,7 @@ struct Weights {
   const uint8_t* begin = nullptr;
   int64_t bytes = 0;              // of all, or of one expert
   const Weights* next = nullptr;  // what was multiplied after them last time
+  bool of_experts = false;
   int64_t n_chosen = 1;
   int64_t chosen[MAX_CHOSEN] = {0};  // the experts
 
@@ -62,12 +63,15 @@ struct Team {
   void multiplies(const at::Tensor& packed, int64_t bytes, const int64_t* experts = nullptr, int64_t n_chosen = 1) {
     const auto* begin = static_cast<const uint8_t*>(packed.const_data_ptr());
     Weights& now = known[begin];
-    now.begin = begin, now.bytes = bytes, now.n_chosen = n_chosen <= MAX_CHOSEN ? n_chosen : 0;
+    now.begin = begin, now.bytes = bytes, now.of_experts = experts, now.n_chosen = n_chosen <= MAX_CHOSEN ? n_chosen : 0;
     if (experts) std::copy_n(experts, now.n_chosen, now.chosen);
     if (last) last->next = &now;
     last = &now;
     ahead = now.next ? *now.next : Weights{};
-    if (experts && ahead.n_chosen == now.n_chosen) std::copy_n(experts, now.n_chosen, ahead.chosen);  // the same token's
+    if (ahead.of_experts) {  // those of this token, if they are known
+      ahead.n_chosen = experts ? now.n_chosen : 0;
+      std::copy_n(now.chosen, ahead.n_chosen, ahead.chosen);
+    }
   }
 
   void open(void (*run)(const void*, int64_t), const void* with) {

@@ -24,7 +24,7 @@ def build_parser(description: str) -> Parser:
     """A parser with the flags that all benchmarks have. description: a module's docstring; its first line is used."""
     parser = Parser(description.splitlines()[0])
     add = parser.add_argument
-    add("--model", required=True, help="a preset of fast/families.py, such as tinyllama-1.1b")
+    add("--model", required=True, help="a preset of scripts/bench/presets.py, such as tinyllama-1.1b")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile ours")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cpu or cuda:1")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float16 on GPUs before Ampere")

@@ -139,7 +139,7 @@ class Prefill:
             "first_token_s": seconds,
             "tokens_per_s": self.batch_size * length / seconds,
             "operations": n_operations,
-            "bytes": bytes_per_step(model, self.batch_size, length),
+            "bytes": bytes_per_step(model, self.batch_size, length, length),
             "gflops_per_s": n_operations / seconds / 1e9,
             "matmul_gflops_per_s": median(best) / 1e9,
             "matmul_shape": max(self.rates[0], key=lambda shape: median(rate[shape] for rate in self.rates)),

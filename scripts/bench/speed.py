@@ -227,6 +227,8 @@ def check(args: argparse.Namespace) -> None:
     if args.dense and not preset(args.model).n_experts:
         with_experts = ", ".join(name for name, shape in PRESETS.items() if shape.n_experts)
         raise ValueError(f"--dense: {args.model} has no experts; {with_experts} have them")
+    if args.dense and args.batch_size != [1]:
+        raise ValueError("--dense: more rows read more experts, and no more of a dense model: leave --batch_size out")
     if args.shapes and preset(args.model).n_experts:
         raise ValueError(f"--shapes: {args.model} has experts, whose products depend on the token; leave it out")
     if args.plot and args.dense:
