@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import tp
-from fast import families
+from fast import families, meta
 from fast.config import args_from_dict
 from fast.layers import speed_up
 from fast.quantized import swap_linears
@@ -192,7 +192,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
             config = {"quantization_config": {"quant_method": "gptq or awq"}, **config}
         return _match(path, families.args_from_hf(config), None, parts, families.family_of(config).naming)
     args, parts = _read_meta(path, config)
-    return _match(path, args, None, parts, families.META)
+    return _match(path, args, None, parts, meta.NAMING)
 
 
 def save_checkpoint(
@@ -404,13 +404,13 @@ def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, 
         but = next((f", but {_listing(names)}, {kind}" for names, kind in held if names), "")
         raise ValueError(f"{folder} has no *.safetensors, no pytorch_model*.bin and no consolidated.*.pth{but}")
     params = read_json(origin / "params.json")
-    families.check_meta_params(params, origin / "params.json")
+    meta.check_params(params, origin / "params.json")
     shards = [_tensors(file) for file in files]
     if any(shard.keys() != shards[0].keys() for shard in shards):
         raise ValueError(f"{origin}: the consolidated.*.pth hold different tensors")
     parts = {}
     for name, first in shards[0].items():
-        dim = families.META_SHARD_DIMS.get(".".join(name.split(".")[-2:]))
+        dim = meta.SHARD_DIMS.get(".".join(name.split(".")[-2:]))
         if name == "tok_embeddings.weight" and first.shape[1] == params["dim"]:
             dim = 0  # Llama 3 divides the vocabulary, earlier models the width
         shape = list(first.shape)
@@ -420,7 +420,7 @@ def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, 
         read = pieces[0].detach if len(pieces) == 1 else partial(torch.cat, pieces, dim)
         parts[name] = Part(tuple(shape), first.dtype, read)
     shapes = {name: part.shape for name, part in parts.items()}
-    return families.args_from_hf(config) if config else families.args_from_meta(params, shapes), parts
+    return families.args_from_hf(config) if config else meta.args_from_params(params, shapes), parts
 
 
 def _tensors(path: Path, content: Any = None) -> dict[str, Tensor]:

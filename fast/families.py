@@ -7,14 +7,13 @@ Adding a family that this Transformer can compute is one entry in `FAMILIES`; `d
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fast.config import read, read_layer_types, read_rope, read_window, rope_factors, text_config
-from model import ModelArgs, RopeScaling, Transformer
+from fast.config import read, read_layer_types, read_rope, read_window, text_config
+from model import ModelArgs, Transformer
 
 # Our module -> the file's modules whose weights (and biases) are stacked in it. `{}` is the layer's number.
 HF_MODULES: dict[str, tuple[str, ...]] = {
@@ -95,6 +94,9 @@ class Naming:
     modules: dict[str, tuple[str, ...]]
     pairs: str = "halves"
     left_out: tuple[str, ...] = ()
+
+
+OURS = Naming({}, pairs="ours")
 
 
 @dataclass(frozen=True)
@@ -430,60 +432,3 @@ def head_order(args: ModelArgs, pairs: str) -> list[int] | None:
         first, second = range(0, rotated, 2), range(1, rotated, 2)
     order = [*first, *rest[: len(rest) // 2], *second, *rest[len(rest) // 2 :]]
     return None if order == sorted(order) else order
-
-
-# ---- Meta's own files: params.json and consolidated.*.pth.
-
-# As of a `Family`; modules that are not listed have the same name as ours.
-META = Naming(
-    {
-        "layers.{}.attention.wqkv": tuple(f"layers.{{}}.attention.w{x}" for x in "qkv"),
-        "layers.{}.feed_forward.w13": ("layers.{}.feed_forward.w1", "layers.{}.feed_forward.w3"),
-    },
-    pairs="neighbours",
-)
-OURS = Naming({}, pairs="ours")
-# Name -> the dimension along which Meta's model-parallel shards divide it; the rest is whole in every shard.
-META_SHARD_DIMS: dict[str, int] = {
-    "wq.weight": 0, "wk.weight": 0, "wv.weight": 0, "wo.weight": 1,
-    "w1.weight": 0, "w2.weight": 1, "w3.weight": 0, "output.weight": 0, "tok_embeddings.weight": 1,
-}  # fmt: skip
-META_PARAMS = {
-    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "ffn_dim_multiplier",
-    "norm_eps", "rope_theta", "use_scaled_rope", "vocab_size", "max_seq_len", "max_batch_size", "sliding_window",
-}  # fmt: skip
-
-
-def check_meta_params(params: dict[str, Any], path: Path) -> None:
-    """Raise ValueError for keys of the `params.json` at `path` that are missing or unknown."""
-    missing, unsupported = {"dim", "n_layers", "n_heads", "norm_eps"} - params.keys(), params.keys() - META_PARAMS
-    if missing or unsupported:
-        raise ValueError(f"{path}: missing {sorted(missing)}, unsupported {sorted(unsupported)}")
-
-
-def args_from_meta(params: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> ModelArgs:
-    """The arguments from `params.json`; sizes it lacks come from the tensors, context and scaling from the release.
-
-    shapes: of the joined tensors, by Meta's names. Raises ValueError if one that a size is read from is missing.
-    """
-    if missing := {"layers.0.feed_forward.w1.weight", "tok_embeddings.weight"} - shapes.keys():
-        raise ValueError(f"consolidated.*.pth: missing tensors: {', '.join(sorted(missing))}")
-    theta, scaled = float(params.get("rope_theta", 1e4)), params.get("use_scaled_rope", False)
-    head_dim = params.get("head_dim") or params["dim"] // params["n_heads"]
-    context = {1e6: 16384, 5e5: 8192}.get(theta, 4096)  # CodeLlama, Llama 3, Llama 2
-    factor = 32.0 if params["dim"] < 4096 else 8.0  # Llama 3.2 (1B and 3B); 3.1 and 3.3
-    return ModelArgs(
-        dim=params["dim"],
-        n_layers=params["n_layers"],
-        n_heads=params["n_heads"],
-        n_kv_heads=params.get("n_kv_heads") or params["n_heads"],
-        head_dim=head_dim,
-        hidden_dim=shapes["layers.0.feed_forward.w1.weight"][0],
-        vocab_size=shapes["tok_embeddings.weight"][0],
-        context_length=params.get("max_seq_len") or (131072 if scaled else context),
-        norm_eps=params["norm_eps"],
-        rope_theta=theta,
-        rope_scaling=RopeScaling(rope_factors("llama3", factor, theta, head_dim)) if scaled else None,
-        tie_embeddings="output.weight" not in shapes,
-        sliding_window=params.get("sliding_window"),
-    )

@@ -72,13 +72,13 @@ def shards_of(index_text: str, names: list[str]) -> list[str]:
 
 def check_config(path: Path) -> None:
     """Raise ValueError if `load_model` would refuse the `config.json` or `params.json` at `path`."""
-    from fast import checkpoint, families
+    from fast import checkpoint, families, meta
 
     config = checkpoint.read_json(path)
     if path.name == "config.json":
         families.args_from_hf(config)
     else:
-        families.check_meta_params(config, path)
+        meta.check_params(config, path)
 
 
 def content_hash(file: RepoSibling) -> str:

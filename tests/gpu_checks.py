@@ -179,7 +179,7 @@ def test_no_rows():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["float", "int8", "int4"])
-@pytest.mark.parametrize("tokens", [1, 3, 16, 17])  # more than 16 are a prefill
+@pytest.mark.parametrize("tokens", [1, 4, 17])  # more than 16 are a prefill
 def test_experts(dtype, mode, tokens):
     """Of 5 experts 3 compute a token; the first computes all, the last none."""
     E, K, N = 5, 64, 48

@@ -199,13 +199,13 @@ def test_the_router_waits_for_its_inputs(compiled, capability, n_experts, k):
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 256), (8, 4096)])
 def test_weights_are_written_16_bytes_at_a_time(compiled, bits, group):
-    from kernels.gpu import products
+    from kernels.gpu import plain
 
     weights, scales = STORED[bits]
     types = {"weight_ptr": weights, "scales_ptr": scales, "w_ptr": "*bf16"}
     shape = {"n_in": 4096, "BITS": bits, "GROUP": group, "BLOCK_N": 16, "BLOCK_K": 256}
     for capability in (80, 90):
-        assert "st.global.v4" in compiled(products._dequantize, capability, types, **shape).ptx
+        assert "st.global.v4" in compiled(plain.dequantize, capability, types, **shape).ptx
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,11 @@
     y = torch.ops.fast_gpu.linear(x, weight, scales)
 
 Weights stay as files store them, except that int4's scales and zeros become pairs. One kernel reads each weight once
-and multiplies on the tensor cores. With more rows (prefill) or fewer than 16 outputs, quantised weights are dequantised
-to memory for `F.linear`. `choice.py` measures which tiles are fastest, and whether Inductor's product of float weights
-is faster than the kernel. No sum depends on the order in which programs run: equal inputs give equal bits.
+and multiplies on the tensor cores; `plain.py` multiplies more rows (prefill), or with fewer than 16 outputs.
+`choice.py` measures which tiles are fastest, and whether Inductor's product of float weights is faster than the kernel.
+No sum depends on the order in which programs run: equal inputs give equal bits.
 
-Of experts (`model.MoEFeedForward`) it reads the weights of those chosen, whose numbers stay on the GPU. In a prefill,
-rows are sorted by expert.
+Of experts (`model.MoEFeedForward`) it reads the weights of those chosen, whose numbers stay on the GPU.
 
 The kernel also does what surrounds a product (`kernels.Product`), because a separate one for norm, gates or residual
 would cost one or two microseconds. Bias, gates and residual are applied to the finished sums. RMSNorm, up to 8 rows:
@@ -20,17 +19,15 @@ norm's weight exceeds 65504.
 """
 
 import functools
-import types
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels import GATES, gpu
 from kernels.gpu.choice import INDUCTOR, fastest
+from kernels.gpu.plain import compiled, gated, normed, plain, sorted_by_expert, written_out
 
 MAX_ROWS = 16  # rows of x; more are a prefill
 LEAST_OUTPUTS = 16  # outputs of a program, at least
@@ -262,36 +259,6 @@ def _multiply(
     tl.store(y_ptr + at, y.to(dtype), mask=ok)
 
 
-@triton.jit
-def _dequantize(
-    weight_ptr,  # [N, K * BITS / 8], as stored
-    scales_ptr,  # as in `_multiply`
-    w_ptr,  # [N, K]
-    n_out,
-    n_in: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Write the dequantised weights to memory."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    first = tl.program_id(1) * BLOCK_K
-    at = first * BITS // 8 + tl.arange(0, BLOCK_K * BITS // 8)[None, :]
-    stored = tl.load(weight_ptr + n * (n_in * BITS // 8) + at, mask=(n < n_out) & (at < n_in * BITS // 8), other=0)
-    if BITS == 4:
-        q = tl.reshape(tl.interleave(stored & 0xF, stored >> 4), (BLOCK_N, BLOCK_K // GROUP, GROUP)).to(tl.float32) - 8
-        group = first // GROUP + tl.arange(0, BLOCK_K // GROUP)[None, :]
-        at, ok = n * (n_in // GROUP) + group, (n < n_out) & (group < n_in // GROUP)
-        pairs = tl.load(scales_ptr + at, mask=ok, other=0)
-        scales, zeros = (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
-        w = tl.reshape(q * scales[:, :, None] + zeros[:, :, None], (BLOCK_N, BLOCK_K))
-    else:
-        w = stored.to(tl.float32) * tl.load(scales_ptr + n, mask=n < n_out, other=0.0)
-    k = first + tl.arange(0, BLOCK_K)[None, :]
-    tl.store(w_ptr + n * n_in + k, w.to(w_ptr.dtype.element_ty), mask=(n < n_out) & (k < n_in))
-
-
 @torch.library.custom_op("fast_gpu::linear", mutates_args=())
 def linear(
     x: Tensor,
@@ -330,11 +297,11 @@ def linear(
     group = n_in if scales is None else n_in * n_out * n_experts // scales.numel()
     with torch.cuda.device_of(x):
         if not few:
-            w = weight if scales is None else _written_out(x, weight, scales, bits, group)
+            w = weight if scales is None else written_out(x, weight, scales, bits, group)
             if experts is None:
-                return _plain(x, w, bias, norm, eps, residual, activation)
-            y = _sorted_by_expert(x if norm is None else normed(x, norm, eps), w.unflatten(0, (n_experts, -1)), experts)
-            return _gated(y, activation)
+                return plain(x, w, bias, norm, eps, residual, activation)
+            y = sorted_by_expert(x if norm is None else normed(x, norm, eps), w.unflatten(0, (n_experts, -1)), experts)
+            return gated(y, activation)
         per_row, rows = n_chosen // rows, rows if experts is None else 1  # of a product
         ways = ways_of(rows, n_in, n_out, bits, group, multiprocessors(x.device), n_chosen)
         key = f"{rows} x {n_in} to {n_out}, {bits} bits in groups of {group}, {x.dtype}"
@@ -344,7 +311,7 @@ def linear(
         key += "".join(f", {name}" for name, given in fused.items() if given is not None)
         way = fastest(key, ways, again)
         if way is None:
-            return _compiled(key)(x, weight, bias, norm, eps, residual, activation)
+            return compiled(key)(x, weight, bias, norm, eps, residual, activation)
         warps, outputs, _ = way
         programs = -(-n_out // outputs)
         y = _linear_fake(x, weight, activation=activation, experts=experts, n_experts=n_experts)
@@ -417,55 +384,6 @@ def registers_of(warps: int, programs: int, multiprocessors: int) -> dict[str, i
     return {"maxnreg": most} if most >= 48 else {}
 
 
-def _written_out(x: Tensor, weight: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
-    """The weights dequantised to x's type, `[N, K]`."""
-    n_out, n_in = weight.shape[0], x.shape[1]
-    w = x.new_empty(n_out, n_in)
-    _dequantize[-(-n_out // 16), -(-n_in // 256)](weight, scales, w, n_out, n_in, bits, group, 16, 256)
-    return w
-
-
-def normed(x: Tensor, norm: Tensor, eps: float) -> Tensor:
-    """RMSNorm of x with weights of its type or float32, rounded to its type."""
-    if norm.dtype != x.dtype:  # `F.rms_norm` would warn and be slow
-        return F.rms_norm(x.float(), norm.shape, norm.float(), eps).to(x.dtype)
-    return F.rms_norm(x, norm.shape, norm, eps)
-
-
-def _plain(x, weight, bias, norm, eps, residual, activation):
-    """`linear` with float weights, in PyTorch's operators."""
-    y = _gated(F.linear(x if norm is None else normed(x, norm, eps), weight, bias), activation)
-    return y if residual is None else residual + y
-
-
-def _gated(y, activation):
-    if not activation:
-        return y
-    gate, up = y.chunk(2, dim=-1)
-    return (F.gelu(gate, approximate="tanh") if activation == "gelu_tanh" else F.silu(gate)) * up
-
-
-def _sorted_by_expert(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
-    """Many rows of x times the weights `[E, N, K]` of their experts `[T, k]`, expert by expert; `[T k, N]`."""
-    n_experts, each = len(weight), experts.flatten()
-    order = each.argsort(stable=True)
-    ends = (each[:, None] == torch.arange(n_experts, device=each.device)).sum(0).cumsum(0)
-    x = x[order // (len(each) // len(x))]
-    if x.dtype == torch.bfloat16:
-        y = F.grouped_mm(x, weight.mT, offs=ends.int())
-    else:
-        parts = x.tensor_split(ends[:-1].cpu())
-        y = torch.cat([F.linear(part, w) for part, w in zip(parts, weight, strict=True)])
-    return torch.empty_like(y).index_copy_(0, order, y)
-
-
-@functools.cache
-def _compiled(key: str) -> Callable[..., Tensor]:
-    """`_plain`, compiled for one product alone: from a copy of its code, as recompilations are limited per code."""
-    one = types.FunctionType(_plain.__code__.replace(), globals())
-    return torch.compile(one, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True})
-
-
 def multiply(
     n_experts: int,
     x: Tensor,
@@ -481,7 +399,7 @@ def multiply(
 ) -> Tensor:
     """`Product.operator`; torch.compile sees, and can fuse, what surrounds many rows and sums the experts' outputs."""
     if experts is None and scales is None and x.shape[0] > MAX_ROWS:  # cuBLAS
-        return _plain(x, weight, bias, norm, eps, residual, activation)
+        return plain(x, weight, bias, norm, eps, residual, activation)
     inside = residual if experts is None else None
     y = torch.ops.fast_gpu.linear(x, weight, scales, bias, norm, eps, inside, activation, experts, n_experts)
     if weights is None:

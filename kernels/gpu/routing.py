@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.products import MAX_ROWS, let_overlap, normed, overlapping
+from kernels.gpu.plain import normed
+from kernels.gpu.products import MAX_ROWS, let_overlap, overlapping
 
 EXPERTS, INPUTS = 16, 256  # of a program, at a time
 
