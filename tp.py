@@ -71,8 +71,8 @@ def divided(args: ModelArgs, n_ranks: int) -> ModelArgs:
     `n_ranks`. With more ranks than key heads, several ranks hold the same key head. Raises ValueError for sizes that
     `n_ranks` does not divide.
     """
-    widths = ["expert_dim"] * bool(args.n_experts) + ["hidden_dim"] * bool(args.dense_layers or not args.n_experts)
-    for name in ("n_heads", *widths):
+    has_dense_layers = args.dense_layers or not args.n_experts
+    for name in ("n_heads", "expert_dim", *(["hidden_dim"] if has_dense_layers else [])):
         if getattr(args, name) % n_ranks:
             raise ValueError(f"{name} {getattr(args, name)} is not a multiple of {n_ranks}")
     if args.n_kv_heads % n_ranks and n_ranks % args.n_kv_heads:

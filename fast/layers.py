@@ -280,10 +280,10 @@ def speed_up(model: Transformer, dtype: torch.dtype) -> None:
     for i, block in enumerate(model.layers):
         if type(block) is TransformerBlock:
             model.layers[i] = FastBlock(block)
-        router = getattr(block.feed_forward, "router", None)
-        product = backend and type(router) is Router and backend.router(router.weight, router.k, router.normalizes)
-        if product:
-            block.feed_forward.router = FastRouter(product)
+        router = block.feed_forward.router if isinstance(block.feed_forward, MoEFeedForward) else None
+        if backend and type(router) is Router:
+            product = backend.router(router.weight, router.k, router.normalizes)
+            block.feed_forward.router = FastRouter(product) if product else router
     replace_linears(model, backend)
     if isinstance(model.output, FastLinear) and model.output.collective is None:
         model.output, model.norm = NormedOutput(model.norm, model.output), nn.Identity()

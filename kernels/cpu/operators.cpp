@@ -113,40 +113,44 @@ struct Fused {
 };
 
 // Multiplies each row of x with the weights of its token's experts, or, of `k` rows a token, of one expert each; y [T k, N].
-void by_experts(Kind kind, Call c, const at::Tensor& x, const at::Tensor& experts, int64_t n_experts, at::Tensor& y) {
-  const int64_t T = experts.size(0), k = experts.size(1), M = T * k, bytes = panels(c.N) * panel_bytes(kind, c.K, c.G);
+void by_experts(Kind kind, const Call& c, const at::Tensor& x, const at::Tensor& experts, int64_t n_experts) {
+  const int64_t M = experts.numel(), per_row = M / x.size(0), bytes = panels(c.N) * panel_bytes(kind, c.K, c.G);
   const int64_t* chosen_by = static_cast<const int64_t*>(experts.const_data_ptr());
-  const int64_t per_row = M / x.size(0);  // 1 or k
   std::vector<int64_t> begins(n_experts + 1), order(M);
   for (int64_t i = 0; i < M; ++i) {
     TORCH_CHECK(chosen_by[i] >= 0 && chosen_by[i] < n_experts, "expert ", chosen_by[i], " of ", n_experts);
     ++begins[chosen_by[i] + 1];
   }
+  std::vector<Call> few;
+  const auto with_expert = [&](int64_t e, int64_t rows, const bf16* from, bf16* to) {
+    Call call = c;
+    call.w += e * bytes, call.M = rows, call.x = from, call.y = to;
+    return call;
+  };
+  if (experts.size(0) == 1) {  // each expert has one row
+    for (int64_t i = 0; i < M; ++i) few.push_back(with_expert(chosen_by[i], 1, c.x + i / per_row * c.K, c.y + i * c.N));
+    return few_rows(kind, std::move(few), store);
+  }
   for (int64_t e = 0; e < n_experts; ++e) begins[e + 1] += begins[e];
   std::vector<int64_t> next(begins.begin(), begins.end() - 1);
   for (int64_t i = 0; i < M; ++i) order[next[chosen_by[i]]++] = i;
-  // Rows of the same expert are brought together; a single token has none.
-  at::Tensor from = T > 1 ? empty({M, c.K}) : x, to = T > 1 ? empty({M, c.N}) : y;
-  const bf16* rows = c.x;
-  bf16 *gathered = static_cast<bf16*>(from.data_ptr()), *results = static_cast<bf16*>(to.data_ptr()), *out = c.y;
-  if (T > 1) by_rows(M, c.K, [&](int64_t i) { std::memcpy(gathered + i * c.K, rows + order[i] / per_row * c.K, 2 * c.K); });
-  std::vector<Call> few;
-  for (int64_t i = 0; i < M; i += c.M) {
-    const int64_t e = T > 1 ? chosen_by[order[i]] : chosen_by[i];
-    c.M = T > 1 ? begins[e + 1] - i : 1;
-    c.x = gathered + (T > 1 ? i : i / per_row) * c.K, c.y = results + i * c.N, c.w += e * bytes;
-    if (c.M <= MAX_ROWS) {
-      few.push_back(c);
-    } else if (chosen.many_rows[kind]) {
-      many_rows(kind, c);
-    } else {
-      at::Tensor part = to.narrow(0, i, c.M);
-      by_matrices(kind, c, from.narrow(0, i, c.M), part);
+  at::Tensor from = empty({M, c.K}), to = empty({M, c.N});  // rows of the same expert together
+  bf16 *gathered = static_cast<bf16*>(from.data_ptr()), *results = static_cast<bf16*>(to.data_ptr());
+  by_rows(M, c.K, [&](int64_t i) { std::memcpy(gathered + i * c.K, c.x + order[i] / per_row * c.K, 2 * c.K); });
+  for (int64_t e = 0; e < n_experts; ++e) {
+    const int64_t begin = begins[e], rows = begins[e + 1] - begin;
+    const Call call = with_expert(e, rows, gathered + begin * c.K, results + begin * c.N);
+    if (rows > MAX_ROWS && chosen.many_rows[kind]) {
+      many_rows(kind, call);
+    } else if (rows > MAX_ROWS) {
+      at::Tensor part = to.narrow(0, begin, rows);
+      by_matrices(kind, call, from.narrow(0, begin, rows), part);
+    } else if (rows) {
+      few.push_back(call);
     }
-    c.w -= e * bytes;
   }
   few_rows(kind, std::move(few), store);
-  if (T > 1) by_rows(M, c.N, [&](int64_t i) { std::memcpy(out + order[i] * c.N, results + i * c.N, 2 * c.N); });
+  by_rows(M, c.N, [&](int64_t i) { std::memcpy(c.y + order[i] * c.N, results + i * c.N, 2 * c.N); });
 }
 
 const bf16* bf16_data(const at::Tensor& x, at::IntArrayRef sizes, const char* name) {
@@ -235,7 +239,7 @@ at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed
   else if (leader.in_step)
     leader.team->multiplies(packed, packed.nbytes());
   if (fused.experts)
-    by_experts(kind, c, x, experts, n_experts, y);
+    by_experts(kind, c, x, experts, n_experts);
   else if (M <= MAX_ROWS)
     few_rows(kind, {c}, store);
   else if (chosen.many_rows[kind])

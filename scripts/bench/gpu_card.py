@@ -23,9 +23,7 @@ from scripts.bench.random_models import scheme_of
 
 MODES = {mode: scheme_of(mode) for mode in ("bf16", "int8", "int4")} | {"int4 g128": scheme_of("int4", 128)}
 WHOLE_MODELS = ("int4", "bf16", "int8")  # the modes in which whole models are measured
-MODELS = {
-    name: preset(of) for name, of in (("7B", "llama-2-7b"), ("8B", "llama-3.1-8b"), ("30B-A3B", "qwen-3-30b-a3b"))
-}
+MODELS = {"7B": preset("llama-2-7b"), "8B": preset("llama-3.1-8b"), "30B-A3B": preset("qwen-3-30b-a3b")}
 CONTEXTS = (128, 8192)
 
 READ, PRODUCT, LAUNCH = (
