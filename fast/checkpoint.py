@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from fast import families, meta
 from fast.config import args_from_dict
 from fast.layers import speed_up
 from fast.quantized import swap_linears
+from fast.stored import Part, Stored, part_of
 from model import ModelArgs, Transformer
 
 FORMAT = 1
@@ -59,65 +59,6 @@ FOREIGN_FILES = {
     "*.gguf": _GGUF,
     "*.pth": "to be given by name",
 }
-
-
-@dataclass(frozen=True)
-class Part:
-    """A tensor in a file: its shape there, and how to get it (a view of the file's pages where that is possible)."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of the model as stored in files: the rows of its `parts`, one below the other."""
-
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.parts[0].dtype
-
-    def load(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """The tensor on `device`; on the CPU and already in `dtype`, a single contiguous part is not copied."""
-        if len(self.parts) == 1:
-            return self.parts[0].read().to(device, dtype).contiguous()
-        out = torch.empty(self.shape, device=device, dtype=dtype)
-        self.fill(out)
-        return out
-
-    def fill(self, out: Tensor) -> None:
-        """Write the values into `out`, converting to its dtype, one part after the other."""
-        for rows, part in zip(out.split([part.shape[0] for part in self.parts]), self.parts, strict=True):
-            rows.copy_(part.read())
-
-    def share(self, share: tp.Share) -> "Stored":
-        """The rank's share of this tensor, not yet read; loading it reads only its own pages of a mapped part."""
-        if share.is_zero:
-            return Stored(self.shape, (Part(self.shape, self.dtype, partial(torch.zeros, self.shape)),))
-        if share.dim == 1:
-            ((first, end),) = share.ranges
-            slices = [(part, (slice(None), slice(first, end))) for part in self.parts]
-        else:
-            offsets = [0, *accumulate(part.shape[0] for part in self.parts)]
-            slices = [
-                (part, (slice(max(first - offset, 0), end - offset),))
-                for first, end in share.ranges
-                for offset, part in zip(offsets, self.parts, strict=False)
-                if offset < end and first < offset + part.shape[0]
-            ]
-        parts = tuple(_slice(part, index) for part, index in slices)
-        shape = list(self.shape)
-        shape[share.dim] = sum(end - first for first, end in share.ranges)
-        return Stored(tuple(shape), parts)
-
-
-def _slice(part: Part, index: tuple[slice, ...]) -> Part:
-    sizes = [len(range(n)[cut]) for n, cut in zip(part.shape, index, strict=False)]
-    return Part((*sizes, *part.shape[len(sizes) :]), part.dtype, lambda: part.read()[index])
 
 
 @dataclass(frozen=True)
@@ -335,15 +276,15 @@ def _match(
 def _reordered(parts: list[Part], order: list[int], n_rows: int) -> list[Part]:
     """The `parts` with the elements of each head, in their first `n_rows` rows together, in the given order."""
 
-    def read(part: Part, n: int) -> Tensor:
-        rows = part.read()
-        heads = rows[:n].unflatten(0, (-1, len(order)))[:, order]
-        return torch.cat((heads.flatten(0, 1), rows[n:]))
+    def rows(part: Part, n: int, first: int, end: int) -> Tensor:
+        whole = part.read()
+        heads = whole[:n].unflatten(0, (-1, len(order)))[:, order]
+        return torch.cat((heads.flatten(0, 1), whole[n:]))[first:end]
 
     result = []
     for part in parts:
         n = min(max(n_rows, 0), part.shape[0])
-        result.append(dataclasses.replace(part, read=partial(read, part, n)) if n else part)
+        result.append(Part(part.shape, part.dtype, partial(rows, part, n)) if n else part)
         n_rows -= part.shape[0]
     return result
 
@@ -383,7 +324,7 @@ def _meta_folder(folder: Path) -> Path:
 
 
 def _parts(tensors: dict[str, Tensor]) -> dict[str, Part]:
-    return {name: Part(tuple(tensor.shape), tensor.dtype, tensor.detach) for name, tensor in tensors.items()}
+    return {name: part_of(tensor.detach()) for name, tensor in tensors.items()}
 
 
 def _read_hf(files: list[Path]) -> dict[str, Part]:
@@ -417,8 +358,10 @@ def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, 
         if dim is not None:
             shape[dim] = sum(shard[name].shape[dim] for shard in shards)
         pieces = [shard[name] for shard in shards] if dim is not None else [first]
-        read = pieces[0].detach if len(pieces) == 1 else partial(torch.cat, pieces, dim)
-        parts[name] = Part(tuple(shape), first.dtype, read)
+        joined = part_of(first.detach())
+        if len(pieces) > 1:
+            joined = Part(tuple(shape), first.dtype, lambda a, b, each=pieces, dim=dim: torch.cat(each, dim)[a:b])
+        parts[name] = joined
     shapes = {name: part.shape for name, part in parts.items()}
     return families.args_from_hf(config) if config else meta.args_from_params(params, shapes), parts
 

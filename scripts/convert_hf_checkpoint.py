@@ -14,8 +14,9 @@ import _root  # noqa: F401 - finds the modules of the repository's root
 import torch
 from tqdm import tqdm
 
-from fast.checkpoint import Stored, open_checkpoint, save_checkpoint
+from fast.checkpoint import open_checkpoint, save_checkpoint
 from fast.cli import Parser, as_argument, exit_code
+from fast.stored import Stored
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
