@@ -98,6 +98,8 @@ def connect(whole: nn.Module, local: nn.Module, ranks: "Ranks") -> dict[str, Sha
         if sharding is None:
             continue
         is_divided = module.weight.shape != origin.weight.shape
+        if getattr(module, "order", None) is not None and module.order.shape != origin.order.shape:
+            module.gather = functools.partial(COLLECTIVES["gather", True], world_size=ranks.world_size)
         for kind, tensor in module.state_dict().items():
             before = origin.state_dict()[kind].shape
             dims = [dim for dim, n in enumerate(tensor.shape) if n != before[dim]]

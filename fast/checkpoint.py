@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import tp
-from fast import families, meta
+from fast import families, meta, published
 from fast.config import args_from_dict
 from fast.layers import speed_up
 from fast.quantized import swap_linears
@@ -36,7 +36,7 @@ from model import ModelArgs, Transformer
 
 FORMAT = 1
 
-IGNORED_TENSORS = ("*.rotary_emb.inv_freq", "rope.freqs")  # computed, not learned; older files hold them
+IGNORED_TENSORS = ("*.rotary_emb.*", "rope.freqs")  # computed, not learned; older files hold them
 
 # In order of preference: the single file, the index of shards, and a pattern if there is neither.
 HF_FILES = (
@@ -68,6 +68,7 @@ class Checkpoint:
     args: ModelArgs
     quantization: dict[str, Any] | None
     tensors: dict[str, Stored]
+    fixed: dict[str, torch.dtype]  # of tensors that keep their dtype: those of quantised Linears
 
 
 def load_model(
@@ -95,8 +96,7 @@ def load_model(
         whole, model = model, model if replicate else _share_of_skeleton(checkpoint, ranks.world_size)
         shares = tp.connect(whole, model, ranks)
         tensors = {name: stored.share(shares[name]) if name in shares else stored for name, stored in tensors.items()}
-    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}  # quantised Linears' tensors keep theirs
-    state = {name: stored.load(device, dtypes.get(name, dtype)) for name, stored in tensors.items()}
+    state = {name: stored.load(device, checkpoint.fixed.get(name, dtype)) for name, stored in tensors.items()}
     if is_tied := "output.weight" not in state:
         state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, assign=True)
@@ -128,12 +128,24 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if files := _hf_files(path):
         if config is None:
             raise ValueError(f"{path} has no config.json")
-        parts = _read_hf(files)
-        if any(name.endswith(".qweight") for name in parts):  # older directories do not say it in config.json
-            config = {"quantization_config": {"quant_method": "gptq or awq"}, **config}
-        return _match(path, families.args_from_hf(config), None, parts, families.family_of(config).naming)
+        return _open_hf(path, config, files)
     args, parts = _read_meta(path, config)
     return _match(path, args, None, parts, meta.NAMING)
+
+
+def _open_hf(path: Path, config: dict[str, Any], files: list[Path]) -> Checkpoint:
+    args, naming, quantization = families.args_from_hf(config), families.family_of(config).naming, None
+    parts, older = _read_hf(files), path / "quantize_config.json"  # AutoGPTQ's
+    if not config.get("quantization_config") and any(name.endswith(published.PACKED) for name in parts):
+        found = read_json(older) if older.is_file() else {"quant_method": "a method that config.json does not name"}
+        config = {**config, "quantization_config": {"quant_method": "gptq", **found}}
+    if method := published.check(config):
+        given = config["quantization_config"]
+        try:
+            quantization, parts = published.read(method, given, parts, _skeleton(args, None), naming)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return _match(path, args, quantization, parts, naming)
 
 
 def save_checkpoint(
@@ -230,7 +242,8 @@ def _match(
     modules = naming.modules
     head, table = (modules.get(name, (name,))[0] + ".weight" for name in ("output", "tok_embeddings"))
     # As transformers does: an output projection of its own is used, even if the configuration says that it is tied.
-    if args.tie_embeddings and quantization is None and parts.keys() >= {head, table}:
+    is_float = quantization is None or "output" in quantization.get("skip", ())
+    if args.tie_embeddings and is_float and parts.keys() >= {head, table}:
         is_tied = parts[head].shape == parts[table].shape and parts[head].read().equal(parts[table].read())
         args = dataclasses.replace(args, tie_embeddings=is_tied)
     order, head_dim = families.head_order(args, naming.pairs), args.head_dim
@@ -245,10 +258,8 @@ def _match(
     unexpected = {name for name in parts if not any(fnmatch(name, pattern) for pattern in ignored)}
     for name, (n_rows, *width) in expected.items():
         module, _, kind = name.rpartition(".")
-        template, layer = re.sub(r"\.\d+\.", ".{}.", module), re.findall(r"\.(\d+)\.", module)
-        theirs, experts = [name], range(getattr(model.get_submodule(module), "n_experts", 1))
-        if template in modules:
-            theirs = [f"{other.format(*layer, e)}.{kind}" for e in experts for other in modules[template]]
+        theirs = naming.theirs(module, getattr(model.get_submodule(module), "n_experts", 1))
+        theirs = [f"{other}.{kind}" for other in (theirs[:1] if kind == "order" else theirs)]
         rows = model.get_submodule(module).sharding.parts if len(theirs) > 1 else [n_rows]
         for part, shape in zip(theirs, [(n, *width) for n in rows], strict=True):
             if part not in parts:
@@ -257,7 +268,7 @@ def _match(
                 wrong.append(f"{part} is {list(parts[part].shape)}, expected {list(shape)}")
         unexpected.difference_update(theirs)
         found = [parts[part] for part in theirs if part in parts]
-        if order and (n := reordered.get(template.rpartition(".")[2])):
+        if order and kind != "order" and (n := reordered.get(module.rpartition(".")[2])):
             found = _reordered(found, order, n)
         matched[name] = Stored((n_rows, *width), tuple(found))
     problems = {
@@ -270,7 +281,7 @@ def _match(
         raise ValueError(f"{path}: {'; '.join(lines)}")
     if left_out := [name for name in parts if any(fnmatch(name, pattern) for pattern in naming.left_out)]:
         print(f"{path}: only its language model is used; left out: {_listing(left_out, 1)}", file=sys.stderr)
-    return Checkpoint(args, quantization, matched)
+    return Checkpoint(args, quantization, matched, {name: buffer.dtype for name, buffer in model.named_buffers()})
 
 
 def _reordered(parts: list[Part], order: list[int], n_rows: int) -> list[Part]:

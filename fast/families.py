@@ -5,6 +5,7 @@
 Adding a family that this Transformer can compute is one entry in `FAMILIES`; `docs/extending.md` shows how.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -94,6 +95,13 @@ class Naming:
     modules: dict[str, tuple[str, ...]]
     pairs: str = "halves"
     left_out: tuple[str, ...] = ()
+
+    def theirs(self, module: str, n_experts: int = 1) -> list[str]:
+        """The modules of the files that are stacked in our `module`."""
+        template, layer = re.sub(r"\.\d+\.", ".{}.", module), re.findall(r"\.(\d+)\.", module)
+        if template not in self.modules:
+            return [module]
+        return [other.format(*layer, e) for e in range(n_experts) for other in self.modules[template]]
 
 
 OURS = Naming({}, pairs="ours")
@@ -384,10 +392,6 @@ def args_from_hf(config: dict[str, Any]) -> ModelArgs:
     Reads what transformers 4 wrote (`rope_theta`, `rope_scaling`) and what 5 writes (`rope_parameters`).
     Raises ValueError for an architecture or a setting that this Transformer does not compute.
     """
-    if quantized := config.get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        remedy = "give the unquantised model; quantize.py makes int8 or int4 of it"
-        raise ValueError(f"these weights are quantised already ({method}): {remedy}")
     family = family_of(config)
     if family.text_model:
         config = text_config(config, family.text_model)

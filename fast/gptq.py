@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fast.checkpoint import Checkpoint
-from fast.quantized import Int4Linear, int4_round, int4_scales, int4_values, pack_nibbles, quantized_linears
+from fast.quantized import GroupedLinear, int4_round, int4_scales, int4_values, pack_nibbles, quantized_linears
 from model import Transformer, attention_mask, rope_table
 
 TOKENS_AT_ONCE = 8192
@@ -160,7 +160,7 @@ def gptq_linears(
         weights = read_weight(checkpoint, name, device, torch.float32).chunk(E)
         for weight, hessian in zip(weights, hessians, strict=True):
             if not hessian.sum.any() or (E > 1 and hessian.n_rows < K):
-                rounded = Int4Linear.from_float(weight, scale_search=True, **options)
+                rounded = GroupedLinear.from_float(weight, scale_search=True, **options)
                 parts.append((rounded.weight, rounded.scales, rounded.zeros))
                 continue
             try:
@@ -174,7 +174,7 @@ def gptq_linears(
             if E > 1:
                 why = f"{E - len(errors)} of {E} experts see fewer than {K} tokens or only zeros, so they are rounded"
             tqdm.write(f"{name}: {why}", file=sys.stderr)
-        module = Int4Linear.from_parts(*map(torch.cat, zip(*parts, strict=True)), bias=linear.bias)
+        module = GroupedLinear.from_parts(*map(torch.cat, zip(*parts, strict=True)), bias=linear.bias)
         linear.weight = nn.Parameter(module.dequantize(torch.bfloat16), requires_grad=False)
         return name, sum(errors) / max(1, len(errors)), module
 

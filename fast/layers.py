@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast.quantized import Int4Linear, Int8Linear, QuantizedKVCache, QuantizedLinear
+from fast.quantized import GroupedLinear, Int8Linear, QuantizedKVCache, QuantizedLinear, in_order
 from kernels import GATES, Product, cpu, gpu
 from model import (
     Attention,
@@ -66,6 +66,8 @@ class FastLinear(Operator):
         super().__init__(product)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias, self.collective = linear.bias, linear.collective
+        self.register_buffer("order", getattr(linear, "order", None))
+        self.gather = getattr(linear, "gather", None)
 
     def forward(
         self,
@@ -77,6 +79,8 @@ class FastLinear(Operator):
         activation: str = "",
     ) -> Tensor:
         """As `fused`, in one operator; a collective comes last, and `fused` then passes no residual."""
+        if self.order is not None:
+            x, norm = in_order(self, x if norm is None else norm(x)), None
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         flat = [None if t is None else t.flatten(0, -2) for t in (residual, experts, weights)]
         y = self.call(x, self.bias, weight, eps, flat[0], activation, *flat[1:])
@@ -236,14 +240,15 @@ TENSORS: dict[type[nn.Module], tuple[str, ...]] = {
     Linear: ("weight",),
     CompiledLinear: ("weight",),
     Int8Linear: ("weight", "scales"),
-    Int4Linear: ("weight", "scales", "zeros"),
+    GroupedLinear: ("weight", "scales", "zeros"),
 }
 
 
 def fast_linear(linear: nn.Module, backend: ModuleType | None) -> nn.Module:
     """A `FastLinear`; if `backend` has no kernel, a `CompiledLinear` (not quantised, on a CPU) or `linear` itself."""
     tensors = (getattr(linear, name) for name in TENSORS[type(linear)])
-    product = backend and backend.product(*tensors, n_experts=linear.n_experts)
+    zeros_are = {"zeros_are": linear.zeros_are} if isinstance(linear, GroupedLinear) else {}
+    product = backend and backend.product(*tensors, n_experts=linear.n_experts, **zeros_are)
     if product:
         return FastLinear(linear, product)
     is_plain = type(linear) is Linear and linear.n_experts == 1

@@ -1,22 +1,24 @@
 """Quantised Linears: how weights are rounded, how they are stored, how they are multiplied; a quantised KV cache.
 
-    module = Int4Linear.from_float(weight, groupsize=32)  # [N, K] in any float dtype
+    module = GroupedLinear.from_float(weight, groupsize=32)  # [N, K] in any float dtype
     y = module(x)
 
 A checkpoint stores the same for every device (a Linear has N outputs, K inputs and groups of G inputs):
 
-    int8   weight  int8     [N, K]      w = weight * scales, symmetric per output row
-           scales  float32  [N]
-    int4   weight  uint8    [N, K / 2]  two weights a byte, the even input in the low four bits; q = 0 .. 15
-           scales  bfloat16 [N, K / G]  w = (q - 8) * scales + zeros, per group of G inputs
-           zeros   bfloat16 [N, K / G]
+    rows     weight  int8     [N, K]      w = weight * scales, symmetric per output row
+             scales  float32  [N]
+    groups   weight  uint8    [N, K / 2]  two weights a byte, the even input in the low four bits; q = byte's half - 8
+                 or  int8     [N, K]      q = weight
+             scales  [N, K / G]           w = q * scales + zeros, per group of G inputs
+             zeros   [N, K / G]           both bfloat16 or both float16
 
 Worth knowing: `zeros` is the value in the middle of a group's range, usually small beside the range, so that rounding
-it to bfloat16 costs little. Weights are rounded with scale and zero as stored, in bfloat16. The modules here multiply
-by dequantised weights in plain PyTorch; `layers.speed_up` replaces them with a kernel where the backend has one.
+it to bfloat16 costs little. Weights are rounded with scale and zero as stored, in bfloat16. Files that others have
+quantised give zeros otherwise (`ZEROS`); they are kept as they are, so that nothing is rounded again. The modules here
+multiply by dequantised weights in plain PyTorch; `layers.speed_up` replaces them with a kernel where there is one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +26,9 @@ from torch import Tensor, nn
 
 from model import KVCache, Sharding, multiply
 
-GROUP_SIZES = (32, 64, 128, 256)
+GROUP_SIZES = (16, 32, 64, 128, 256)
+# What `zeros` z mean, with the scale s of their group: the weights in the middle are z, z + 8 s or z s.
+ZEROS = ("middle", "lowest", "steps")
 KV_DTYPES = (torch.int8, torch.float8_e4m3fn)  # the types that a cache can be quantised to
 ELEMENTS_AT_ONCE = 1 << 19  # elements quantised at a time: staying in the CPU's cache is ten times as fast
 
@@ -36,28 +40,38 @@ class QuantizedLinear(nn.Module):
     n_experts = 1  # whose weights are stacked
     sharding = Sharding()
     collective: Callable[[Tensor], Tensor] | None = None
+    gather: Callable[[Tensor], Tensor] | None = None  # of ranks that each have a share of x, if it is to be ordered
 
-    def __init__(self, in_features: int, out_features: int, bias: bool):
+    def __init__(self, in_features: int, out_features: int, bias: bool, ordered: bool = False):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        # Which input each column of the weight is for, int32 [K]; None: they are in order.
+        self.register_buffer("order", torch.empty(in_features, dtype=torch.int32) if ordered else None)
 
     def dequantize(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-        """The weights as numbers, `[N, K]`, or only these `rows` of them, int `[n]`."""
+        """The weights as numbers, `[N, K]`, in the order stored, or only these `rows` of them, int `[n]`."""
         raise NotImplementedError
 
     def stored(self, rows: Tensor | None) -> list[Tensor]:
-        """Its buffers, or only these rows of them."""
-        return [t if rows is None else t[rows] for t in self.buffers()]
+        """Its buffers but `order`, or only these rows of them."""
+        return [t if rows is None else t[rows] for name, t in self.named_buffers() if name != "order"]
 
     def forward(self, x: Tensor, experts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        rows, n_experts = None, self.n_experts
+        x, rows, n_experts = in_order(self, x), None, self.n_experts
         if experts is not None and experts.numel() < n_experts:  # dequantise the chosen ones alone
             n_out = self.out_features // n_experts
             rows = (experts.reshape(-1, 1) * n_out + torch.arange(n_out, device=x.device)).flatten()
             n_experts, experts = experts.numel(), torch.arange(experts.numel(), device=x.device).view_as(experts)
         y = multiply(x, self.dequantize(x.dtype, rows), self.bias, n_experts, experts, weights)
         return y if self.collective is None else self.collective(y)
+
+
+def in_order(linear: nn.Module, x: Tensor) -> Tensor:
+    """The inputs `x [..., K]` of a `linear` in the order in which it stores its weights for them."""
+    if linear.order is None:
+        return x
+    return (x if linear.gather is None else linear.gather(x)).index_select(-1, linear.order)
 
 
 class Int8Linear(QuantizedLinear):
@@ -81,23 +95,36 @@ class Int8Linear(QuantizedLinear):
         return (weight * scales[:, None]).to(dtype)
 
 
-class Int4Linear(QuantizedLinear):
-    """A Linear with 4-bit weights, and a scale and a zero for each group of `groupsize` inputs."""
+class GroupedLinear(QuantizedLinear):
+    """A Linear with 4-bit or 8-bit weights, and a scale and a zero for each group of `groupsize` inputs.
+
+    scales: the type of scales and zeros. zeros: what these mean, one of ZEROS. ordered: whether it has an `order`.
+    """
 
     in_groups = True
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, groupsize: int = 32):
-        super().__init__(in_features, out_features, bias)
-        self.groupsize = groupsize
-        self.register_buffer("weight", torch.empty(out_features, in_features // 2, dtype=torch.uint8))
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        groupsize: int = 32,
+        bits: int = 4,
+        scales: torch.dtype = torch.bfloat16,
+        zeros: str = "middle",
+        ordered: bool = False,
+    ):
+        super().__init__(in_features, out_features, bias, ordered)
+        self.groupsize, self.zeros_are = groupsize, zeros
+        dtype = torch.uint8 if bits == 4 else torch.int8
+        self.register_buffer("weight", torch.empty(out_features, in_features * bits // 8, dtype=dtype))
         for name in ("scales", "zeros"):
-            shape = out_features, in_features // groupsize
-            self.register_buffer(name, torch.empty(shape, dtype=torch.bfloat16))
+            self.register_buffer(name, torch.empty(out_features, in_features // groupsize, dtype=scales))
 
     @classmethod
     def from_float(
         cls, weight: Tensor, bias: Tensor | None = None, *, groupsize: int, scale_search: bool = False, **scheme: Any
-    ) -> "Int4Linear":
+    ) -> "GroupedLinear":
         """Round `weight [N, K]` to the nearest of 16 steps per group; `scale_search`: see `int4_scales`."""
 
         def quantize(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,57 +135,87 @@ class Int4Linear(QuantizedLinear):
         return cls.from_parts(*_by_rows(quantize, weight), bias=bias)
 
     @classmethod
-    def from_parts(cls, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> "Int4Linear":
+    def from_parts(
+        cls, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None, zeros_are: str = "middle"
+    ) -> "GroupedLinear":
         """A module that holds these tensors, already in the stored form, without copying them."""
-        n_in = 2 * weight.shape[1]
-        module = cls(n_in, weight.shape[0], groupsize=n_in // scales.shape[1])
+        bits = 4 if weight.dtype == torch.uint8 else 8
+        n_in = 8 * weight.shape[1] // bits
+        module = cls(n_in, weight.shape[0], False, n_in // scales.shape[1], bits, scales.dtype, zeros_are)
         module.weight, module.scales, module.zeros = weight, scales, zeros
         module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return module
 
     def dequantize(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
         weight, scales, zeros = self.stored(rows)
-        return int4_values(unpack_nibbles(weight), scales, zeros).to(dtype)
+        q = unpack_nibbles(weight).to(torch.int8) - 8 if weight.dtype == torch.uint8 else weight
+        return group_values(q, scales.float(), middle(scales.float(), zeros.float(), self.zeros_are)).to(dtype)
 
 
 LINEARS: dict[str, type[QuantizedLinear]] = {
     "int8": Int8Linear,
-    "int4": Int4Linear,
-    "int4-gptq": Int4Linear,
+    "int4": GroupedLinear,
+    "int4-gptq": GroupedLinear,
 }
+# Settings of weights in groups, with the values that a scheme may give them; the first is the default.
+SETTINGS: dict[str, tuple] = {
+    "groupsize": (None, *GROUP_SIZES),
+    "bits": (4, 8),
+    "scales": ("bfloat16", "float16"),
+    "zeros": ZEROS,
+}
+# The modes of checkpoints that others quantised (`fast/published.py`).
+PUBLISHED = ("gptq", "awq", "compressed-tensors")
 
 
 def quantized_linears(model: nn.Module, scheme: dict[str, Any]) -> Iterator[tuple[str, nn.Linear]]:
     """Name and module of every Linear that `scheme` quantises: all but those in `skip`, by full name or last part."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not {name, name.rpartition(".")[2]} & set(scheme.get("skip", ())):
+        if isinstance(module, nn.Linear) and not is_among(scheme.get("skip", ()), name):
             yield name, module
+
+
+def is_among(names: Collection[str], name: str) -> bool:
+    """Whether the Linear `name`, or the last part of its name, is one of `names`."""
+    return name in names or name.rpartition(".")[2] in names
 
 
 def swap_linears(model: nn.Module, scheme: dict[str, Any]) -> None:
     """Replace the Linears that `scheme` quantises with quantised ones, whose weights are still uninitialised.
 
-    scheme: what a checkpoint records, {"mode": "int4", "groupsize": 32, "skip": ["output"], ...}. Raises ValueError for
-    an unsupported mode or group size, and for a Linear whose number of inputs is not a multiple of the group size.
+    scheme: what a checkpoint records, {"mode": "int4", "groupsize": 32, "skip": ["output"], ...}. If others quantised
+    it, also the rest of SETTINGS; "ordered", the Linears that have an order, as in "skip"; and "others", by the name of
+    a Linear the settings that it has instead. Raises ValueError for an unsupported mode or setting, and for a Linear
+    whose number of inputs is not a multiple of the group size.
     """
-    mode, groupsize = scheme.get("mode"), scheme.get("groupsize")
-    if mode not in LINEARS:
-        raise ValueError(f"quantisation mode {mode!r} is not supported; supported: {', '.join(LINEARS)}")
-    options = {}
-    if LINEARS[mode].in_groups:
-        if groupsize not in GROUP_SIZES:
-            raise ValueError(f"group size {groupsize!r} is not supported; supported: {GROUP_SIZES}")
-        options["groupsize"] = groupsize
     for name, linear in list(quantized_linears(model, scheme)):
-        if options and linear.in_features % groupsize:
-            fitting = [str(size) for size in GROUP_SIZES if linear.in_features % size == 0]
-            remedy = f"--groupsize {' or '.join(fitting)}" if fitting else f"--skip {name.rpartition('.')[2]}"
-            raise ValueError(f"{name} has {linear.in_features} inputs, not a multiple of {groupsize}: use {remedy}")
+        given = scheme | scheme.get("others", {}).get(name, {})
+        known = {**LINEARS, **dict.fromkeys(PUBLISHED, GroupedLinear)}
+        if (mode := given.get("mode")) not in known:
+            raise ValueError(f"quantisation mode {mode!r} is not supported; supported: {', '.join(known)}")
+        options = {}
+        if known[mode].in_groups:
+            options = group_options(name, linear.in_features, given)
+            options["ordered"] = is_among(scheme.get("ordered", ()), name)
         parent, _, child = name.rpartition(".")
         with linear.weight.device:
-            swapped = LINEARS[mode](linear.in_features, linear.out_features, linear.bias is not None, **options)
+            swapped = known[mode](linear.in_features, linear.out_features, linear.bias is not None, **options)
         swapped.sharding, swapped.n_experts = linear.sharding, linear.n_experts
         setattr(model.get_submodule(parent), child, swapped)
+
+
+def group_options(name: str, n_in: int, scheme: dict[str, Any]) -> dict[str, Any]:
+    """The SETTINGS that `scheme` gives the Linear `name` with `n_in` inputs. Raises ValueError as `swap_linears`."""
+    options = {key: scheme.get(key, allowed[0]) for key, allowed in SETTINGS.items()}
+    for key, value in options.items():
+        if value is None or value not in SETTINGS[key]:
+            supported = ", ".join(str(allowed) for allowed in SETTINGS[key] if allowed is not None)
+            raise ValueError(f"quantisation with {key} {value!r} is not supported; supported: {supported}")
+    if n_in % options["groupsize"]:
+        fitting = [str(size) for size in GROUP_SIZES if n_in % size == 0]
+        remedy = f"--groupsize {' or '.join(fitting)}" if fitting else f"--skip {name.rpartition('.')[2]}"
+        raise ValueError(f"{name} has {n_in} inputs, not a multiple of {options['groupsize']}: use {remedy}")
+    return options | {"scales": getattr(torch, options["scales"])}
 
 
 def pack_nibbles(q: Tensor) -> Tensor:
@@ -224,8 +281,17 @@ def int4_round(groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 def int4_values(q: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """The float32 weights that `q [..., K]` encodes, with `scales`, `zeros` `[..., K / G]`."""
-    groups = q.unflatten(-1, (scales.shape[-1], -1)).float() - 8
-    return (groups * scales.float()[..., None] + zeros.float()[..., None]).flatten(-2)
+    return group_values(q.float() - 8, scales.float(), zeros.float())
+
+
+def group_values(q: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """`q * scales + zeros`, float32, for q `[..., K]` and float32 scales, zeros `[..., K / G]`."""
+    return (q.unflatten(-1, (scales.shape[-1], -1)) * scales[..., None] + zeros[..., None]).flatten(-2)
+
+
+def middle(scales: Tensor, zeros: Tensor, zeros_are: str) -> Tensor:
+    """The weights in the middle of groups with float32 `scales`, whose `zeros` are one of ZEROS."""
+    return {"middle": zeros, "lowest": zeros + 8 * scales, "steps": zeros * scales}[zeros_are]
 
 
 def _round_int8(rows: Tensor) -> tuple[Tensor, Tensor]:

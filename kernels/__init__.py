@@ -3,10 +3,10 @@
 A backend is a module with
 
     missing(device, dtype) -> str | None                         in one line, why it has no kernels there; else None
-    product(weight, scales, zeros, n_experts) -> Product | None  for a Linear's tensors, as in `fast/quantized.py`
-    router(weight, k, normalizes) -> Product | None              see `Product`
-    attention(device, kv_dtype, head_dim) -> Attention | None    over a KV cache of that type
-    in_one_region(step) -> step                                  for a step whose products and attention are all these
+    product(weight, scales, zeros, zeros_are, n_experts) -> Product | None  for a Linear's tensors (`fast/quantized.py`)
+    router(weight, k, normalizes) -> Product | None                         see `Product`
+    attention(device, kv_dtype, head_dim) -> Attention | None               over a KV cache of that type
+    in_one_region(step) -> step                  for a step whose products and attention are all these
 
 Only `fast/layers.py` chooses between them and plain PyTorch, which computes whatever has no kernel.
 """

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fast.checkpoint import open_checkpoint, save_checkpoint
 from fast.cli import Parser, as_argument, exit_code
+from fast.metrics import count_parameters
 from fast.stored import Stored
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -29,8 +30,10 @@ def convert(directory: Path, dtype: torch.dtype) -> Path:
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory")
     checkpoint, target = open_checkpoint(directory), directory / "model.pth"
-    n_params = sum(math.prod(stored.shape) for stored in checkpoint.tensors.values())
-    with tqdm(total=n_params * dtype.itemsize, unit="B", unit_scale=True, desc=str(target)) as bar:
+    dtypes = {name: checkpoint.fixed.get(name, dtype) for name in checkpoint.tensors}
+    sizes = {name: math.prod(stored.shape) for name, stored in checkpoint.tensors.items()}
+    total = sum(n * dtypes[name].itemsize for name, n in sizes.items())
+    with tqdm(total=total, unit="B", unit_scale=True, desc=str(target)) as bar:
 
         def filler(stored: Stored):
             def fill(out: torch.Tensor) -> None:
@@ -39,9 +42,10 @@ def convert(directory: Path, dtype: torch.dtype) -> Path:
 
             return fill
 
-        tensors = {name: (stored.shape, dtype, filler(stored)) for name, stored in checkpoint.tensors.items()}
-        save_checkpoint(target, checkpoint.args, tensors)
-    print(f"wrote {target}: {n_params:,} parameters, {target.stat().st_size / 1e9:.3f} GB")
+        tensors = {name: (stored.shape, dtypes[name], filler(stored)) for name, stored in checkpoint.tensors.items()}
+        save_checkpoint(target, checkpoint.args, tensors, checkpoint.quantization)
+    size = f"{count_parameters(checkpoint.args):,} parameters, {target.stat().st_size / 1e9:.3f} GB"
+    print(f"wrote {target}: {size}" + (f", {checkpoint.quantization['mode']}" if checkpoint.quantization else ""))
     return target
 
 

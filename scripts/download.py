@@ -72,11 +72,12 @@ def shards_of(index_text: str, names: list[str]) -> list[str]:
 
 def check_config(path: Path) -> None:
     """Raise ValueError if `load_model` would refuse the `config.json` or `params.json` at `path`."""
-    from fast import checkpoint, families, meta
+    from fast import checkpoint, families, meta, published
 
     config = checkpoint.read_json(path)
     if path.name == "config.json":
         families.args_from_hf(config)
+        published.check(config)
     else:
         meta.check_params(config, path)
 

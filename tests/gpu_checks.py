@@ -17,7 +17,7 @@ import triton.language as tl
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fast.layers import FastBlock, FastKVCache, FastLinear, fast_linear, fused, speed_up
-from fast.quantized import GROUP_SIZES, Int4Linear, Int8Linear, QuantizedKVCache
+from fast.quantized import GROUP_SIZES, GroupedLinear, Int8Linear, QuantizedKVCache
 from kernels import gpu
 from kernels.gpu import choice, flash_decoding, products, routing
 from model import (
@@ -33,6 +33,7 @@ from model import (
     rope_table,
 )
 from scripts.bench import gpu_correctness, gpu_products
+from scripts.bench.random_models import FORMS, random_groups
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.bfloat16, torch.float16]
@@ -99,7 +100,7 @@ def is_right(module: torch.nn.Module, x: torch.Tensor) -> bool:
 def all_are_right(x: torch.Tensor, weight: torch.Tensor) -> bool:
     groupsizes = [size for size in GROUP_SIZES if weight.shape[1] % size == 0]
     modules = [float_linear(weight, x.dtype), Int8Linear.from_float(weight)]
-    modules += [Int4Linear.from_float(weight, groupsize=size) for size in groupsizes]
+    modules += [random_groups(*weight.shape, size, form) for size in groupsizes for form in FORMS]
     return all(is_right(module, x) for module in modules)
 
 
@@ -153,7 +154,7 @@ def test_fused_norm_bias_gates_and_residual(rows, n, k, activation, norm_dtype):
     norm.weight.data = normal(k).half().to(norm_dtype)
     if not activation:
         around["residual"] = normal(1, rows, n).half()
-    modules = [Int8Linear.from_float(normal(n, k), bias), Int4Linear.from_float(normal(n, k), bias, groupsize=32)]
+    modules = [Int8Linear.from_float(normal(n, k), bias), GroupedLinear.from_float(normal(n, k), bias, groupsize=32)]
     for module in [*modules, float_linear(normal(n, k), x.dtype, bias)]:
         is_float = isinstance(module, Linear)
         weight = module.weight.float() if is_float else module.dequantize(torch.float32)
@@ -172,7 +173,7 @@ def test_no_rows():
     for linear in (
         float_linear(weight, torch.float16),
         Int8Linear.from_float(weight),
-        Int4Linear.from_float(weight, groupsize=32),
+        GroupedLinear.from_float(weight, groupsize=32),
     ):
         assert product(linear, x).shape == (0, 48)
 
@@ -189,7 +190,7 @@ def test_experts(dtype, mode, tokens):
     module = {
         "float": lambda: float_linear(float_weight, dtype),
         "int8": lambda: Int8Linear.from_float(float_weight),
-        "int4": lambda: Int4Linear.from_float(float_weight, groupsize=32),
+        "int4": lambda: GroupedLinear.from_float(float_weight, groupsize=32),
     }[mode]().to(DEVICE)
     module.n_experts = E
     exact = module.weight.float() if mode == "float" else module.dequantize(torch.float32)
@@ -237,7 +238,7 @@ def test_large_zeros_cancel_exactly():
     """Weights around 100 with a spread of 1, the inputs' second half is the first one negated: the spread remains."""
     for rows in (2, 6):
         half = normal(rows, 256).half()
-        assert is_right(Int4Linear.from_float(100 + normal(16, 512), groupsize=32), torch.cat((half, -half), 1))
+        assert is_right(GroupedLinear.from_float(100 + normal(16, 512), groupsize=32), torch.cat((half, -half), 1))
 
 
 def test_a_bias_a_batch_and_a_view():
@@ -247,13 +248,13 @@ def test_a_bias_a_batch_and_a_view():
         assert torch.allclose(product(Int8Linear.from_float(weight, bias), view), expected, rtol=1e-3, atol=0.02)
 
 
-def pairs(int4: Int4Linear) -> torch.Tensor:
+def pairs(int4: GroupedLinear) -> torch.Tensor:
     return torch.stack((int4.scales, int4.zeros), -1)
 
 
 def test_operators_keep_pytorchs_rules():
     x, int8 = normal(2, 64).half(), Int8Linear.from_float(normal(3, 64))
-    int4 = Int4Linear.from_float(normal(3, 64), groupsize=32)
+    int4 = GroupedLinear.from_float(normal(3, 64), groupsize=32)
     for weights in ((int8.weight, int8.scales), (int4.weight, pairs(int4)), (normal(3, 64).half(),)):
         torch.library.opcheck(torch.ops.fast_gpu.linear.default, (x, *weights))
     experts = {"experts": torch.tensor([[0, 2], [1, 0]], device=DEVICE), "n_experts": 3}
@@ -273,7 +274,7 @@ def test_one_compiled_graph_serves_every_number_of_rows():
 
 def test_a_weight_of_another_size_is_refused():
     module = Int8Linear.from_float(normal(8, 64))
-    int4 = Int4Linear.from_float(normal(8, 64), groupsize=32)
+    int4 = GroupedLinear.from_float(normal(8, 64), groupsize=32)
     for weights in ((module.weight, module.scales), (int4.weight, pairs(int4)), (normal(8, 64).half(),)):
         with pytest.raises(ValueError, match="x has 128 columns, the weight 64"):
             torch.ops.fast_gpu.linear(normal(1, 128).half(), *weights)
@@ -319,7 +320,7 @@ def name_of(launch: dict[str, int]) -> str:
 def test_the_report_times_every_way(monkeypatch, kind):
     """Each candidate launches the tiles it is named after, and its product is right."""
     weight = normal(64, 2048) / 16
-    linear = float_linear(weight, torch.float16) if kind == "float" else Int4Linear.from_float(weight, groupsize=32)
+    linear = float_linear(weight, torch.float16) if kind == "float" else GroupedLinear.from_float(weight, groupsize=32)
     monkeypatch.setattr(gpu_products, "kernels_of", lambda card: gpu)
     card = gpu_products.Card(DEVICE, torch.float16, None, compile=False)
     launched = launches_of(monkeypatch, "_multiply")
@@ -342,7 +343,7 @@ def test_the_report_times_every_way(monkeypatch, kind):
 def test_the_fastest_way_is_taken(monkeypatch, kind, rows, best):
     """A fake clock decides which way is the fastest; the product is right in all of them."""
     weight, norm = normal(64, 512) / 16, RMSNorm(512, 1e-5).half().to(DEVICE).requires_grad_(False)
-    quantized = Int8Linear.from_float(weight) if kind == "int8" else Int4Linear.from_float(weight, groupsize=32)
+    quantized = Int8Linear.from_float(weight) if kind == "int8" else GroupedLinear.from_float(weight, groupsize=32)
     linear = float_linear(weight, torch.float16) if kind == "float" else quantized
     linear, x, timed = fast_linear(linear, gpu), normal(1, rows, 512).half(), []
 

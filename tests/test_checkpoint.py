@@ -362,19 +362,6 @@ def test_an_adapter_beside_the_weights_is_not_the_model(shard):
     assert same_model(load_model(directory), expected)
 
 
-@pytest.mark.parametrize("config", [{"quantization_config": {"quant_method": "awq"}}, {}])
-def test_quantised_by_others(copy, config):
-    directory = copy()
-    tensors = load_file(directory / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.qweight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
-    save_file(tensors, directory / "model.safetensors")
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
-    method = "awq" if config else "gptq or awq"
-    with pytest.raises(ValueError, match=rf"these weights are quantised already \({method}\): give the unquantised"):
-        load_model(directory)
-
-
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("kept", [5, 1000, -1])
 def test_truncated_shard(shard, kind, kept):

@@ -28,6 +28,7 @@ from fast.cli import INSTALL_LM_EVAL
 ROOT = Path(cli.__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 REPOS = ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-2-7b-chat-hf")
+QUANTISED = "Qwen/Qwen2.5-0.5B-Instruct-AWQ"
 
 # Commands that another test runs.
 ELSEWHERE = {
@@ -37,6 +38,10 @@ ELSEWHERE = {
     INSTALL_LM_EVAL.replace("'", '"'): ".ci/run",  # requirements-dev.txt has the same line
     f"./scripts/prepare.sh {REPOS[0]}": "tests/test_checkpoint.py::test_prepare_downloads_then_converts",
     f"python scripts/download.py {REPOS[0]} --revision main": "tests/test_download.py",
+    f"python scripts/download.py {QUANTISED}": "tests/test_download.py",
+    f'python generate.py --compile --checkpoint_path checkpoints/{QUANTISED} --chat --prompt "Why is the sky blue?"': (
+        "tests/test_published.py::test_the_demo_as_gptq_answers_and_is_scored"
+    ),
     "python tests/models_table.py": "tests/test_docs.py::test_the_table_of_models",
     "python scripts/gpu_report.py": "tests/test_gpu_report.py::test_the_table_and_the_json",
     "python -m scripts.bench.quality --every_mode": "tests/test_bench_quality.py::test_every_mode_by_its_flags",

@@ -246,9 +246,9 @@ def test_unusable_repositories(hub, tmp_path):
 
 
 def test_a_model_that_cannot_run_is_refused_before_its_weights_are_fetched(hub, tmp_path):
-    config = {**json.loads(WANTED["config.json"]), "quantization_config": {"quant_method": "awq"}}
+    config = {**json.loads(WANTED["config.json"]), "quantization_config": {"quant_method": "bitsandbytes"}}
     hub.repos[REPO] = {"config.json": json.dumps(config).encode(), "model.safetensors": b"gigabytes"}
-    assert_error(run(tmp_path, hub.url, REPO), "quantised already (awq)")
+    assert_error(run(tmp_path, hub.url, REPO), "weights quantised by 'bitsandbytes' are not supported")
     assert hub.fetched() == ["config.json"]
 
 

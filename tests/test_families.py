@@ -220,8 +220,6 @@ def test_llama_has_no_sliding_window():
         ({"rope_theta": 0.5}, "rope_theta is 0.5; expected a number above 1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor 0.25 is not supported"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised already \(gptq\): give the unquantised"),
-        ({"quantization_config": "fp8"}, r"quantised already \(fp8\)"),
         ({"layer_types": ["full_attention"]}, "layer_types is .*; expected a list of 22, one per layer"),
         ({"layer_types": ["chunked_attention"] * 22}, "layers of type 'chunked_attention' are not supported"),
         ({"hidden_size": None}, "config.json has no hidden_size"),

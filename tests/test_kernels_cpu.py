@@ -23,17 +23,19 @@ import torch.nn.functional as F
 from fast.checkpoint import load_model
 from fast.decoding import build_steps, stream
 from fast.layers import TENSORS, fused
-from fast.quantized import Int4Linear, Int8Linear, QuantizedKVCache
+from fast.quantized import GROUP_SIZES, GroupedLinear, Int8Linear, QuantizedKVCache
 from fast.sampling import Sampling
 from kernels import cpu
 from kernels.cpu import build, packing
 from model import ACTIVATIONS, Linear, RMSNorm, Router, Sharding, gated
 from model import multiply as textbook_multiply
 from scripts.bench.presets import preset
+from scripts.bench.random_models import FORMS, random_groups
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(build.load() is not None, reason=str(build.load()))
 SHAPES = [(1, 64), (16, 64), (40, 192), (131, 256), (8, 1056)]
+AS_OURS = 4, False, 0  # 4 bits; scales and zeros in bfloat16, zeros in the middle
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
@@ -53,7 +55,7 @@ def normal(*shape: int) -> torch.Tensor:
 def pack(module) -> torch.Tensor:
     if isinstance(module, Int8Linear):
         return packing.pack_int8(module.weight, module.scales)
-    return packing.pack_int4(module.weight, module.scales, module.zeros)
+    return packing.pack_groups(module.weight, module.scales, module.zeros)
 
 
 def unpack_int8(packed: torch.Tensor, n_out: int, n_in: int) -> tuple[torch.Tensor, ...]:
@@ -64,7 +66,7 @@ def unpack_int8(packed: torch.Tensor, n_out: int, n_in: int) -> tuple[torch.Tens
 
 
 def unpack_int4(packed: torch.Tensor, n_out: int, n_in: int, groupsize: int) -> tuple[torch.Tensor, ...]:
-    """The inverse of `packing.pack_int4`."""
+    """The inverse of `packing.pack_groups`."""
     n_groups, n_panels = n_in // groupsize, len(packed)
     words, pairs = packed.view(n_panels, n_groups, -1).split((packing.LANES * groupsize // 2, packing.LANES * 4), dim=2)
     e, f, g, h = (
@@ -94,7 +96,7 @@ def test_packing_int8_is_undone(n, k):
 def test_packing_int4_is_undone(n, k, groupsize):
     tensors = torch.randint(256, (n, k // 2), dtype=torch.uint8), normal(n, k // groupsize), normal(n, k // groupsize)
     tensors = tensors[0], tensors[1].bfloat16(), tensors[2].bfloat16()
-    packed = packing.pack_int4(*tensors)
+    packed = packing.pack_groups(*tensors)
     assert packed.shape == (-(-n // 16), 8 * k + 64 * k // groupsize)
     for found, expected in zip(unpack_int4(packed, n, k, groupsize), tensors, strict=True):
         assert found.equal(expected)
@@ -114,6 +116,7 @@ def test_tensors_in_huge_pages_lie_side_by_side(monkeypatch):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_products(variant, rows, threads):
     torch.set_num_threads(threads)
+    torch.manual_seed(0)
     try:
         for n, k in SHAPES if rows < 100 else [(40, 320)]:
             x, weight = normal(rows, k).bfloat16(), normal(n, k)
@@ -123,10 +126,12 @@ def test_products(variant, rows, threads):
             module = Int8Linear.from_float(weight)
             y = torch.ops.fast.int8_linear(x, pack(module), n)
             assert close(y, x.float() @ module.dequantize(torch.float32).T)
-            for groupsize in (size for size in (32, 64, 128, 256) if k % size == 0):
-                module = Int4Linear.from_float(weight, groupsize=groupsize)
-                y = torch.ops.fast.int4_linear(x, pack(module), n, groupsize)
-                assert close(y, x.float() @ module.dequantize(torch.float32).T)
+            for groupsize in (size for size in GROUP_SIZES if k % size == 0):
+                for form in FORMS:
+                    module = random_groups(n, k, groupsize, form)
+                    product = cpu.product(module.weight, module.scales, module.zeros, module.zeros_are)
+                    y = product.operator(x, *product.tensors.values(), None, None, 0.0, None, "", None, None)
+                    assert close(y, x.float() @ module.dequantize(torch.float32).T)
     finally:
         torch.set_num_threads(1)
 
@@ -142,12 +147,12 @@ def test_fused_norm_bias_gates_and_residual(variant, rows, activation, norm_dtyp
     norm = RMSNorm(224, eps=1.0).requires_grad_(False)
     norm.weight.data = normal(224).to(norm_dtype).float()
     residual = None if activation else normal(rows, 88).bfloat16()
-    int8, int4 = Int8Linear.from_float(weight), Int4Linear.from_float(weight, groupsize=32)
+    int8, int4 = Int8Linear.from_float(weight), GroupedLinear.from_float(weight, groupsize=32)
     surroundings = bias, norm.weight.to(norm_dtype), norm.eps, residual, activation
     for exact, y in (
         (weight.float(), torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight), 88, *surroundings)),
         (int8.dequantize(torch.float32), torch.ops.fast.int8_linear(x, pack(int8), 88, *surroundings)),
-        (int4.dequantize(torch.float32), torch.ops.fast.int4_linear(x, pack(int4), 88, 32, *surroundings)),
+        (int4.dequantize(torch.float32), torch.ops.fast.grouped_linear(x, pack(int4), 88, 32, *AS_OURS, *surroundings)),
     ):
         linear = Linear(224, 88, True, Sharding()).requires_grad_(False)
         linear.weight.data, linear.bias.data = exact, bias.float()
@@ -169,7 +174,7 @@ def test_experts(variant, mode, tokens, threads):
     if mode == "bf16":
         dense, product = float_weight.float(), cpu.product(float_weight, n_experts=E)
     else:
-        kind, scheme = (Int8Linear, {}) if mode == "int8" else (Int4Linear, {"groupsize": 32})
+        kind, scheme = (Int8Linear, {}) if mode == "int8" else (GroupedLinear, {"groupsize": 32})
         module = kind.from_float(float_weight, **scheme)
         tensors = (getattr(module, name) for name in TENSORS[type(module)])
         dense, product = module.dequantize(torch.float32), cpu.product(*tensors, n_experts=E)
@@ -245,7 +250,9 @@ def test_batched_rows_equal_single_rows(variant):
     for multiply in (
         lambda x: torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight.bfloat16()), 48),
         lambda x: torch.ops.fast.int8_linear(x, pack(Int8Linear.from_float(weight)), 48),
-        lambda x: torch.ops.fast.int4_linear(x, pack(Int4Linear.from_float(weight, groupsize=32)), 48, 32),
+        lambda x: torch.ops.fast.grouped_linear(
+            x, pack(GroupedLinear.from_float(weight, groupsize=32)), 48, 32, *AS_OURS
+        ),
     ):
         alone = torch.cat([multiply(row[None]) for row in x])
         assert torch.allclose(multiply(x).float(), alone.float(), rtol=0.008, atol=0.02)
@@ -255,8 +262,8 @@ def test_large_zeros_cancel_exactly(variant):
     """Weights around 100 with a spread of 1, the inputs' second half is the first one negated: the spread remains."""
     half, weight = normal(2, 256).bfloat16(), 100 + normal(16, 512)
     x = torch.cat((half, -half), 1)
-    module = Int4Linear.from_float(weight, groupsize=32)
-    y = torch.ops.fast.int4_linear(x, pack(module), 16, 32)
+    module = GroupedLinear.from_float(weight, groupsize=32)
+    y = torch.ops.fast.grouped_linear(x, pack(module), 16, 32, *AS_OURS)
     assert close(y, x.float() @ module.dequantize(torch.float32).T)
 
 
@@ -268,7 +275,9 @@ def test_nan_and_inf_stay_in_their_row(variant, bad):
     for multiply in (
         lambda x: torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight.bfloat16()), 16),
         lambda x: torch.ops.fast.int8_linear(x, pack(Int8Linear.from_float(weight)), 16),
-        lambda x: torch.ops.fast.int4_linear(x, pack(Int4Linear.from_float(weight, groupsize=32)), 16, 32),
+        lambda x: torch.ops.fast.grouped_linear(
+            x, pack(GroupedLinear.from_float(weight, groupsize=32)), 16, 32, *AS_OURS
+        ),
     ):
         for rows in (x, x[1:2], x.repeat(8, 1)):
             y = multiply(rows)
@@ -279,8 +288,8 @@ def test_nan_and_inf_stay_in_their_row(variant, bad):
 def test_operators_keep_pytorchs_rules():
     x, module = normal(3, 64).bfloat16(), Int8Linear.from_float(normal(40, 64))
     torch.library.opcheck(torch.ops.fast.int8_linear.default, (x, pack(module), 40))
-    module = Int4Linear.from_float(normal(40, 64), groupsize=32)
-    torch.library.opcheck(torch.ops.fast.int4_linear.default, (x, pack(module), 40, 32))
+    module = GroupedLinear.from_float(normal(40, 64), groupsize=32)
+    torch.library.opcheck(torch.ops.fast.grouped_linear.default, (x, pack(module), 40, 32, *AS_OURS))
     torch.library.opcheck(torch.ops.fast.bf16_linear.default, (x, packing.pack_bf16(normal(40, 64).bfloat16()), 40))
     packed, norm = packing.pack_bf16(normal(48, 64).bfloat16()), normal(64).bfloat16()
     routing = x, packing.pack_bf16(normal(3, 64).bfloat16()), 3, 2, True, norm, 1e-5
@@ -321,9 +330,9 @@ def test_surroundings_that_do_not_fit_are_refused(surroundings, message):
 
 @pytest.mark.parametrize(("n_in", "groupsize"), [(96, 0), (96, 64), (1024, 512), (96, 96)])
 def test_groups_that_do_not_fit_are_refused(n_in, groupsize):
-    packed = pack(Int4Linear.from_float(normal(40, n_in), groupsize=32))
+    packed = pack(GroupedLinear.from_float(normal(40, n_in), groupsize=32))
     with pytest.raises(RuntimeError, match=f"{n_in} inputs cannot be divided into groups of {groupsize}, which"):
-        torch.ops.fast.int4_linear(normal(1, n_in).bfloat16(), packed, 40, groupsize)
+        torch.ops.fast.grouped_linear(normal(1, n_in).bfloat16(), packed, 40, groupsize, *AS_OURS)
 
 
 def test_asking_for_the_variants_chooses_none():

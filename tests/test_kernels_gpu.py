@@ -146,7 +146,7 @@ def test_threads_do_not_exchange_weights(compiled, capability, bits, group, rows
     n_out = 28672
     (warps, outputs, unrolled), *_ = products.ways_of(rows, 4096, n_out, bits, group, products.SMS).values()
     assert unrolled == 1
-    shape = products.constants_of(rows, 4096, bits, group, activation, warps, outputs, unrolled)
+    shape = products.constants_of(rows, 4096, bits, group, activation, warps, outputs, unrolled, pairs=int(bits == 4))
     shape |= products.registers_of(warps, n_out // outputs, products.SMS) if rows == 1 else {}
     words = shape["WORDS"]
     one = {"rows": 1} if rows == 1 else {}  # Triton makes an argument of 1 a constant
@@ -171,7 +171,7 @@ def test_a_product_that_overlaps_waits_for_its_inputs(compiled, bits, others, be
     from kernels.gpu import products
 
     types, absent = product_types(bits, "norm_ptr", *others)
-    constants = products.constants_of(1, 4096, bits, 32 if bits == 4 else 4096, "", 4, 32, 1)
+    constants = products.constants_of(1, 4096, bits, 32 if bits == 4 else 4096, "", 4, 32, 1, pairs=int(bits == 4))
     ptx = compiled(products._multiply, 90, types, **constants, **absent, rows=1, OVERLAP=True).ptx
     assert accesses_before_waiting(ptx) == before
 

@@ -13,7 +13,7 @@ from torch import nn
 from fast import layers
 from fast.checkpoint import load_model, open_checkpoint
 from fast.layers import FastBlock, FastKVCache, FastLinear, backend_for, fast_linear, in_one_region
-from fast.quantized import LINEARS, Int4Linear, Int8Linear, QuantizedKVCache, QuantizedLinear
+from fast.quantized import LINEARS, GroupedLinear, Int8Linear, QuantizedKVCache, QuantizedLinear
 from kernels import Product, cpu
 from model import ACTIVATIONS, Linear, Router, Transformer, TransformerBlock, gated
 from quantize import quantize
@@ -104,7 +104,7 @@ def test_an_activation_that_no_kernel_knows_runs_without_one(tiny, monkeypatch):
 def test_packed_for_this_device_it_gives_the_same_product(bias, scheme, rows):
     weight, b = normal(40, 192, seed=1), normal(40, seed=2).bfloat16() if bias else None
     x = normal(rows, 1, 192, seed=3).bfloat16()
-    module = (Int4Linear if scheme else Int8Linear).from_float(weight, b, **scheme)
+    module = (GroupedLinear if scheme else Int8Linear).from_float(weight, b, **scheme)
     expected = nn.functional.linear(x.float(), module.dequantize(torch.float32), None if b is None else b.float())
     fast = fast_linear(module, backend_for("cpu", torch.bfloat16))
     assert isinstance(fast, FastLinear)
@@ -113,9 +113,9 @@ def test_packed_for_this_device_it_gives_the_same_product(bias, scheme, rows):
 
 
 @has_kernels
-@pytest.mark.parametrize("groupsize", [16, 512, 96])
+@pytest.mark.parametrize("groupsize", [24, 512, 96])
 def test_groups_that_no_kernel_takes_run_without_one(groupsize):
-    module, x = Int4Linear.from_float(normal(8, 1536), groupsize=groupsize), normal(2, 1536, seed=1).bfloat16()
+    module, x = GroupedLinear.from_float(normal(8, 1536), groupsize=groupsize), normal(2, 1536, seed=1).bfloat16()
     fast = fast_linear(module, backend_for("cpu", torch.bfloat16))
     assert fast is module
     assert relative_error(fast(x), x.float() @ module.dequantize(torch.float32).T) < 0.01

@@ -17,7 +17,7 @@ import quantize
 from fast import families
 from fast.checkpoint import load_model, open_checkpoint
 from fast.config import args_from_dict, rope_factors
-from fast.quantized import KV_DTYPES, Int4Linear, QuantizedKVCache, quantize_kv
+from fast.quantized import KV_DTYPES, GroupedLinear, QuantizedKVCache, quantize_kv
 from model import RopeScaling, Transformer
 from scripts.bench.presets import PRESETS
 
@@ -121,14 +121,14 @@ def test_int4_logits_equal_transformers_with_the_same_weights(tiny, idx, tmp_pat
     quantize.quantize(open_checkpoint(tiny(family)[1]), scheme, tmp_path / "model.pth", "cpu", None)
     hf = copy.deepcopy(tiny(family)[0])
     linears = [module for module in hf.modules() if isinstance(module, torch.nn.Linear) and module.in_features >= 32]
-    weights = [Int4Linear.from_float(linear.weight, groupsize=32).dequantize(torch.float32) for linear in linears]
+    weights = [GroupedLinear.from_float(linear.weight, groupsize=32).dequantize(torch.float32) for linear in linears]
     for parameter in hf.parameters():
         parameter.copy_(parameter.bfloat16())
     for linear, weight in zip(linears, weights, strict=True):
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)  # a tied output projection gets its own
     for name, stacked in tiny(family)[0].named_parameters():
         if ".experts." in name:
-            weight = Int4Linear.from_float(stacked.flatten(0, 1), groupsize=32).dequantize(torch.float32)
+            weight = GroupedLinear.from_float(stacked.flatten(0, 1), groupsize=32).dequantize(torch.float32)
             hf.get_parameter(name).copy_(weight.view_as(stacked))
     assert_equal_logits(load_model(tmp_path / "model.pth", dtype=torch.float32)(idx), hf(idx).logits)
 

@@ -26,7 +26,7 @@ import quantize
 from fast import gptq as gptq_module
 from fast.checkpoint import load_model, open_checkpoint, save_checkpoint
 from fast.gptq import Hessian, gptq, gptq_linears
-from fast.quantized import Int4Linear, Int8Linear, int4_values, pack_nibbles
+from fast.quantized import GroupedLinear, Int8Linear, int4_values, pack_nibbles
 from model import Linear, ModelArgs, Transformer
 
 ROOT = Path(quantize.__file__).parent
@@ -94,7 +94,7 @@ def test_a_file_says_what_it_is_and_loads_by_that(written, mode):
     model = load_model(written / MODES[mode], dtype=torch.float32)  # for which a CPU has no kernels
     assert model.quantization["mode"] == mode
     assert model.quantization.get("groupsize") == (None if mode == "int8" else 32)
-    kind = Int8Linear if mode == "int8" else Int4Linear
+    kind = Int8Linear if mode == "int8" else GroupedLinear
     linears = [
         m for name, m in model.named_modules() if name.rpartition(".")[2] in ("wqkv", "wo", "w13", "w2", "output")
     ]
@@ -120,7 +120,7 @@ def test_save_load_save_is_the_same_file(written, tmp_path, mode):
 
 def test_weights_are_those_of_from_float(written):
     source, found = load_model(DEMO, dtype=torch.float32), open_checkpoint(written / "model_int4.g32.pth").tensors
-    expected = Int4Linear.from_float(source.layers[2].attention.wqkv.weight, groupsize=32)
+    expected = GroupedLinear.from_float(source.layers[2].attention.wqkv.weight, groupsize=32)
     for name, tensor in expected.state_dict().items():
         assert found[f"layers.2.attention.wqkv.{name}"].load("cpu", tensor.dtype).equal(tensor)
     assert found["tok_embeddings.weight"].load("cpu", torch.bfloat16).equal(source.tok_embeddings.weight.bfloat16())
@@ -179,7 +179,7 @@ def test_gptq_beats_rounding_on_inputs_that_depend_on_each_other(act_order, grou
     def output_error(approximate):
         return float(((approximate - weight) @ x.T).norm() / (weight @ x.T).norm())
 
-    rounded = Int4Linear.from_float(weight, groupsize=groupsize, scale_search=True).dequantize(torch.float32)
+    rounded = GroupedLinear.from_float(weight, groupsize=groupsize, scale_search=True).dequantize(torch.float32)
     assert output_error(int4_values(q, scales, zeros)) == pytest.approx(error, rel=1e-3)
     assert error < 0.6 * output_error(rounded)
 
@@ -196,7 +196,7 @@ def test_gptq_does_not_depend_on_the_block_size():
 def test_gptq_with_independent_inputs_is_rounding():
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
     q, scales, zeros, _ = gptq(weight, torch.eye(64), groupsize=32, percdamp=0.01, blocksize=64, act_order=False)
-    expected = Int4Linear.from_float(weight, groupsize=32, scale_search=True).dequantize(torch.float32)
+    expected = GroupedLinear.from_float(weight, groupsize=32, scale_search=True).dequantize(torch.float32)
     assert int4_values(q, scales, zeros).equal(expected)
 
 
@@ -232,7 +232,7 @@ def test_gptq_rounds_a_linear_whose_inputs_are_all_zero(tmp_path, text, capsys):
     tensors = open_checkpoint(tmp_path / "model_int4-gptq.g32.pth").tensors
     name = "layers.1.feed_forward.w2"
     weight = model.get_parameter("model.layers.1.mlp.down_proj.weight").data
-    expected = Int4Linear.from_float(weight, groupsize=32, scale_search=True).state_dict()
+    expected = GroupedLinear.from_float(weight, groupsize=32, scale_search=True).state_dict()
     for part, value in expected.items():
         assert tensors[f"{name}.{part}"].parts[0].read().equal(value)
 
@@ -261,7 +261,7 @@ def test_gptq_rounds_an_expert_that_few_tokens_reach(tiny, capsys):
     weights, errors = exact.chunk(4), []
     for weight, x, is_rounded, *part in zip(weights, rows, few, *parts, strict=True):
         if is_rounded:
-            plain = Int4Linear.from_float(weight, groupsize=32, scale_search=True)
+            plain = GroupedLinear.from_float(weight, groupsize=32, scale_search=True)
             assert all(a.equal(b) for a, b in zip(part, (plain.weight, plain.scales, plain.zeros), strict=True))
         else:
             hessian = Hessian(64, "cpu")
@@ -290,7 +290,7 @@ def test_gptq_observes_what_the_model_computes(tiny, monkeypatch):
         return torch.zeros(weight.shape), torch.zeros(len(weight), 2), torch.zeros(len(weight), 2), 0.0
 
     monkeypatch.setattr(gptq_module, "gptq", exact)
-    monkeypatch.setattr(gptq_module.Int4Linear, "dequantize", lambda self, dtype: next(weights))
+    monkeypatch.setattr(gptq_module.GroupedLinear, "dequantize", lambda self, dtype: next(weights))
     source = load_model(tiny("llama")[1], dtype=torch.float32).bfloat16()  # loading in bfloat16 would pack the weights
     tokens = torch.randint(128, (6, 16), generator=torch.Generator().manual_seed(0))
     names = [n for n, m in source.named_modules() if isinstance(m, Linear)]

@@ -11,8 +11,7 @@ from conftest import normal, relative_error
 from torch import nn
 
 from fast.quantized import (
-    GROUP_SIZES,
-    Int4Linear,
+    GroupedLinear,
     Int8Linear,
     int4_round,
     int4_scales,
@@ -47,7 +46,7 @@ def test_int8_errs_by_less_than_one_percent_and_half_a_step():
 def test_int4_errs_within_its_bound_and_the_search_lowers_it(groupsize, bound):
     weight = normal(64, 1024) + 0.5
     exact = weight.unflatten(1, (-1, groupsize))
-    plain, searched = (Int4Linear.from_float(weight, groupsize=groupsize, scale_search=s) for s in (False, True))
+    plain, searched = (GroupedLinear.from_float(weight, groupsize=groupsize, scale_search=s) for s in (False, True))
     centred = (exact - exact.mean(-1, keepdim=True)).norm()
     errors = [(m.dequantize(torch.float32) - weight).norm() / centred for m in (plain, searched)]
     assert errors[0] < bound
@@ -71,14 +70,14 @@ def test_the_search_weighs_errors_by_importance():
 @pytest.mark.parametrize("search", [False, True])
 def test_constant_weights_stay_what_they_are(value, search):
     weight = torch.full((4, 64), value)
-    for module in (Int8Linear.from_float(weight), Int4Linear.from_float(weight, groupsize=32, scale_search=search)):
+    for module in (Int8Linear.from_float(weight), GroupedLinear.from_float(weight, groupsize=32, scale_search=search)):
         assert torch.allclose(module.dequantize(torch.float32), weight, rtol=0.004, atol=0)
 
 
 def test_values_that_sixteen_steps_hold_are_exact():
     weight = (torch.randint(16, (8, 64), generator=torch.Generator().manual_seed(1)).float() - 8) * 0.25
     weight[:, [0, 32]], weight[:, [1, 33]] = -2.0, 1.75  # every group spans all 16 steps
-    assert Int4Linear.from_float(weight, groupsize=32).dequantize(torch.float32).equal(weight)
+    assert GroupedLinear.from_float(weight, groupsize=32).dequantize(torch.float32).equal(weight)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -86,7 +85,7 @@ def test_values_that_sixteen_steps_hold_are_exact():
 @pytest.mark.parametrize("shape", [(1, 1, 192), (3, 7, 192)])
 def test_a_product_equals_that_of_the_dequantised_weights(bias, scheme, shape):
     weight, b, x = normal(40, 192, seed=1), normal(40, seed=2) if bias else None, normal(*shape, seed=3)
-    module = (Int4Linear if scheme else Int8Linear).from_float(weight, b, **scheme)
+    module = (GroupedLinear if scheme else Int8Linear).from_float(weight, b, **scheme)
     expected = nn.functional.linear(x, module.dequantize(torch.float32), b)
     assert torch.allclose(module(x), expected, rtol=1e-5, atol=1e-4)
 
@@ -101,7 +100,7 @@ def test_swapping_keeps_biases_and_what_is_skipped():
     model = small()
     swap_linears(model, {"mode": "int4", "groupsize": 32, "skip": ["wo"]})
     assert isinstance(model["wo"], nn.Linear)
-    assert isinstance(model["inner"]["w2"], Int4Linear)
+    assert isinstance(model["inner"]["w2"], GroupedLinear)
     assert model["inner"]["w2"].bias.shape == (8,)
     assert set(model.state_dict()) == {"wo.weight", *(f"inner.w2.{x}" for x in ("weight", "scales", "zeros", "bias"))}
 
@@ -110,9 +109,12 @@ def test_swapping_keeps_biases_and_what_is_skipped():
     ("scheme", "message"),
     [
         ({"mode": "int3"}, "quantisation mode 'int3' is not supported; supported: int8, int4, int4-gptq"),
-        ({"mode": "int4", "groupsize": 48}, f"group size 48 is not supported; supported: {GROUP_SIZES}"),
-        ({"mode": "int4"}, "group size None is not supported"),
-        ({"mode": "int4", "groupsize": 64}, "wo has 96 inputs, not a multiple of 64: use --groupsize 32"),
+        (
+            {"mode": "int4", "groupsize": 48},
+            "quantisation with groupsize 48 is not supported; supported: 16, 32,",
+        ),
+        ({"mode": "int4"}, "quantisation with groupsize None is not supported"),
+        ({"mode": "int4", "groupsize": 64}, "wo has 96 inputs, not a multiple of 64: use --groupsize 16 or 32"),
         ({"mode": "int4", "groupsize": 64, "skip": ["wo"]}, "inner.w2 has 160 inputs, not a multiple of 64: use"),
     ],
 )

@@ -25,18 +25,24 @@ def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
 
 
 def product(
-    weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None, n_experts: int = 1
+    weight: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    zeros_are: str = "middle",
+    n_experts: int = 1,
 ) -> Product | None:
-    """Pack a weight in bfloat16, int8 or int4 for its product; None where its sizes do not fit the panels."""
+    """Pack a weight in bfloat16, int8 or in groups for its product; None where its sizes do not fit the panels."""
     n_out, n_in = weight.shape[0] // n_experts, weight.shape[1]
     if n_experts > 1 and n_out % packing.LANES:
         return None
     if zeros is not None:
-        groupsize = 2 * n_in // scales.shape[1]
-        if groupsize % 32 or packing.INPUTS_PER_SCALE % groupsize:
+        bits = 8 if weight.dtype == torch.int8 else 4
+        groupsize = 8 * n_in // bits // scales.shape[1]
+        if groupsize % 16 or packing.INPUTS_PER_SCALE % groupsize:
             return None
-        operator, sizes = torch.ops.fast.int4_linear, (n_out, groupsize)
-        packed = packing.pack_int4(weight, scales, zeros)
+        is_half, kind = scales.dtype == torch.float16, ("middle", "lowest", "steps").index(zeros_are)
+        operator, sizes = torch.ops.fast.grouped_linear, (n_out, groupsize, bits, is_half, kind)
+        packed = packing.pack_groups(weight, scales, zeros)
     elif n_in % (2 if scales is None else 4):
         return None
     elif scales is not None:

@@ -34,7 +34,7 @@ void by_matrices(Kind kind, const Call& c, const at::Tensor& x, at::Tensor& y) {
   for (int64_t p = 0; p < panels(c.N); p += at_once) {
     const int64_t n = std::min(at_once, panels(c.N) - p);
     at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) chosen.unpack[kind](c.w + (p + i) * bytes, c.K, c.G, rows + i * LANES * c.K);
+      for (int64_t i = begin; i < end; ++i) chosen.unpack[kind](c, c.w + (p + i) * bytes, rows + i * LANES * c.K);
     });
     const int64_t n_rows = std::min(n * LANES, c.N - p * LANES);
     y.narrow(1, p * LANES, n_rows).copy_(x.mm(scratch.narrow(0, 0, n_rows).t()));
@@ -205,7 +205,8 @@ std::tuple<at::Tensor, at::Tensor> route(const at::Tensor& x_any, const at::Tens
   return {experts, weights};
 }
 
-at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed, int64_t N, int64_t G, const Fused& fused) {
+at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed, int64_t N, int64_t G, const Fused& fused,
+                    Pairs pairs = {}) {
   TORCH_CHECK(x_any.dim() == 2 && x_any.scalar_type() == at::kBFloat16, "x must be bfloat16 [M, K]");
   const int64_t K = x_any.size(1), expected = panels(N) * panel_bytes(kind, K, G);
   const int64_t n_experts = fused.experts && expected ? int64_t(packed.nbytes()) / expected : 1;
@@ -233,7 +234,7 @@ at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed
   if (fused.norm) x = normalized(x, *fused.norm, fused.eps);
   bf16* out = static_cast<bf16*>(y.data_ptr());
   const Call c{static_cast<const bf16*>(x.const_data_ptr()), static_cast<const uint8_t*>(packed.const_data_ptr()), out,
-               nullptr, nullptr, M, N, K, G};
+               nullptr, nullptr, M, N, K, G, pairs};
   if (leader.in_step && fused.experts)
     leader.team->multiplies(packed, expected, static_cast<const int64_t*>(experts.const_data_ptr()), M == experts.size(1) ? M : 0);
   else if (leader.in_step)
@@ -279,11 +280,15 @@ at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N,
   TORCH_CHECK(x.size(-1) % 4 == 0, x.size(-1), " inputs are not a multiple of 4");
   return multiply(INT8, x, packed, N, INPUTS_PER_SCALE, {bias, norm, eps, residual, activation, experts, weights});
 }
-at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, int64_t G, const Maybe& bias, const Maybe& norm,
-                       double eps, const Maybe& residual, std::string activation, const Maybe& experts, const Maybe& weights) {
-  TORCH_CHECK(G > 0 && G % 32 == 0 && INPUTS_PER_SCALE % G == 0 && x.size(-1) % G == 0, x.size(-1),
-              " inputs cannot be divided into groups of ", G, ", which must be a multiple of 32 and divide ", INPUTS_PER_SCALE);
-  return multiply(INT4, x, packed, N, G, {bias, norm, eps, residual, activation, experts, weights});
+// bits: 4 or 8. is_half: scales and zeros are fp16, else bf16. zeros: what they mean, as numbered in `Zeros`.
+at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, int64_t G, int64_t bits, bool is_half, int64_t zeros,
+                          const Maybe& bias, const Maybe& norm, double eps, const Maybe& residual, std::string activation,
+                          const Maybe& experts, const Maybe& weights) {
+  TORCH_CHECK(G > 0 && G % 16 == 0 && INPUTS_PER_SCALE % G == 0 && x.size(-1) % G == 0, x.size(-1),
+              " inputs cannot be divided into groups of ", G, ", which must be a multiple of 16 and divide ", INPUTS_PER_SCALE);
+  TORCH_CHECK((bits == 4 || bits == 8) && zeros >= MIDDLE && zeros <= STEPS, bits, " bits with zeros of kind ", zeros);
+  return multiply(bits == 4 ? GROUPS4 : GROUPS8, x, packed, N, G, {bias, norm, eps, residual, activation, experts, weights},
+                  {is_half, Zeros(zeros)});
 }
 
 // Packs rows of bf16 [N, K] into panels, by transposing squares of 16 x 16 pairs; the last panel is padded with zeros.
@@ -413,7 +418,7 @@ TORCH_LIBRARY(fast, m) {
                             "Tensor? experts=None, Tensor? weights=None) -> Tensor";
   m.def(("bf16_linear(Tensor x, Tensor packed, int n_out" + fused).c_str());
   m.def(("int8_linear(Tensor x, Tensor packed, int n_out" + fused).c_str());
-  m.def(("int4_linear(Tensor x, Tensor packed, int n_out, int groupsize" + fused).c_str());
+  m.def(("grouped_linear(Tensor x, Tensor packed, int n_out, int groupsize, int bits, bool is_half, int zeros" + fused).c_str());
   m.def("route(Tensor x, Tensor packed, int n_experts, int k, bool normalizes, Tensor norm, float eps) -> (Tensor, Tensor)");
   m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor positions, int window=0, Tensor? k_scales=None, "
         "Tensor? v_scales=None) -> Tensor");
@@ -424,7 +429,7 @@ TORCH_LIBRARY(fast, m) {
 TORCH_LIBRARY_IMPL(fast, CPU, m) {
   m.impl("pack_bf16", pack_bf16);
   m.impl("int8_linear", int8_linear);
-  m.impl("int4_linear", int4_linear);
+  m.impl("grouped_linear", grouped_linear);
   m.impl("bf16_linear", bf16_linear);
   m.impl("route", route);
   m.impl("decode_attention", decode_attention);

@@ -1,6 +1,6 @@
 """Packs weights into panels of 16 rows, in memory with huge pages.
 
-    packed = pack_int4(weight, scales, zeros)
+    packed = pack_groups(weight, scales, zeros)
 
 `products.cpp` describes the layout of a panel.
 """
@@ -40,14 +40,17 @@ def pack_int8(weight: Tensor, scales: Tensor) -> Tensor:
     return _by_panels(panels, weight, scales)
 
 
-def pack_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """Pack uint8 `[N, K / 2]` and bfloat16 scales, zeros `[N, K / G]` into uint8 `[ceil(N / 16), 8 K + 64 K / G]`."""
+def pack_groups(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """Pack a `GroupedLinear`'s tensors into uint8 `[ceil(N / 16), 2 K * bits + 64 K / G]`."""
 
     def panels(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         n_groups = scales.shape[1]
-        a, b, c, d = weight.unflatten(1, (-1, 4)).unbind(2)  # each [rows, K / 8], the even input in the low nibble
-        fours = torch.stack((a & 0xF | c << 4, a >> 4 | c & 0xF0, b & 0xF | d << 4, b >> 4 | d & 0xF0), dim=2)
-        words = fours.unflatten(0, (-1, LANES)).transpose(1, 2)  # [P, K / 8, 16, 4]
+        if weight.dtype == torch.int8:
+            fours = (weight.view(torch.uint8) ^ 0x80).unflatten(1, (-1, 4))
+        else:
+            a, b, c, d = weight.unflatten(1, (-1, 4)).unbind(2)  # each [rows, K / 8], the even input in the low nibble
+            fours = torch.stack((a & 0xF | c << 4, a >> 4 | c & 0xF0, b & 0xF | d << 4, b >> 4 | d & 0xF0), dim=2)
+        words = fours.unflatten(0, (-1, LANES)).transpose(1, 2)  # [P, words of a row, 16, 4]
         pairs = torch.stack((scales, zeros), dim=2).unflatten(0, (-1, LANES)).transpose(1, 2)  # [P, K / G, 16, 2]
         words = words.reshape(len(words), n_groups, -1)
         pairs = pairs.contiguous().view(torch.uint8).reshape(len(words), n_groups, -1)

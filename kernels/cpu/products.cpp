@@ -1,4 +1,4 @@
-// Products of a few rows with bf16, int8 and int4 weights on a CPU, at the speed at which memory delivers the weights.
+// Products of a few rows with bf16, 8-bit and 4-bit weights on a CPU, at the speed at which memory delivers the weights.
 //
 // Weights lie in panels of 16 rows, one row per lane: a register of weights is multiplied by a broadcast input, and no
 // sum runs across lanes. Each thread reads its panels as one stream, scales included. Up to 8 rows of x (4 without
@@ -7,8 +7,9 @@
 //
 // A panel of bf16:  K/2 times 64 bytes: row r's inputs 2i, 2i+1 at 4r.
 // A panel of int8:  K/4 times 64 bytes: 128 + row r's inputs 4i .. 4i+3 at 4r .. 4r+3.  Then 16 float32 scales.
-// A panel of int4:  K/8 times 64 bytes: byte 4r+j has row r's input j in its low four bits, input j+4 in the high ones.
-//                   After each group 16 pairs of bf16, (scale, zero).
+// In groups of 8 bits: as int8, but after each group 16 pairs of bf16 or fp16, (scale, zero).
+// In groups of 4 bits: K/8 times 64 bytes: byte 4r+j has row r's input j in its low four bits, input j+4 in the high
+//                   ones; 8 is added to each. After each group 16 pairs.
 
 #include "products.h"
 
@@ -24,28 +25,52 @@ namespace {
 
 // ---- One panel unpacked to rows of bf16, for prefill without AVX-512.
 
-INLINE void bf16_values(const uint8_t* panel, int64_t K, bf16* out) {  // out [16, K]
-  for (int64_t i = 0; i < K / 2; ++i)
-    for (int64_t r = 0; r < LANES; ++r) std::memcpy(out + r * K + 2 * i, panel + 4 * (LANES * i + r), 4);
+template <int BITS>
+struct Width {  // of a weight in a group
+  static constexpr int IN_A_WORD = 32 / BITS, MASK = (1 << BITS) - 1;
+  static constexpr float MIDDLE = 1 << (BITS - 1);  // is added to weights when they are stored
+};
+
+// The weight that is stored as 0 in a group whose scale and zero are s and z.
+template <int BITS, typename Floats>
+INLINE Floats lowest_weight(Width<BITS> width, Floats s, Floats z, Zeros zeros) {
+  if (zeros == STEPS) return (z - width.MIDDLE) * s;
+  return z - (zeros == LOWEST ? width.MIDDLE - 8 : width.MIDDLE) * s;
 }
 
-INLINE void int8_values(const uint8_t* panel, int64_t K, bf16* out) {
+INLINE float half_to_float(uint16_t half) {  // 2^112 moves the exponent's bias, and makes subnormal numbers normal
+  const float size = std::bit_cast<float>(uint32_t(half & 0x7FFF) << 13) * 5.192296858534828e33f;
+  return half & 0x8000 ? -size : size;
+}
+
+INLINE void bf16_values(const Call& c, const uint8_t* panel, bf16* out) {  // out [16, K]
+  for (int64_t i = 0; i < c.K / 2; ++i)
+    for (int64_t r = 0; r < LANES; ++r) std::memcpy(out + r * c.K + 2 * i, panel + 4 * (LANES * i + r), 4);
+}
+
+INLINE void int8_values(const Call& c, const uint8_t* panel, bf16* out) {
   float scales[LANES];
-  std::memcpy(scales, panel + LANES * K, sizeof scales);
+  std::memcpy(scales, panel + LANES * c.K, sizeof scales);
   for (int64_t r = 0; r < LANES; ++r)
-    for (int64_t i = 0; i < K; ++i) out[r * K + i] = to_bf16((panel[LANES * (i / 4 * 4) + 4 * r + i % 4] - 128) * scales[r]);
+    for (int64_t i = 0; i < c.K; ++i)
+      out[r * c.K + i] = to_bf16((panel[LANES * (i / 4 * 4) + 4 * r + i % 4] - 128) * scales[r]);
 }
 
-INLINE void int4_values(const uint8_t* panel, int64_t K, int64_t G, bf16* out) {
-  for (int64_t g = 0; g < K / G; ++g, panel += LANES * G / 2 + LANES * 4) {
-    const bf16* pairs = reinterpret_cast<const bf16*>(panel + LANES * G / 2);
+template <int BITS>
+INLINE void group_values(const Call& c, const uint8_t* panel, bf16* out) {
+  constexpr Width<BITS> width;
+  const int64_t bytes = LANES * c.G * BITS / 8;
+  for (int64_t g = 0; g < c.K / c.G; ++g, panel += bytes + LANES * 4) {
+    const uint16_t* pairs = reinterpret_cast<const uint16_t*>(panel + bytes);
     for (int64_t r = 0; r < LANES; ++r) {
-      const float scale = to_float(pairs[2 * r]), zero = to_float(pairs[2 * r + 1]);
-      bf16* row = out + r * K + g * G;
-      for (int64_t i = 0; i < G / 8; ++i)
-        for (int64_t j = 0; j < 8; ++j) {
-          const int q = (panel[4 * (LANES * i + r) + j % 4] >> (j / 4 * 4)) & 0xF;
-          row[8 * i + j] = to_bf16(float(q - 8) * scale + zero);
+      const auto number = [&](uint16_t bits) { return c.pairs.is_half ? half_to_float(bits) : to_float(bits); };
+      const float scale = number(pairs[2 * r]);
+      const float lowest = lowest_weight(width, scale, number(pairs[2 * r + 1]), c.pairs.zeros);
+      bf16* row = out + r * c.K + g * c.G;
+      for (int64_t i = 0; i < c.G / width.IN_A_WORD; ++i)
+        for (int64_t j = 0; j < width.IN_A_WORD; ++j) {
+          const int q = (panel[4 * (LANES * i + r) + j % 4] >> (j / 4 * 4)) & width.MASK;
+          row[width.IN_A_WORD * i + j] = to_bf16(float(q) * scale + lowest);
         }
     }
   }
@@ -143,6 +168,10 @@ struct Portable {
 
   static INLINE Floats low(Words pairs) { return (Floats)(pairs << 16); }  // each word is two bf16
   static INLINE Floats high(Words pairs) { return (Floats)(pairs & 0xFFFF0000); }
+  static INLINE Floats half(Words words) {  // the fp16 in the low half of each, as `half_to_float`
+    const Floats size = (Floats)((words & 0x7FFF) << 13) * 5.192296858534828e33f;
+    return (Floats)((Words)size | (words & 0x8000) << 16);
+  }
   // An unsigned bit field of each word, from bit `first` on, as float.
   static INLINE Floats bits(Words words, int first, uint32_t mask) {
     return __builtin_convertvector((Ints)(words >> first & mask), Floats);
@@ -189,22 +218,24 @@ struct Portable {
     for (int part = 0; part < PARTS; ++part) put<M>(sums[part], part, out);
   }
 
-  template <int M>
-  static INLINE void int4_rows(const Call& c, const bf16* x, const Group* groups, const uint8_t* panel, float* out) {
+  template <int M, int BITS>
+  static INLINE void group_rows(Width<BITS> width, const Call& c, const bf16* x, const Group* groups, const uint8_t* panel, float* out) {
     Floats totals[PARTS][M] = {};
     for (int64_t g = 0; g < c.K / c.G; ++g, panel += 64) {
       Floats sums[PARTS][M] = {};
-      for (int64_t i = 0; i < c.G; i += 8, x += 8 * M, panel += 64)
+      for (int64_t i = 0; i < c.G; i += width.IN_A_WORD, x += width.IN_A_WORD * M, panel += 64)
         for (int part = 0; part < PARTS; ++part) {
           const Words words = at<Words>(panel, part);
-          for (int j = 0; j < 8; j += 2) {
+          for (int j = 0; j < width.IN_A_WORD; j += 2) {
             const int first = 8 * (j % 4) + 4 * (j / 4);
-            add<M>(x + M * j, bits(words, first, 0xF), bits(words, first + 8, 0xF), sums[part]);
+            add<M>(x + M * j, bits(words, first, width.MASK), bits(words, first + 8, width.MASK), sums[part]);
           }
         }
       for (int part = 0; part < PARTS; ++part) {
         const Words pairs = at<Words>(panel, part);
-        const Floats scales = low(pairs), lowest = high(pairs) - 8 * scales;  // the weight that q = 0 means
+        const Floats scales = c.pairs.is_half ? half(pairs) : low(pairs);
+        const Floats zeros = c.pairs.is_half ? half(pairs >> 16) : high(pairs);
+        const Floats lowest = lowest_weight(width, scales, zeros, c.pairs.zeros);
         for (int m = 0; m < M; ++m) totals[part][m] += scales * sums[part][m] + lowest * groups[m * (c.K / c.G) + g].sum;
       }
     }
@@ -230,7 +261,7 @@ struct Portable {
     }
 #define FEW_ROWS c, c.inputs + m * c.K, c.groups + m * n_groups(c.K, c.G), panel, out + m * LANES
 
-// With int8 and int4 weights AVX-512 and AVX2 multiply integers: on AVX-512 that takes a quarter of the instructions of
+// With 8-bit and 4-bit weights AVX-512 and AVX2 multiply integers: on AVX-512 that takes a quarter of the instructions of
 // converting int8 to bf16. Inputs are quantised to 16 bits, with a scale for each 256. Even if one of these is 16 times
 // their root mean square, the most possible, the relative error is 1.4e-4, a fourteenth of bf16's rounding. Weights are
 // stored with an offset (128 or 8); offset times the sum of the inputs is subtracted afterwards.
@@ -243,10 +274,12 @@ constexpr float MAX_QUANTIZED_INPUT = 32639;  // 127 * 256 + 127, so that both b
 
 AVX2 void bf16_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<8>::bf16_rows, FEW_ROWS) }
 AVX2 void int8_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(int8_rows_avx2, FEW_ROWS) }
-AVX2 void int4_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(int4_rows_avx2, FEW_ROWS) }
-AVX2 void bf16_values_avx2(const uint8_t* panel, int64_t K, int64_t, bf16* out) { bf16_values(panel, K, out); }
-AVX2 void int8_values_avx2(const uint8_t* panel, int64_t K, int64_t, bf16* out) { int8_values(panel, K, out); }
-AVX2 void int4_values_avx2(const uint8_t* panel, int64_t K, int64_t G, bf16* out) { int4_values(panel, K, G, out); }
+template <int BITS>
+AVX2 void groups_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(group_rows_avx2, Width<BITS>(), FEW_ROWS) }
+AVX2 void bf16_values_avx2(const Call& c, const uint8_t* panel, bf16* out) { bf16_values(c, panel, out); }
+AVX2 void int8_values_avx2(const Call& c, const uint8_t* panel, bf16* out) { int8_values(c, panel, out); }
+template <int BITS>
+AVX2 void group_values_avx2(const Call& c, const uint8_t* panel, bf16* out) { group_values<BITS>(c, panel, out); }
 ROWS(avx512, AVX512)
 ROWS(avx2, AVX2)
 #endif
@@ -254,10 +287,8 @@ ROWS(portable, )
 
 void bf16_portable(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<4>::bf16_rows, FEW_ROWS) }
 void int8_portable(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<4>::int8_rows, FEW_ROWS) }
-void int4_portable(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<4>::int4_rows, FEW_ROWS) }
-void bf16_values_portable(const uint8_t* panel, int64_t K, int64_t, bf16* out) { bf16_values(panel, K, out); }
-void int8_values_portable(const uint8_t* panel, int64_t K, int64_t, bf16* out) { int8_values(panel, K, out); }
-void int4_values_portable(const uint8_t* panel, int64_t K, int64_t G, bf16* out) { int4_values(panel, K, G, out); }
+template <int BITS>
+void groups_portable(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<4>::group_rows, Width<BITS>(), FEW_ROWS) }
 
 }  // namespace
 
@@ -267,16 +298,15 @@ const std::vector<Kernels>& available() {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-      list.push_back({"avx512", 8, {bf16_avx512, int8_avx512, int4_avx512},
-                      {many_avx512<BF16>, many_avx512<INT8>, many_avx512<INT4>}, {}, round_avx512, ROW_FUNCTIONS(avx512),
+      list.push_back({"avx512", 8, {bf16_avx512, int8_avx512, groups_avx512<4>, groups_avx512<8>},
+                      {many_avx512<BF16>, many_avx512<INT8>, many_avx512<GROUPS4>, many_avx512<GROUPS8>}, {}, round_avx512, ROW_FUNCTIONS(avx512),
                       {attend_avx512<bf16>, attend_avx512<int8_t>}});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      list.push_back({"avx2", 4, {bf16_avx2, int8_avx2, int4_avx2}, {}, {bf16_values_avx2, int8_values_avx2, int4_values_avx2},
-                      round_avx2, ROW_FUNCTIONS(avx2), {}});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+      list.push_back({"avx2", 4, {bf16_avx2, int8_avx2, groups_avx2<4>, groups_avx2<8>}, {},
+                      {bf16_values_avx2, int8_values_avx2, group_values_avx2<4>, group_values_avx2<8>}, round_avx2, ROW_FUNCTIONS(avx2), {}});
 #endif
-    list.push_back({"portable", 4, {bf16_portable, int8_portable, int4_portable}, {},
-                    {bf16_values_portable, int8_values_portable, int4_values_portable}, nullptr,
-                    ROW_FUNCTIONS(portable), {}});
+    list.push_back({"portable", 4, {bf16_portable, int8_portable, groups_portable<4>, groups_portable<8>}, {},
+                    {bf16_values, int8_values, group_values<4>, group_values<8>}, nullptr, ROW_FUNCTIONS(portable), {}});
     return list;
   }();
   return found;

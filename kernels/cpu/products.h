@@ -28,7 +28,16 @@ inline bf16 to_bf16(float x) {  // to nearest, ties to even
   return bf16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-enum Kind { BF16, INT8, INT4 };
+enum Kind { BF16, INT8, GROUPS4, GROUPS8 };  // INT8: a scale per output; GROUPS4, GROUPS8: 4 or 8 bits in groups
+constexpr bool in_groups(Kind kind) { return kind >= GROUPS4; }
+
+// What a group's pair of scale s and zero z means: bf16 or fp16, and whether the weights in the middle are z, z + 8 s or
+// z s.
+enum Zeros { MIDDLE, LOWEST, STEPS };
+struct Pairs {
+  bool is_half;
+  Zeros zeros;
+};
 
 struct Group {  // G neighbouring inputs in a row of x
   float sum;    // of the inputs, or of the integers that `Kernels::round` makes of them
@@ -40,9 +49,10 @@ struct Call {
   const uint8_t* w;     // panels
   bf16* y;              // [M, N]
   const bf16* inputs;   // few rows: x in blocks of `rows_at_once` rows (the last may be smaller), each [K / 2, rows]
-                        // pairs of neighbours; for int8 and int4 with `round`, [K / 4, rows, 8] bytes that it made
-  const Group* groups;  // int8 and int4, few rows: [M, n_groups(K, G)]
+                        // pairs of neighbours; but for bf16 with `round`, [K / 4, rows, 8] bytes that it made
+  const Group* groups;  // but for bf16, few rows: [M, n_groups(K, G)]
   int64_t M, N, K, G;
+  Pairs pairs;          // GROUPS4, GROUPS8
 };
 
 struct Attention {
@@ -58,7 +68,8 @@ struct Attention {
 inline int64_t n_groups(int64_t K, int64_t G) { return (K + G - 1) / G; }
 
 inline int64_t panel_bytes(Kind kind, int64_t K, int64_t G) {
-  return kind == BF16 ? LANES * K * 2 : kind == INT8 ? LANES * K + LANES * 4 : LANES * K / 2 + K / G * LANES * 4;
+  const int64_t weights = kind == BF16 ? 2 * K : kind == GROUPS4 ? K / 2 : K;
+  return LANES * (weights + 4 * (kind == BF16 ? 0 : kind == INT8 ? 1 : K / G));
 }
 
 // Rounds a panel's results, out [M, 16], to bf16 and writes them to its columns of y.
@@ -72,9 +83,9 @@ struct Kernels {  // the kernels for one instruction set
   const char* name;
   int64_t rows_at_once;  // rows of x in a block of Call::inputs
   // By Kind: few rows of x with one panel; many rows with a range of panels, null: `unpack` a panel, then at::mm.
-  void (*few_rows[3])(const Call&, const uint8_t* panel, float* out);
-  void (*many_rows[3])(const Call&, int64_t first_panel, int64_t end);
-  void (*unpack[3])(const uint8_t* panel, int64_t K, int64_t G, bf16* out);
+  void (*few_rows[4])(const Call&, const uint8_t* panel, float* out);
+  void (*many_rows[4])(const Call&, int64_t first_panel, int64_t end);
+  void (*unpack[4])(const Call&, const uint8_t* panel, bf16* out);
   // Quantises a row of x, every G inputs a Group, for `rows` rows beside each other; null: x stays bf16.
   void (*round)(const bf16* x, int64_t K, int64_t G, int64_t rows, Group* groups, int8_t* out);
   void (*normalize)(const bf16* x, const void* weight, bool is_bf16, float eps, int64_t n, bf16* y);

@@ -1,9 +1,9 @@
-// The products with int8 and int4 weights with AVX2; included by products.cpp, which explains the layouts.
+// The products with 8-bit and 4-bit weights with AVX2; included by products.cpp, which explains the layouts.
 //
 // As with AVX-512 they multiply integers, but of 16 bits: inputs are not split into bytes. Four inputs lie in the order
 // 0, 2, 1, 3, because a mask makes bytes 0 and 2 of a word of weights two 16-bit integers, and a shift bytes 1 and 3.
 
-#define AVX2 __attribute__((target("avx2,fma")))
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define INLINE_AVX2 AVX2 __attribute__((always_inline)) inline
 
 AVX2 void round_avx2(const bf16* x, int64_t K, int64_t G, int64_t rows, Group* groups, int8_t* out) {
@@ -62,10 +62,16 @@ INLINE_AVX2 void int8_rows_avx2(const Call& c, const bf16* inputs, const Group* 
       _mm256_storeu_ps(out + m * LANES + 8 * part, _mm256_mul_ps(totals[part][m], _mm256_loadu_ps((const float*)panel)));
 }
 
-template <int M>
-INLINE_AVX2 void int4_rows_avx2(const Call& c, const bf16* inputs, const Group* groups, const uint8_t* panel, float* out) {
+// The fp16 in the low half of each word, as float.
+INLINE_AVX2 __m256 halves_avx2(__m256i words) {
+  const __m256i low = _mm256_and_si256(words, _mm256_set1_epi32(0xFFFF));
+  return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+}
+
+template <int M, int BITS>
+INLINE_AVX2 void group_rows_avx2(Width<BITS> width, const Call& c, const bf16* inputs, const Group* groups, const uint8_t* panel, float* out) {
   const int8_t* x = reinterpret_cast<const int8_t*>(inputs);
-  const __m256i four_bits = _mm256_set1_epi8(0xF);
+  const __m256i four_bits = _mm256_set1_epi8(0xF), upper = _mm256_set1_epi32(int32_t(0xFFFF0000));
   const int64_t n = c.K / c.G;
   __m256 totals[2][M] = {};
   for (int64_t g = 0; g < n;) {
@@ -73,17 +79,18 @@ INLINE_AVX2 void int4_rows_avx2(const Call& c, const bf16* inputs, const Group* 
     __m256 scaled[2][M] = {};  // sums of the groups whose inputs share this scale
     for (const int64_t end = std::min(n, g + INPUTS_PER_SCALE / c.G); g < end; ++g) {
       __m256i sums[2][M] = {};
-      for (int64_t i = 0; i < c.G; i += 8, x += 16 * M, panel += 64)
+      for (int64_t i = 0; i < c.G; i += width.IN_A_WORD, x += 2 * width.IN_A_WORD * M, panel += 64)
         for (int part = 0; part < 2; ++part) {
           const __m256i bytes = _mm256_loadu_si256((const __m256i*)panel + part);
-          add_bytes<M>(_mm256_and_si256(bytes, four_bits), x, sums[part]);
-          add_bytes<M>(_mm256_and_si256(_mm256_srli_epi32(bytes, 4), four_bits), x + 8 * M, sums[part]);
+          add_bytes<M>(BITS == 4 ? _mm256_and_si256(bytes, four_bits) : bytes, x, sums[part]);
+          if (BITS == 4) add_bytes<M>(_mm256_and_si256(_mm256_srli_epi32(bytes, 4), four_bits), x + 8 * M, sums[part]);
         }
       for (int part = 0; part < 2; ++part, panel += 32) {
         const __m256i pairs = _mm256_loadu_si256((const __m256i*)panel);
-        const __m256 scales = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-        const __m256 zeros = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int32_t(0xFFFF0000))));
-        const __m256 lowest = _mm256_fnmadd_ps(scales, _mm256_set1_ps(8.f), zeros);  // the weight that q = 0 means
+        const bool is_half = c.pairs.is_half;
+        const __m256 scales = is_half ? halves_avx2(pairs) : _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+        const __m256 zeros = is_half ? halves_avx2(_mm256_srli_epi32(pairs, 16)) : _mm256_castsi256_ps(_mm256_and_si256(pairs, upper));
+        const __m256 lowest = lowest_weight(width, scales, zeros, c.pairs.zeros);
         for (int m = 0; m < M; ++m) {
           scaled[part][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[part][m]), scales, scaled[part][m]);
           scaled[part][m] = _mm256_fmadd_ps(lowest, _mm256_set1_ps(groups[m * n + g].sum), scaled[part][m]);

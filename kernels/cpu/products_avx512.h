@@ -103,8 +103,21 @@ AVX512 void int8_rows(const Call& c, const bf16* inputs, const Group* groups, co
   for (int m = 0; m < M; ++m) _mm512_storeu_ps(out + m * LANES, _mm512_mul_ps(totals[m], scales));
 }
 
-template <int M>
-AVX512 void int4_rows(const Call& c, const bf16* inputs, const Group* groups, const uint8_t* panel, float* out) {
+// Scales and lowest weights of a group of 16 outputs.
+template <int BITS>
+INLINE_AVX512 std::pair<__m512, __m512> ends_at(Width<BITS> width, const uint8_t* panel, Pairs pairs) {
+  const __m512i words = _mm512_loadu_si512(panel);
+  __m512 scales = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+  __m512 zeros = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int32_t(0xFFFF0000))));
+  if (pairs.is_half) {
+    scales = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
+    zeros = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)));
+  }
+  return {scales, lowest_weight(width, scales, zeros, pairs.zeros)};
+}
+
+template <int M, int BITS>
+AVX512 void group_rows(Width<BITS> width, const Call& c, const bf16* inputs, const Group* groups, const uint8_t* panel, float* out) {
   const int8_t* x = reinterpret_cast<const int8_t*>(inputs);
   const __m512i four_bits = _mm512_set1_epi8(0xF);
   const int64_t n = c.K / c.G;
@@ -114,17 +127,14 @@ AVX512 void int4_rows(const Call& c, const bf16* inputs, const Group* groups, co
     __m512 scaled[M] = {};  // sums of the groups whose inputs share this scale
     for (const int64_t end = std::min(n, g + INPUTS_PER_SCALE / c.G); g < end; ++g) {
       __m512i sums[2][M] = {};
-      for (int64_t i = 0; i < c.G; i += 8, x += 16 * M, panel += 64) {
-        fetch(panel);
+      for (int64_t i = 0; i < c.G; i += width.IN_A_WORD, x += 2 * width.IN_A_WORD * M, panel += 64) {
+        if (M > 1 || BITS == 4) fetch(panel);
         const __m512i bytes = _mm512_loadu_si512(panel);
-        add_bytes<M>(_mm512_and_si512(bytes, four_bits), x, sums);
-        add_bytes<M>(_mm512_and_si512(_mm512_srli_epi32(bytes, 4), four_bits), x + 8 * M, sums);
+        add_bytes<M>(BITS == 4 ? _mm512_and_si512(bytes, four_bits) : bytes, x, sums);
+        if (BITS == 4) add_bytes<M>(_mm512_and_si512(_mm512_srli_epi32(bytes, 4), four_bits), x + 8 * M, sums);
       }
-      const __m512i pairs = _mm512_loadu_si512(panel);
+      const auto [scales, lowest] = ends_at(width, panel, c.pairs);
       panel += 64;
-      const __m512 scales = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-      const __m512 zeros = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xFFFF0000))));
-      const __m512 lowest = _mm512_fnmadd_ps(scales, _mm512_set1_ps(8.f), zeros);  // the weight that q = 0 means
       for (int m = 0; m < M; ++m) {
         scaled[m] = _mm512_fmadd_ps(whole(sums[0][m], sums[1][m]), scales, scaled[m]);
         scaled[m] = _mm512_fmadd_ps(lowest, _mm512_set1_ps(groups[m * n + g].sum), scaled[m]);
@@ -155,19 +165,19 @@ INLINE_AVX512 void int8_unpack(const uint8_t* panel, int64_t n, bf16* pairs) {
   }
 }
 
-INLINE_AVX512 void int4_unpack(const uint8_t* panel, int64_t n, int64_t G, bf16* pairs) {
-  const __m512i four = _mm512_set1_epi32(0xF), high = _mm512_set1_epi32(int32_t(0xFFFF0000));
-  for (int64_t g = 0; g < n / G; ++g, panel += LANES * G / 2 + LANES * 4) {
-    const __m512i ends = _mm512_loadu_si512(panel + LANES * G / 2);
-    const __m512 scales = _mm512_castsi512_ps(_mm512_slli_epi32(ends, 16));
-    const __m512 zeros = _mm512_castsi512_ps(_mm512_and_si512(ends, high));
-    const __m512 lowest = _mm512_fnmadd_ps(scales, _mm512_set1_ps(8.f), zeros);  // the weight that q = 0 means
-    for (int64_t i = 0; i < G / 8; ++i) {
+template <int BITS>
+INLINE_AVX512 void group_unpack(const Call& c, const uint8_t* panel, int64_t n, bf16* pairs) {
+  constexpr Width<BITS> width;
+  const __m512i mask = _mm512_set1_epi32(width.MASK);
+  const int64_t bytes = LANES * c.G * BITS / 8;
+  for (int64_t g = 0; g < n / c.G; ++g, panel += bytes + LANES * 4) {
+    const auto [scales, lowest] = ends_at(width, panel + bytes, c.pairs);
+    for (int64_t i = 0; i < c.G / width.IN_A_WORD; ++i) {
       const __m512i words = _mm512_loadu_si512(panel + 64 * i);
-      for (int j = 0; j < 4; ++j, pairs += 32) {
+      for (int j = 0; j < width.IN_A_WORD / 2; ++j, pairs += 32) {
         const int first = 16 * (j % 2) + 4 * (j / 2);
-        const __m512i even = _mm512_and_si512(_mm512_srli_epi32(words, first), four);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(words, first + 8), four);
+        const __m512i even = _mm512_and_si512(_mm512_srli_epi32(words, first), mask);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(words, first + 8), mask);
         const __m512 low = _mm512_fmadd_ps(_mm512_cvtepi32_ps(even), scales, lowest);
         const __m512 upper = _mm512_fmadd_ps(_mm512_cvtepi32_ps(odd), scales, lowest);
         const __m512i a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
@@ -198,7 +208,8 @@ AVX512 void pairs_rows(const Call& c, const bf16* x, const bf16* const* pairs, i
 
 AVX512 void bf16_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(bf16_rows, FEW_ROWS) }
 AVX512 void int8_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(int8_rows, FEW_ROWS) }
-AVX512 void int4_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(int4_rows, FEW_ROWS) }
+template <int BITS>
+AVX512 void groups_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(group_rows, Width<BITS>(), FEW_ROWS) }
 
 template <Kind KIND>
 AVX512 void many_avx512(const Call& c, int64_t begin, int64_t end) {
@@ -215,7 +226,8 @@ AVX512 void many_avx512(const Call& c, int64_t begin, int64_t end) {
         bf16* half = unpacked.data() + h * K_AT_ONCE * LANES;
         pairs[h] = KIND == BF16 ? reinterpret_cast<const bf16*>(panel) + LANES * k : half;
         if (KIND == INT8) int8_unpack(panel + LANES * k, n, half);
-        if (KIND == INT4) int4_unpack(panel + panel_bytes(INT4, k, c.G), n, c.G, half);
+        if (KIND == GROUPS4) group_unpack<4>(c, panel + panel_bytes(KIND, k, c.G), n, half);
+        if (KIND == GROUPS8) group_unpack<8>(c, panel + panel_bytes(KIND, k, c.G), n, half);
       }
       UP_TO_8_ROWS(pairs_rows, c, c.x + m * c.K + k, pairs, n, out.data() + m * LANES)
     }

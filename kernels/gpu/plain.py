@@ -16,6 +16,30 @@ import triton.language as tl
 from torch import Tensor
 
 
+def kind_of_pairs(scales: Tensor | None, zeros_are: str) -> int:
+    """How 32-bit words hold `scales`, `[N, K / G, 2]` pairs of scale and zero: bits 0 and 1 say what a zero means, 1
+    "middle", 2 "lowest", 3 "steps" (`fast/quantized.py`), bit 2 that they are float16. 0 if there are no groups.
+    """
+    if scales is None or scales.dim() < 3:
+        return 0
+    return 1 + ("middle", "lowest", "steps").index(zeros_are) + 4 * (scales.dtype == torch.float16)
+
+
+@triton.jit
+def scale_and_zero(words, PAIRS: tl.constexpr):
+    """Scales and zeros of groups, float32, the zeros as weights in the middle; PAIRS: see `kind_of_pairs`."""
+    if PAIRS & 4:
+        scales = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        zeros = (words >> 16 & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        scales, zeros = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+    if (PAIRS & 3) == 2:
+        zeros += 8 * scales
+    if (PAIRS & 3) == 3:
+        zeros *= scales
+    return scales, zeros
+
+
 @triton.jit
 def dequantize(
     weight_ptr,  # [N, K * BITS / 8], as stored
@@ -25,6 +49,7 @@ def dequantize(
     n_in: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -33,12 +58,12 @@ def dequantize(
     first = tl.program_id(1) * BLOCK_K
     at = first * BITS // 8 + tl.arange(0, BLOCK_K * BITS // 8)[None, :]
     stored = tl.load(weight_ptr + n * (n_in * BITS // 8) + at, mask=(n < n_out) & (at < n_in * BITS // 8), other=0)
-    if BITS == 4:
-        q = tl.reshape(tl.interleave(stored & 0xF, stored >> 4), (BLOCK_N, BLOCK_K // GROUP, GROUP)).to(tl.float32) - 8
+    if PAIRS:
+        q = tl.interleave(stored & 0xF, stored >> 4).to(tl.float32) - 8 if BITS == 4 else stored.to(tl.float32)
         group = first // GROUP + tl.arange(0, BLOCK_K // GROUP)[None, :]
         at, ok = n * (n_in // GROUP) + group, (n < n_out) & (group < n_in // GROUP)
-        pairs = tl.load(scales_ptr + at, mask=ok, other=0)
-        scales, zeros = (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
+        scales, zeros = scale_and_zero(tl.load(scales_ptr + at, mask=ok, other=0), PAIRS)
+        q = tl.reshape(q, (BLOCK_N, BLOCK_K // GROUP, GROUP))
         w = tl.reshape(q * scales[:, :, None] + zeros[:, :, None], (BLOCK_N, BLOCK_K))
     else:
         w = stored.to(tl.float32) * tl.load(scales_ptr + n, mask=n < n_out, other=0.0)
@@ -46,11 +71,11 @@ def dequantize(
     tl.store(w_ptr + n * n_in + k, w.to(w_ptr.dtype.element_ty), mask=(n < n_out) & (k < n_in))
 
 
-def written_out(x: Tensor, weight: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
+def written_out(x: Tensor, weight: Tensor, scales: Tensor, bits: int, group: int, pairs: int) -> Tensor:
     """The weights dequantised to x's type, `[N, K]`."""
     n_out, n_in = weight.shape[0], x.shape[1]
     w = x.new_empty(n_out, n_in)
-    dequantize[-(-n_out // 16), -(-n_in // 256)](weight, scales, w, n_out, n_in, bits, group, 16, 256)
+    dequantize[-(-n_out // 16), -(-n_in // 256)](weight, scales, w, n_out, n_in, bits, group, pairs, 16, 256)
     return w
 
 

@@ -27,7 +27,16 @@ from torch import Tensor
 
 from kernels import GATES, gpu
 from kernels.gpu.choice import INDUCTOR, fastest
-from kernels.gpu.plain import compiled, gated, normed, plain, sorted_by_expert, written_out
+from kernels.gpu.plain import (
+    compiled,
+    gated,
+    kind_of_pairs,
+    normed,
+    plain,
+    scale_and_zero,
+    sorted_by_expert,
+    written_out,
+)
 
 MAX_ROWS = 16  # rows of x; more are a prefill
 LEAST_OUTPUTS = 16  # outputs of a program, at least
@@ -91,8 +100,8 @@ def _halves(words, dtype: tl.constexpr):
 
 @triton.jit
 def _for_columns(loaded, S: tl.constexpr, COLUMNS: tl.constexpr):
-    """A float32, given as bits, for a chunk of each of B outputs, broadcast to the chunk's sums, `[S, B, COLUMNS]`."""
-    t = _threads_first(loaded.to(tl.float32, bitcast=True))
+    """A float32 for a chunk of each of B outputs, broadcast to the chunk's sums, `[S, B, COLUMNS]`."""
+    t = _threads_first(loaded)
     B: tl.constexpr = 8 * t.shape[1]
     t = tl.reshape(tl.permute(tl.reshape(t, (S, 8, 4, B // 8)), (0, 3, 1, 2)), (S, B, 1, 4, 1))
     return tl.reshape(tl.broadcast_to(t, (S, B, COLUMNS // 8, 4, 2)), (S, B, COLUMNS))
@@ -124,7 +133,7 @@ def _gate(gate, up, GELU: tl.constexpr):
 def _multiply(
     x_ptr,  # [rows, K]
     words_ptr,  # [N, K * BITS / 32], the stored weights as 32-bit words; BITS = 16: they are of x's type
-    scales_ptr,  # int8: [N]; int4: [N, K / GROUP], a 32-bit word of scale and zero, both bfloat16
+    scales_ptr,  # int8: [N]; in groups: [N, K / GROUP], a 32-bit word of scale and zero
     bias_ptr,  # [N] or None
     norm_ptr,  # [K] or None
     residual_ptr,  # like y, or None
@@ -137,6 +146,7 @@ def _multiply(
     n_in: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    PAIRS: tl.constexpr,  # how such a word holds them, see `kind_of_pairs`
     GATED: tl.constexpr,  # 2: a program's outputs alternate between gate and up projection; 1: no gates
     GELU: tl.constexpr,  # the gates' activation, else SiLU
     ROWS: tl.constexpr,  # rows, rounded up to a power of two
@@ -159,8 +169,8 @@ def _multiply(
     With experts, the weights of all are stacked, and there are P products of one row with one expert's, each computed
     by programs of its own: the second axis of the grid.
 
-    An int4 nibble u becomes the float 16 + u; an int8 weight's become 24 + upper (signed) and 1 + lower / 16. Multiples
-    of the sum of the inputs remove these offsets and add the zero. The exponent is an argument because with a constant
+    A nibble u of 4 bits becomes the float 16 + u; those of 8 bits 24 + upper (signed) and 1 + lower / 16. Multiples of
+    the sum of the inputs remove these offsets and add the zero. The exponent is an argument because with a constant
     the compiler spends two instructions, one to mask and one to merge.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -193,14 +203,14 @@ def _multiply(
     ones = tl.full((SPLITS, 16, 4 * CHUNK), 1.0, tl.float32).to(dtype)
     totals = tl.zeros((SPLITS, BLOCK_N, COLUMNS), tl.float32)
     place = thread // 32 * 4 + lane_column
-    if BITS == 4:  # loaded an iteration ahead: the compiler would load late, at the use, and a warp would wait twice
+    if PAIRS:  # loaded an iteration ahead: the compiler would load late, at the use, and a warp would wait twice
         groups = n * (n_in // GROUP)
         next_scales = tl.load(scales_ptr + groups + tl.minimum(place, n_chunks - 1) * CHUNK // GROUP)
     if experts_ptr is None:
         let_overlap(OVERLAP)
     for first in tl.range(0, n_chunks, 4 * SPLITS, loop_unroll_factor=UNROLL):
         chunk = first + place
-        if BITS == 4:
+        if PAIRS:
             scales = next_scales
             next_chunk = tl.minimum(chunk + 4 * SPLITS, n_chunks - 1)
             next_scales = tl.load(scales_ptr + groups + next_chunk * CHUNK // GROUP)
@@ -220,17 +230,19 @@ def _multiply(
             sums = tl.dot(ones, x)
             sums = tl.broadcast_to(tl.reshape(sums, (SPLITS, 1, 16, COLUMNS)), (SPLITS, BLOCK_N // 16, 16, COLUMNS))
             sums = tl.reshape(sums, (SPLITS, BLOCK_N, COLUMNS))
+        if PAIRS:
+            scales, zeros = scale_and_zero(scales, PAIRS)
+            zeros = _for_columns(zeros, SPLITS, COLUMNS)
+            scales = _for_columns(scales, SPLITS, COLUMNS)
         if BITS == 4:
-            zeros = _for_columns(scales & -65536, SPLITS, COLUMNS)
-            scales = _for_columns(scales << 16, SPLITS, COLUMNS)
             dots = tl.dot(_nibbles(words, 0, J, top, UP, dtype), x)
             totals += dots * scales + sums * (zeros - 24 * scales)
         elif BITS == 16:
             totals = tl.dot(_halves(words, dtype), x, totals)
         else:
             dots = tl.dot(_nibbles(words, 0, J, exponent, UP, dtype), x)
-            dots = tl.dot(_nibbles(words, 1, J, top, UP, dtype), x, dots)
-            totals += dots - 25 * sums
+            dots = tl.dot(_nibbles(words, 1, J, top, UP, dtype), x, dots) - 25 * sums
+            totals += dots * (16 * scales) + sums * zeros if PAIRS else dots
     y = tl.sum(tl.reshape(totals, (SPLITS, BLOCK_N, COLUMNS // 8, PARTS, ROWS_PER_PART)), 3)
     y = tl.reshape(tl.sum(y, 0), (BLOCK_N, COLUMNS // PARTS))
     row = tl.arange(0, COLUMNS // PARTS)
@@ -245,7 +257,7 @@ def _multiply(
         y *= tl.reshape(tl.broadcast_to(factors, (1, COLUMNS // PARTS // ROWS, ROWS)), (1, COLUMNS // PARTS))
     lane = tl.arange(0, BLOCK_N)
     n = first_n + lane // GATED + lane % GATED * n_y
-    if BITS == 8:
+    if BITS == 8 and not PAIRS:
         y *= 16 * tl.load(scales_ptr + n)[:, None]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
@@ -271,17 +283,20 @@ def linear(
     activation: str = "",
     experts: Tensor | None = None,
     n_experts: int = 1,
+    zeros_are: str = "middle",
 ) -> Tensor:
     """`x W^T`, `[M, N]`, for x `[M, K]` in bfloat16 or float16; other arguments as in `kernels.Product`.
 
     With `experts [T, k]` x has T or T k rows and the result T k; bias and residual are None.
-    The weight is of x's type, `[N, K]`; or int8 `[N, K]` with `scales [N]`; or 4-bit `[N, K / 2]` with `scales`, pairs
-    of scale and zero, bfloat16 `[N, K / G, 2]`. K is a multiple of 32. Raises ValueError for sizes that do not fit.
+    The weight is of x's type, `[N, K]`; or int8 `[N, K]` with `scales [N]`; or that of a `GroupedLinear` with `scales`,
+    its pairs of scale and zero, `[N, K / G, 2]`. K is a multiple of 32. Raises ValueError for sizes that do not fit.
     """
-    again = functools.partial(linear, x, weight, scales, bias, norm, eps, residual, activation, experts, n_experts)
-    (rows, n_in), n_out, bits = x.shape, weight.shape[0] // n_experts, 8 * weight.element_size()
-    if scales is not None and scales.dim() == 3:
-        bits, scales = 4, scales.view(torch.int32)
+    fused = bias, norm, eps, residual, activation
+    again = functools.partial(linear, x, weight, scales, *fused, experts, n_experts, zeros_are)
+    (rows, n_in), n_out = x.shape, weight.shape[0] // n_experts
+    bits = 4 if weight.dtype == torch.uint8 else 8 * weight.element_size()
+    pairs = kind_of_pairs(scales, zeros_are)
+    scales = scales.view(torch.int32) if pairs else scales
     found = 8 * weight[0].nbytes // bits
     if found != n_in or n_in % 32:
         raise ValueError(f"x has {n_in} columns, the weight {found}: they must be equal and a multiple of 32")
@@ -297,18 +312,18 @@ def linear(
     group = n_in if scales is None else n_in * n_out * n_experts // scales.numel()
     with torch.cuda.device_of(x):
         if not few:
-            w = weight if scales is None else written_out(x, weight, scales, bits, group)
+            w = weight if scales is None else written_out(x, weight, scales, bits, group, pairs)
             if experts is None:
                 return plain(x, w, bias, norm, eps, residual, activation)
             y = sorted_by_expert(x if norm is None else normed(x, norm, eps), w.unflatten(0, (n_experts, -1)), experts)
             return gated(y, activation)
         per_row, rows = n_chosen // rows, rows if experts is None else 1  # of a product
         ways = ways_of(rows, n_in, n_out, bits, group, multiprocessors(x.device), n_chosen)
-        key = f"{rows} x {n_in} to {n_out}, {bits} bits in groups of {group}, {x.dtype}"
+        key = f"{rows} x {n_in} to {n_out}, {bits} bits in groups of {group}, pairs {pairs}, {x.dtype}"
         if experts is not None:
             key += f", {n_chosen} of {n_experts} experts"
-        fused = {"bias": bias, "norm": norm, "residual": residual, activation: activation or None}
-        key += "".join(f", {name}" for name, given in fused.items() if given is not None)
+        inside = {"bias": bias, "norm": norm, "residual": residual, activation: activation or None}
+        key += "".join(f", {name}" for name, given in inside.items() if given is not None)
         way = fastest(key, ways, again)
         if way is None:
             return compiled(key)(x, weight, bias, norm, eps, residual, activation)
@@ -316,7 +331,7 @@ def linear(
         programs = -(-n_out // outputs)
         y = _linear_fake(x, weight, activation=activation, experts=experts, n_experts=n_experts)
         words, one = weight.view(torch.int32), ONE[x.dtype] * 0x10001
-        options = constants_of(rows, n_in, bits, group, activation, *way, per_row) | overlapping()
+        options = constants_of(rows, n_in, bits, group, activation, *way, per_row, pairs) | overlapping()
         if rows == 1:
             options |= registers_of(warps, programs * max(1, n_chosen), multiprocessors(x.device))
         tensors = x, words, scales, bias, norm, residual, None if experts is None else experts.contiguous(), y
@@ -326,7 +341,17 @@ def linear(
 
 @linear.register_fake
 def _linear_fake(
-    x, weight, scales=None, bias=None, norm=None, eps=0.0, residual=None, activation="", experts=None, n_experts=1
+    x,
+    weight,
+    scales=None,
+    bias=None,
+    norm=None,
+    eps=0.0,
+    residual=None,
+    activation="",
+    experts=None,
+    n_experts=1,
+    zeros_are="",
 ):
     rows = x.shape[0] if experts is None else experts.numel()
     return x.new_empty(rows, weight.shape[0] // n_experts // (2 if activation else 1))
@@ -352,7 +377,7 @@ def ways_of(
 
 def chunk_words(rows: int, bits: int, group: int) -> int:
     """The 32-bit words that a thread loads at a time. Fewer span fewer groups, and so need fewer columns."""
-    return 4 if bits == 16 or 8 * rows <= group else 2
+    return 4 if bits == 16 or max(32, 8 * rows) <= group else 2
 
 
 def constants_of(
@@ -365,9 +390,10 @@ def constants_of(
     outputs: int,
     unroll: int,
     per_row: int = 1,
+    pairs: int = 0,
 ) -> dict[str, int]:
     """The constants for which `_multiply` is compiled. per_row: experts for a row of x."""
-    shape = {"n_in": n_in, "BITS": bits, "GROUP": group, "ROWS": 1 << (rows - 1).bit_length()}
+    shape = {"n_in": n_in, "BITS": bits, "GROUP": group, "PAIRS": pairs, "ROWS": 1 << (rows - 1).bit_length()}
     shape |= {"GATED": 2 if activation else 1, "GELU": activation == "gelu_tanh", "PER_ROW": per_row}
     blocks = {"WORDS": chunk_words(rows, bits, group), "BLOCK_N": outputs, "SPLITS": warps, "UNROLL": unroll}
     # Prefetching into shared memory (num_stages above 1) took 2 to 8 times as long on an H100.
@@ -386,6 +412,7 @@ def registers_of(warps: int, programs: int, multiprocessors: int) -> dict[str, i
 
 def multiply(
     n_experts: int,
+    zeros_are: str,
     x: Tensor,
     weight: Tensor,
     scales: Tensor | None,
@@ -401,7 +428,8 @@ def multiply(
     if experts is None and scales is None and x.shape[0] > MAX_ROWS:  # cuBLAS
         return plain(x, weight, bias, norm, eps, residual, activation)
     inside = residual if experts is None else None
-    y = torch.ops.fast_gpu.linear(x, weight, scales, bias, norm, eps, inside, activation, experts, n_experts)
+    fused = bias, norm, eps, inside, activation
+    y = torch.ops.fast_gpu.linear(x, weight, scales, *fused, experts, n_experts, zeros_are)
     if weights is None:
         return y
     y = (y.unflatten(0, experts.shape) * weights[..., None]).sum(1).to(x.dtype)

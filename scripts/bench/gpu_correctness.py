@@ -36,7 +36,7 @@ from model import (
     rope_table,
 )
 from scripts.bench.gpu_card import MODELS, MODES, WHOLE_MODELS, Card, Part, Row, within
-from scripts.bench.random_models import SHAPES, build_model, meta_model
+from scripts.bench.random_models import FORMS, SHAPES, build_model, meta_model, random_groups
 
 
 class FusedProduct(nn.Module):
@@ -78,9 +78,11 @@ def vector_error(y: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
 
 def random_product(name: str, mode: str, args: ModelArgs, device: str, dtype: torch.dtype) -> FusedProduct:
     """A product with random weights, scaled so that norm, gates and residual matter to the result."""
-    linear, scheme = SHAPES[name](meta_model(args, dtype, None)), MODES[mode]
+    linear, scheme = SHAPES[name](meta_model(args, dtype, None)), MODES.get(mode)
     weight = torch.randn(linear.out_features, linear.in_features, device=device) / linear.in_features**0.5
-    if scheme is None:
+    if mode in FORMS and scheme is None:
+        linear = random_groups(*weight.shape, 128, mode, device, linear.in_features**-0.5)
+    elif scheme is None:
         linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     else:
         linear = LINEARS[scheme["mode"]].from_float(weight, **scheme)
@@ -157,7 +159,8 @@ def kernel_rows(card: Card) -> Iterator[Row]:
         yield Row(reason, "", None, None)
         return
     some = (1, 2, 4, 6, 20)
-    for mode, all_rows in (("bf16", some), ("int8", some), ("int4", some), ("int4 g128", (1, 6))):
+    modes = {"bf16": some, "int8": some, "int4": some, "int4 g128": (1, 6)}
+    for mode, all_rows in (modes | {form: (1, 6, 20) for form in FORMS if form not in modes}).items():
         errors = product_errors(mode, MODELS["8B"], card.device, card.dtype, all_rows)
         yield error_row(f"{mode} products, {all_rows[0]} to {all_rows[-1]} rows", errors)
     first = torch.tensor([[0], [2730], [8186]], device=card.device)  # the first new position of each row

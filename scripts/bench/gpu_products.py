@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.layers import FastKVCache, fast_linear, kernels_missing
-from fast.quantized import Int4Linear, QuantizedLinear
+from fast.quantized import GroupedLinear, QuantizedLinear
 from kernels import gpu
 from kernels.gpu.choice import asked_by, trying
 from model import Attention, rope_table
@@ -40,7 +40,7 @@ def by_inductor(card: Card, function: Callable[..., Tensor]) -> Callable[..., Te
 class Int4Pack(nn.Module):
     """The product with PyTorch's own int4 operator, whose formula is ours: w = (q - 8) * scale + zero."""
 
-    def __init__(self, linear: Int4Linear):
+    def __init__(self, linear: GroupedLinear):
         super().__init__()
         self.in_features, self.out_features, self.groupsize = linear.in_features, linear.out_features, linear.groupsize
         swapped = linear.weight << 4 | linear.weight >> 4  # the operator expects the even input in the high four bits
@@ -84,7 +84,7 @@ def candidates(card: Card, name: str, linears: list[nn.Module], rows: int, other
     if not others:
         return {"kernels/gpu": (name, fast, call)}
     found = plain if isinstance(linears[0], QuantizedLinear) else bare
-    if isinstance(linears[0], Int4Linear) and card.dtype == torch.bfloat16:
+    if isinstance(linears[0], GroupedLinear) and card.dtype == torch.bfloat16:
         found["aten._weight_int4pack_mm, bare"] = ("", [Int4Pack(linear) for linear in linears], call)
     run = FusedProduct(name, fast[0], card.device, card.dtype)
     ((ways, _),) = asked_by(run, *run.inputs(rows, card.device, card.dtype)).values()

@@ -16,11 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from fast.layers import speed_up
-from fast.quantized import swap_linears
+from fast.quantized import GroupedLinear, swap_linears
 from model import ModelArgs, Transformer
 
 STD = 0.02  # standard deviation of all weights, and of the noise in KV caches
 
+# Weights in groups as files hold them: bits, the type of scales and zeros, what zeros mean (`quantized.ZEROS`).
+FORMS: dict[str, tuple[int, torch.dtype, str]] = {
+    "int4": (4, torch.bfloat16, "middle"),
+    "4 bits as GPTQ's": (4, torch.float16, "steps"),
+    "4 bits as compressed-tensors'": (4, torch.bfloat16, "steps"),
+    "4 bits as GGUF's": (4, torch.float16, "lowest"),
+    "8 bits as GPTQ's": (8, torch.float16, "steps"),
+    "8 bits as compressed-tensors'": (8, torch.bfloat16, "steps"),
+}
 # The products of a decode step, by name.
 SHAPES: dict[str, Callable[[Transformer], nn.Module]] = {
     "wqkv": lambda model: model.layers[0].attention.wqkv,
@@ -34,6 +43,21 @@ SHAPES: dict[str, Callable[[Transformer], nn.Module]] = {
 def scheme_of(mode: str, groupsize: int = 32) -> dict[str, Any] | None:
     """How `mode` quantises the Linears, as a checkpoint records it; None for a float mode."""
     return {"int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": groupsize}}.get(mode)
+
+
+def random_groups(n: int, k: int, groupsize: int, form: str, device: str = "cpu", size: float = 1.0) -> GroupedLinear:
+    """A GroupedLinear with random weights of about this `size`; scales and zeros differ among groups."""
+    bits, dtype, zeros_are = FORMS[form]
+    weight = torch.randint(256, (n, k * bits // 8), dtype=torch.uint8, device=device)
+    levels = 2 ** (bits - 4)  # for each of 4 bits
+    scales = (0.1 + torch.rand(n, k // groupsize, device=device)) / (4 * levels) * size
+    zeros = torch.randn(n, k // groupsize, device=device) * (size / 4)
+    if zeros_are == "steps":
+        zeros = (4 * levels / size * zeros).round()
+    elif zeros_are == "lowest":
+        zeros -= 8 * scales
+    weight = weight if bits == 4 else weight.view(torch.int8)
+    return GroupedLinear.from_parts(weight, scales.to(dtype), zeros.to(dtype), zeros_are=zeros_are)
 
 
 def noise_block(device: str | torch.device, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,326 @@
+"""Checkpoints that others have quantised: GPTQ, AWQ and compressed-tensors, read as they are.
+
+    method = check(config)                                        # of config.json, before the weights are downloaded
+    scheme, parts = read(method, settings, parts, model, naming)  # the files' tensors as those of GroupedLinears
+
+These formats hold integers, and a scale and a zero for every group of inputs, as a `GroupedLinear` does: they are
+packed in another way, but nothing is rounded again. The tensors that are there show which modules are quantised.
+
+Worth knowing: GPTQ's `desc_act` and compressed-tensors' `actorder` put any input into any group (`g_idx`). The inputs
+of a group are then brought together, and the Linear gets an `order` in which it takes its inputs. For `w2` that costs
+nothing: the rows of `w13`, which produce its inputs, are put into that order.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast.families import Naming
+from fast.quantized import GROUP_SIZES, SETTINGS, GroupedLinear, pack_nibbles, unpack_nibbles
+from fast.stored import Part
+from model import Linear, Transformer
+
+# Method -> the settings that are supported.
+METHODS: dict[str, dict[str, tuple]] = {
+    "gptq": {"bits": (4, 8), "checkpoint_format": (None, "gptq", "gptq_v2"), "is_marlin_format": (None, False)},
+    "awq": {"bits": (4,), "version": (None, "gemm", "GEMM")},
+    "compressed-tensors": {
+        "format": ("pack-quantized",), "num_bits": (4, 8), "type": ("int",), "input_activations": (None,),
+        "output_activations": (None,), "transform_config": (None, {}),
+    },
+}  # fmt: skip
+SUPPORTED = "GPTQ with 4 or 8 bits, AWQ (gemm) with 4, and compressed-tensors pack-quantized with 4 or 8, weights only"
+# Method -> a module's tensors: the packed weight, scales, zeros, the inputs' groups, the weight's shape.
+TENSORS = {
+    "gptq": ("qweight", "scales", "qzeros", "g_idx"),
+    "awq": ("qweight", "scales", "qzeros"),
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"),
+}
+PACKED = (".qweight", ".weight_packed")
+AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # of 8 outputs in a word, which holds them in the order 0 2 4 6 1 3 5 7
+WIDEST = 128  # inputs of a group, where a scale is for whole rows: it is repeated
+
+
+def check(config: dict[str, Any]) -> str | None:
+    """The method by which the weights of this config.json are quantised; None: they are not.
+
+    Raises ValueError, one line, for methods and settings that are not supported.
+    """
+    given = config.get("quantization_config")
+    if not given:
+        return None
+    method = given.get("quant_method") if isinstance(given, dict) else given
+    if not isinstance(given, dict) or method not in list(METHODS):
+        raise ValueError(f"config.json: weights quantised by {method!r:.80} are not supported; supported: {SUPPORTED}")
+    for settings in _settings(given, method):
+        for key, allowed in METHODS[method].items():
+            if (value := settings.get(key)) not in allowed:
+                found = f"{method} with {key} {value!r:.80}"
+                raise ValueError(f"config.json: {found} is not supported; supported: {SUPPORTED}")
+    return method
+
+
+def _settings(given: dict[str, Any], method: str) -> Iterator[dict[str, Any]]:
+    """The settings to check; compressed-tensors has some for each of several groups of modules."""
+    if method != "compressed-tensors":
+        yield given
+        return
+    groups = given.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else [groups]:
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict):
+            raise ValueError(f"config.json: config_groups has {group!r:.80}; expected an object with weights")
+        yield {**given, **{key: value for key, value in group.items() if value is not None}, **weights}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The weight `[N, K]` of a module in one of the formats, as a `GroupedLinear` stores it.
+
+    rows: outputs, a slice or indices -> their weights as a GroupedLinear stores them, `[n, K * bits / 8]`, but for the
+        order of their inputs; for 8 bits still without a sign.
+    scales: [N, K / G]. zeros: () -> int [N, K / G], the integer that stands for 0.
+    g_idx: the group of each input, int [K]; None: they are in order.
+    outputs: the order in which its rows are wanted; None: as in the file.
+    is_fed: whether its inputs come group by group, as the rows before it are in that order.
+    """
+
+    bits: int
+    shape: tuple[int, int]
+    rows: Callable[[slice | Tensor], Tensor]
+    scales: Tensor
+    zeros: Callable[[], Tensor]
+    g_idx: Tensor | None = None
+    outputs: Tensor | None = None
+    is_fed: bool = False
+
+    @cached_property
+    def by_group(self) -> Tensor | None:
+        """The inputs, group by group, int64 `[K]`; None if they are so in the file."""
+        return None if self.g_idx is None or not (self.g_idx.diff() < 0).any() else self.g_idx.argsort(stable=True)
+
+    @property
+    def order(self) -> Tensor | None:
+        """The order in which the GroupedLinear must take its inputs; None: as they come."""
+        return None if self.is_fed else self.by_group
+
+    @property
+    def settings(self) -> tuple[int, int, torch.dtype]:
+        """Bits, group size and type of the scales of the GroupedLinear."""
+        size = self.shape[1] // self.scales.shape[1]
+        if size not in GROUP_SIZES:
+            size = max((s for s in GROUP_SIZES if s <= WIDEST and size % s == 0), default=size)
+        return self.bits, size, self.scales.dtype
+
+    def part(self, kind: str) -> Part:
+        """One of the GroupedLinear's tensors, not yet computed."""
+        (N, K), (_, size, dtype) = self.shape, self.settings
+        if kind == "order":
+            return Part((K,), torch.int32, lambda first, end: self.order[first:end].int())
+        shape = (N, K * self.bits // 8) if kind == "weight" else (N, K // size)
+        dtype = dtype if kind != "weight" else torch.uint8 if self.bits == 4 else torch.int8
+        return Part(shape, dtype, lambda first, end: self.tensor(kind, first, end), is_computed=True)
+
+    def tensor(self, kind: str, first: int, end: int) -> Tensor:
+        """Rows `first` to `end` of the weight, the scales or the zeros of the GroupedLinear."""
+        rows = slice(first, end) if self.outputs is None else self.outputs[first:end]
+        if kind == "weight":
+            weight = self.rows(rows)
+            if self.by_group is not None:
+                q = (unpack_nibbles(weight) if self.bits == 4 else weight)[:, self.by_group]
+                weight = pack_nibbles(q) if self.bits == 4 else q
+            return weight if self.bits == 4 else (weight ^ 0x80).view(torch.int8)
+        tensor = self.scales[rows]
+        if kind == "zeros":
+            tensor = 2 ** (self.bits - 1) - self.zeros()[rows].to(tensor.dtype)
+        return tensor.repeat_interleave(self.shape[1] // tensor.shape[1] // self.settings[1], 1)
+
+    def values(self, first: int, end: int) -> Tensor:
+        """Rows of the weight as numbers, float32, its inputs as they come."""
+        tensors = (self.tensor(kind, first, end) for kind in ("weight", "scales", "zeros"))
+        values = GroupedLinear.from_parts(*tensors, zeros_are="steps").dequantize(torch.float32)
+        return values if self.order is None else values[:, self.order.argsort()]
+
+
+def _bytes(words: Tensor) -> Tensor:
+    return words.contiguous().view(torch.uint8)
+
+
+def _fields(words: Tensor, bits: int) -> Tensor:
+    """The fields in int32 `words [m, n]`, lowest first, uint8 `[m, n * 32 / bits]`."""
+    return unpack_nibbles(_bytes(words)) if bits == 4 else _bytes(words)
+
+
+def _from_gptq(tensors: list[Tensor | None], config: dict[str, Any]) -> Packed:
+    """qweight int32 `[K * bits / 32, N]`, scales `[K / G, N]`, qzeros int32 `[K / G, N * bits / 32]`, g_idx `[K]`.
+
+    Fields are packed lowest first. But for the format "gptq_v2" 1 is subtracted from all zeros, as AutoGPTQ did: from
+    whole words, so that a zero of 0 borrows from the next.
+    """
+    qweight, scales, qzeros, g_idx = tensors
+    bits = config["bits"]
+    less = 0 if config.get("checkpoint_format") == "gptq_v2" else {4: 0x11111111, 8: 0x01010101}[bits]
+
+    def zeros() -> Tensor:
+        return _fields(qzeros + less, bits).T
+
+    shape = qweight.shape[1], 32 * qweight.shape[0] // bits
+    return Packed(bits, shape, lambda rows: _bytes(qweight[:, rows].T), scales.T, zeros, g_idx)
+
+
+def _from_awq(tensors: list[Tensor | None], config: dict[str, Any]) -> Packed:
+    """qweight int32 `[K, N / 8]`, scales `[K / G, N]`, qzeros int32 `[K / G, N / 8]`; see AWQ_PLACES."""
+    qweight, scales, qzeros = tensors
+
+    def outputs(words: Tensor) -> Tensor:  # [m, n / 8] -> [n, m]
+        return _fields(words, 4).unflatten(1, (-1, 8))[:, :, AWQ_PLACES].flatten(1).T
+
+    def rows(wanted: slice) -> Tensor:
+        first = wanted.start // 8
+        q = outputs(qweight[:, first : -(-wanted.stop // 8)])
+        return pack_nibbles(q[wanted.start - 8 * first : wanted.stop - 8 * first])
+
+    return Packed(4, (8 * qweight.shape[1], qweight.shape[0]), rows, scales.T, lambda: outputs(qzeros))
+
+
+def _from_compressed_tensors(tensors: list[Tensor | None], config: dict[str, Any]) -> Packed:
+    """weight_packed int32 `[N, K * bits / 32]`, weight_scale `[N, K / G]`, `[N, 1]` or `[1]`, weight_shape (N, K).
+
+    Symmetric if there is no weight_zero_point, int32 `[N * bits / 32, K / G]`; 2^(bits - 1) is added to what is packed.
+    """
+    packed, scales, zero_point, g_idx, size = tensors
+    N, K = size.tolist()
+    bits = 32 * packed.shape[1] // K
+    scales = scales if scales.numel() > 1 else scales.reshape(1, 1).expand(N, 1)
+
+    def zeros() -> Tensor:
+        if zero_point is None:
+            return torch.full(scales.shape, 2 ** (bits - 1))
+        if zero_point.dtype == torch.int8:  # older files do not pack it
+            return zero_point.int() + 2 ** (bits - 1)
+        return _fields(zero_point.T, bits).T[:N]
+
+    return Packed(bits, (N, K), lambda rows: _bytes(packed[rows]), scales, zeros, g_idx)
+
+
+READERS = {"gptq": _from_gptq, "awq": _from_awq, "compressed-tensors": _from_compressed_tensors}
+
+
+def read(
+    method: str, config: dict[str, Any], parts: dict[str, Part], model: Transformer, naming: Naming
+) -> tuple[dict[str, Any] | None, dict[str, Part]]:
+    """The scheme for `quantized.swap_linears`, and the `parts` of the files with the tensors of its GroupedLinears.
+
+    config: the quantization_config. model: without weights. A Linear whose parts are quantised in different ways, or in
+    no way that a GroupedLinear can hold, is dequantised, which is said on stderr. Raises ValueError for tensors that
+    are missing or do not fit each other.
+    """
+    parts, packed = dict(parts), {}
+    for module in [name.rpartition(".")[0] for name in parts if name.endswith(PACKED)]:
+        packed[module] = _packed(method, config, parts, module)
+    linears = {name: linear for name, linear in model.named_modules() if isinstance(linear, Linear)}
+    theirs = {name: naming.theirs(name, linear.n_experts) for name, linear in linears.items()}
+    for name in linears:
+        if name.endswith(".w2") and all(other in packed for other in theirs[name]):
+            _order_rows(packed, parts, theirs[name], theirs[name.removesuffix("2") + "13"])
+    specs, ordered, lost = {}, [], []
+    for name, linear in linears.items():
+        found = [packed[other] for other in theirs[name] if other in packed]
+        are_alike = len(found) == len(theirs[name]) and len({one.settings for one in found}) == 1
+        are_alike = are_alike and all(_equal(one.order, found[0].order) for one in found)
+        if fits := are_alike and _can_be_held(found[0].settings):
+            specs[name] = found[0].settings
+            if found[0].order is not None:
+                ordered.append(name)
+                parts[f"{theirs[name][0]}.order"] = found[0].part("order")
+        elif found:
+            lost.append(name)
+        for other in [other for other in theirs[name] if other in packed]:
+            one = packed[other]
+            if fits:
+                parts |= {f"{other}.{kind}": one.part(kind) for kind in ("weight", "scales", "zeros")}
+            else:
+                parts[f"{other}.weight"] = Part(one.shape, one.scales.dtype, one.values, is_computed=True)
+            bias = parts.get(f"{other}.bias")
+            if bias is not None and linear.bias is None and not bias.read().any():
+                del parts[f"{other}.bias"]  # AutoGPTQ stored biases that are zero
+    if lost:
+        which = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+        why = "their parts are quantised in different ways, or in groups that no Linear here can hold"
+        print(f"dequantised: {len(lost)} of {len(linears)} Linears ({which}), as {why}", file=sys.stderr)
+    return _scheme(method, specs, ordered, list(linears)), parts
+
+
+def _packed(method: str, config: dict[str, Any], parts: dict[str, Part], module: str) -> Packed:
+    """Take the tensors of `module` out of `parts`."""
+    kinds = TENSORS[method]
+    found = {kind: parts.pop(f"{module}.{kind}", None) for kind in kinds}
+    needed = kinds if method == "awq" else kinds[:3] if method == "gptq" else (*kinds[:2], kinds[4])
+    if missing := [kind for kind in needed if found[kind] is None]:
+        raise ValueError(f"missing tensors: {', '.join(f'{module}.{kind}' for kind in missing)}")
+    tensors = {kind: part.read() for kind, part in found.items() if part is not None}
+    sizes = ", ".join(f"{kind} {list(tensor.shape)}" for kind, tensor in tensors.items())
+    shapes = {kind: tensor.to("meta") for kind, tensor in tensors.items() if kind in kinds[:3]}  # nothing is read
+    try:
+        packed, sized = (
+            READERS[method]([each.get(kind) for kind in kinds], config) for each in (tensors, tensors | shapes)
+        )
+        (n_out, n_in), n_groups = packed.shape, packed.scales.shape[1]
+        groups = torch.arange(n_in, dtype=torch.int32) // (n_in // n_groups)
+        fits = n_in % n_groups == 0 and (packed.g_idx is None or packed.g_idx.sort().values.equal(groups))
+        fits = fits and sized.zeros().shape == packed.scales.shape == (n_out, n_groups)
+        fits = fits and sized.rows(slice(0, 8)).shape[1] == n_in * packed.bits // 8
+    except (RuntimeError, IndexError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{module}: its tensors do not fit each other: {sizes}") from error
+    if not fits:
+        raise ValueError(f"{module}: its tensors do not divide {n_in} inputs into groups of one size: {sizes}")
+    return packed
+
+
+def _order_rows(packed: dict[str, Packed], parts: dict[str, Part], w2: list[str], w13: list[str]) -> None:
+    """Put the rows of the file's modules `w13` into the order in which those of `w2` take them, expert by expert."""
+    each = len(w13) // len(w2)  # gate and up, or both in one
+    for i, down in enumerate(w2):
+        if (order := packed[down].order) is None:
+            continue
+        packed[down] = replace(packed[down], is_fed=True)
+        rows = order if each == 2 else torch.cat((order, order + len(order)))
+        for module in w13[each * i : each * (i + 1)]:
+            if module in packed:
+                packed[module] = replace(packed[module], outputs=rows)
+            for name in (f"{module}.weight", f"{module}.bias"):
+                if part := parts.get(name):
+                    parts[name] = replace(part, rows=lambda a, b, part=part, rows=rows: part.read()[rows[a:b]])
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and a.equal(b))
+
+
+def _can_be_held(settings: tuple[int, int, torch.dtype]) -> bool:
+    bits, size, dtype = settings
+    return bits in SETTINGS["bits"] and size in GROUP_SIZES and str(dtype).removeprefix("torch.") in SETTINGS["scales"]
+
+
+def _scheme(method: str, specs: dict[str, tuple], ordered: list[str], linears: list[str]) -> dict[str, Any] | None:
+    if not specs:
+        return None
+
+    def short(names: list[str]) -> list[str]:  # the last part of a name stands for all that end so
+        others = {name.rpartition(".")[2] for name in linears if name not in names}
+        return list(dict.fromkeys(k if (k := name.rpartition(".")[2]) not in others else name for name in names))
+
+    def settings(bits: int, groupsize: int, dtype: torch.dtype) -> dict[str, Any]:
+        return {"bits": bits, "groupsize": groupsize, "scales": str(dtype).removeprefix("torch."), "zeros": "steps"}
+
+    ((most, _),) = Counter(specs.values()).most_common(1)
+    others = {name: settings(*spec) for name, spec in specs.items() if spec != most}
+    skip = short([name for name in linears if name not in specs])
+    scheme = {"mode": method, **settings(*most), "skip": skip, "ordered": short(ordered), "others": others}
+    return {key: value for key, value in scheme.items() if value or key == "skip"}
