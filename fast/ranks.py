@@ -20,7 +20,7 @@ _LLAMA3_NAMES = (
 )
 _LLAMA3_SPECIAL = [f"<|{name}|>" for name in _LLAMA3_NAMES.split()]
 _LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(2, 258 - len(_LLAMA3_SPECIAL))]
-_LLAMA3_SPLIT = (
+LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -41,7 +41,7 @@ def from_tiktoken(data: bytes, path: Path, tokenizers: ModuleType):
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as error:
             raise ValueError(f"{path}: line {number} is not 'base64 rank', download it again") from error
-    return _bpe(ranks, path, tokenizers, _LLAMA3_SPLIT, _LLAMA3_SPECIAL, len(ranks), "<|begin_of_text|>")
+    return _bpe(ranks, path, tokenizers, LLAMA3_SPLIT, _LLAMA3_SPECIAL, len(ranks), "<|begin_of_text|>")
 
 
 def from_tekken(data: bytes, path: Path, tokenizers: ModuleType):

@@ -1,0 +1,444 @@
+"""GGUF, the files of llama.cpp: a model and its tokenizer in one file, mapped to memory.
+
+    args, parts, naming = read_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+Worth knowing: the header is read here, 30 times as fast as the package `gguf` reads it. The package is needed for
+quantised tensors: it knows their types. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import importlib
+import re
+import struct
+from dataclasses import replace
+from functools import cache, partial
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fast.config import read
+from fast.families import Naming, args_from_hf
+from fast.ranks import LLAMA3_SPLIT
+from fast.stored import Part, part_of
+from model import ModelArgs, RopeScaling
+
+MAGIC = b"GGUF"
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # as in struct
+STRING, ARRAY = 8, 9
+FLOATS = {0: ("F32", torch.float32), 1: ("F16", torch.float16), 30: ("BF16", torch.bfloat16)}
+DTYPES = dict(FLOATS.values())
+
+# Our module -> llama.cpp's, as `families.HF_MODULES`.
+MODULES: dict[str, tuple[str, ...]] = {
+    "tok_embeddings": ("token_embd",),
+    "layers.{}.attention_norm": ("blk.{}.attn_norm",),
+    "layers.{}.attention.wqkv": ("blk.{}.attn_q", "blk.{}.attn_k", "blk.{}.attn_v"),
+    "layers.{}.attention.q_norm": ("blk.{}.attn_q_norm",),
+    "layers.{}.attention.k_norm": ("blk.{}.attn_k_norm",),
+    "layers.{}.attention.wo": ("blk.{}.attn_output",),
+    "layers.{}.attention_post_norm": ("blk.{}.post_attention_norm",),
+    "layers.{}.ffn_norm": ("blk.{}.ffn_norm",),
+    "layers.{}.ffn_post_norm": ("blk.{}.post_ffw_norm",),
+    "layers.{}.feed_forward.w13": ("blk.{}.ffn_gate", "blk.{}.ffn_up"),
+    "layers.{}.feed_forward.w2": ("blk.{}.ffn_down",),
+    "layers.{}.feed_forward.router": ("blk.{}.ffn_gate_inp",),
+    "layers.{}.feed_forward.experts.w13": ("blk.{}.ffn_gate.{}", "blk.{}.ffn_up.{}"),
+    "layers.{}.feed_forward.experts.w2": ("blk.{}.ffn_down.{}",),
+    "norm": ("output_norm",),
+}
+PHI3_MODULES = {
+    **MODULES,
+    "layers.{}.attention.wqkv": ("blk.{}.attn_qkv",),
+    "layers.{}.feed_forward.w13": ("blk.{}.ffn_up",),
+}
+# `general.architecture` -> the family, and the naming: llama.cpp rotates neighbours in what descends from its Llama.
+ARCHITECTURES: dict[str, tuple[str, Naming]] = {
+    "llama": ("LlamaForCausalLM", Naming(MODULES, pairs="neighbours")),  # Mistral and Mixtral, too
+    "qwen2": ("Qwen2ForCausalLM", Naming(MODULES)),
+    "qwen3": ("Qwen3ForCausalLM", Naming(MODULES)),
+    "qwen3moe": ("Qwen3MoeForCausalLM", Naming(MODULES)),
+    "gemma3": ("Gemma3ForCausalLM", Naming(MODULES)),
+    "phi3": ("Phi3ForCausalLM", Naming(PHI3_MODULES)),
+    "granite": ("GraniteForCausalLM", Naming(MODULES, pairs="neighbours")),
+    "smollm3": ("SmolLM3ForCausalLM", Naming(MODULES, pairs="neighbours")),
+}
+# Key of config.json -> of the metadata, after the architecture's name.
+REQUIRED_KEYS: dict[str, str] = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+KEYS: dict[str, str] = {
+    **REQUIRED_KEYS,
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rope_theta": "rope.freq_base",
+    "rope_local_base_freq": "rope.freq_base_swa",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "sliding_window": "attention.sliding_window",
+    "sliding_window_pattern": "attention.sliding_window_pattern",
+    "num_local_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+ROPE_KEYS: dict[str, str] = {
+    "rope_type": "type",
+    "factor": "factor",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+}
+LLAMA3_FACTORS = "rope_freqs.weight"
+LONGROPE_FACTORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
+
+
+class Raw(NamedTuple):
+    """A tensor as the file holds it: its GGML type's name, its shape, and uint8 `[rows, bytes per row]`, mapped."""
+
+    type: str
+    shape: tuple[int, ...]
+    data: Tensor
+
+
+class Header(NamedTuple):
+    """Metadata by key; shape, number of the GGML type and offset of every tensor; and the bytes of the file, mapped."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, tuple[tuple[int, ...], int, int]]
+    data: Tensor
+
+
+def read_gguf(path: str | Path) -> tuple[ModelArgs, dict[str, Part], Naming]:
+    """The model's arguments, its tensors by the file's names, and what these names mean.
+
+    A quantised tensor is a computed Part in float32: its rows are dequantised when they are read.
+    Raises ValueError, one line, for a damaged file, one that holds no whole language model, and an architecture or a
+    setting that this Transformer does not compute; ImportError if tensors are quantised and the package is missing.
+    """
+    header = read_header(path)
+    metadata, tensors = header.metadata, read_tensors(path, header)
+    architecture = metadata.get("general.architecture")
+    kind = "mmproj" if architecture == "clip" else metadata.get("general.type", "model")
+    if kind != "model":
+        kind = "a vision projector (mmproj)" if kind == "mmproj" else f"of type {kind!r:.80}"
+        raise ValueError(f"{path} is {kind}, not a language model: give the .gguf of the model that it belongs to")
+    if (n_files := metadata.get("split.count", 1)) > 1:
+        remedy = "join them with llama-gguf-split --merge and give the result"
+        raise ValueError(f"{path} is one of {n_files} files that hold a model: {remedy}")
+    if architecture not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{path}: architecture {architecture!r:.80} is not supported; supported: {supported}")
+    missing = [f"{architecture}.{key}" for key in REQUIRED_KEYS.values() if f"{architecture}.{key}" not in metadata]
+    missing += [] if "token_embd.weight" in tensors else ["token_embd.weight"]
+    if missing:
+        raise ValueError(f"{path} holds no whole model: missing {', '.join(missing)}")
+    try:
+        args = _args(architecture, metadata, tensors)
+    except ValueError as error:  # which names the keys of config.json
+        theirs = {key: f"{architecture}.{name}" for key, name in KEYS.items()}
+        message = re.sub(r"\w+", lambda word: theirs.get(word[0], word[0]), re.sub(r"^config.json:? ", "", str(error)))
+        raise ValueError(f"{path}: {message}") from error
+    factors = (LLAMA3_FACTORS, *LONGROPE_FACTORS.values())
+    parts = {name: _part(raw) for name, raw in tensors.items() if name not in factors}
+    return args, parts, ARCHITECTURES[architecture][1]
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file at `path` is one, by its name or by how it begins."""
+    with open(path, "rb") as file:
+        return path.suffix == ".gguf" or file.read(4) == MAGIC
+
+
+def read_header(path: str | Path) -> Header:
+    """What the file at `path` says of its tensors and its tokenizer. Raises ValueError if it is no whole GGUF file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: " + ("not a file" if Path(path).exists() else "no such file or directory"))
+    data = torch.from_file(str(path), size=Path(path).stat().st_size, dtype=torch.uint8)  # private: never written
+    cursor = _Cursor(data)
+    try:
+        magic, version = cursor.unpack("4sI")
+        if magic != MAGIC:
+            raise ValueError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}")
+        if version not in (2, 3):
+            found = "big-endian" if version >> 16 else f"of version {version}"
+            raise ValueError(f"{path}: a GGUF file that is {found}; expected version 2 or 3, little-endian")
+        n_tensors, n_keys = cursor.unpack("QQ")
+        metadata = {cursor.string(): cursor.value() for _ in range(n_keys)}
+        tensors = {cursor.string(): cursor.tensor() for _ in range(n_tensors)}
+        start = cursor.at + -cursor.at % metadata.get("general.alignment", 32)
+    except (struct.error, KeyError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{path} is not a whole GGUF file: download it again") from error
+    return Header(metadata, {name: (shape, kind, start + at) for name, (shape, kind, at) in tensors.items()}, data)
+
+
+def read_tensors(path: str | Path, header: Header | None = None) -> dict[str, Raw]:
+    """The tensors as the file holds them; experts one by one, as `blk.{layer}.ffn_gate.{expert}.weight`.
+
+    Raises ValueError for a file that ends too early, and a type that the package `gguf` does not dequantise.
+    """
+    header = header or read_header(path)
+    found = {}
+    for name, (shape, number, start) in header.tensors.items():
+        try:
+            kind, width, n_bytes = _block(number)
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"{path}: {name} has GGML type {number}, which cannot be dequantised") from error
+        n_rows, row_bytes = prod(shape[:-1]), shape[-1] // width * n_bytes
+        end = start + n_rows * row_bytes
+        if shape[-1] % width or start % 4 or end > len(header.data):
+            raise ValueError(f"{path} is damaged, or ends before its tensor {name}: download it again")
+        data = header.data[start:end].view(n_rows, row_bytes)
+        if len(shape) == 3:  # as older files name experts, which have a tensor each
+            names = [name.replace("_exps.", f".{i}.") for i in range(shape[0])]
+            found |= {name: Raw(kind, shape[1:], rows) for name, rows in zip(names, data.chunk(shape[0]), strict=True)}
+        else:
+            found[name] = Raw(kind, shape, data)
+    return found
+
+
+class _Cursor:
+    """Reads the values of a header, one after the other; struct.error or KeyError if it is damaged."""
+
+    def __init__(self, data: Tensor):
+        self.data, self.at = memoryview(data.numpy()), 0
+
+    def unpack(self, form: str) -> tuple:
+        values = struct.unpack_from("<" + form, self.data, self.at)
+        self.at += struct.calcsize("<" + form)
+        return values
+
+    def string(self) -> str:
+        (length,) = self.unpack("Q")
+        self.at += length
+        if self.at > len(self.data):
+            raise struct.error
+        return bytes(self.data[self.at - length : self.at]).decode(errors="replace")
+
+    def value(self) -> Any:
+        (kind,), n = self.unpack("I"), None
+        if kind == ARRAY:
+            kind, n = self.unpack("IQ")
+        if kind == STRING:
+            return self.string() if n is None else [self.string() for _ in range(n)]
+        values = self.unpack(f"{1 if n is None else n}{SCALARS[kind]}")
+        return values[0] if n is None else list(values)
+
+    def tensor(self) -> tuple[tuple[int, ...], int, int]:
+        (n_dims,) = self.unpack("I")
+        if not 1 <= n_dims <= 4:
+            raise struct.error
+        *dims, kind, offset = self.unpack(f"{n_dims}QIQ")
+        return tuple(reversed(dims)), kind, offset  # the file has the innermost first
+
+
+def _args(architecture: str, metadata: dict[str, Any], tensors: dict[str, Raw]) -> ModelArgs:
+    """The arguments, by way of the config.json from which the file was made. A value of 0 is as good as absent."""
+    found = {key: metadata.get(f"{architecture}.{theirs}") for key, theirs in KEYS.items()}
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[architecture][0]],
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "rope_theta": 1e4,
+        "num_key_value_heads": None,
+        "norm_topk_prob": True,
+        "dtype": "bfloat16",  # of training: only Gemma's code asks, and Gemma's is
+        **{key: value for key, value in found.items() if value},
+    }
+    if architecture == "llama" and "num_local_experts" in config:
+        config["architectures"] = ["MixtralForCausalLM"]
+    width = read(config, "hidden_size", int) // read(config, "num_attention_heads", int)
+    head_dim = config["head_dim"] = read(config, "head_dim", int, width)
+    # Gemma 3: llama.cpp, too, recognises the 27B model, whose scores are divided by another number, by its layers.
+    config["query_pre_attn_scalar"] = width if config["num_hidden_layers"] == 62 else head_dim
+    rotary_dim = read(metadata, f"{architecture}.rope.dimension_count", int, head_dim)
+    config["partial_rotary_factor"] = rotary_dim / head_dim
+
+    rope = {key: metadata.get(f"{architecture}.rope.scaling.{theirs}") for key, theirs in ROPE_KEYS.items()}
+    rope = {key: value for key, value in rope.items() if value}
+    if factors := {key: _floats(tensors[name]) for key, name in LONGROPE_FACTORS.items() if name in tensors}:
+        attention = metadata.get(f"{architecture}.rope.scaling.attn_factor")
+        rope |= {"rope_type": "longrope", "attention_factor": attention, **factors}
+    if rope.get("rope_type", "linear" if "factor" in rope else "none") != "none":
+        config["rope_scaling"] = {"rope_type": "linear", **rope}
+    biases = {"qkv_bias": "attn_q", "out_bias": "attn_output", "mlp_bias": "ffn_gate"}
+    changes: dict[str, Any] = {name: f"blk.0.{theirs}.bias" in tensors for name, theirs in biases.items()}
+    changes["norm_offset"] = 0.0  # Gemma's: files have it in the weights
+    if LLAMA3_FACTORS in tensors:
+        if len(factors := _floats(tensors[LLAMA3_FACTORS])) != head_dim // 2:
+            raise ValueError(f"{LLAMA3_FACTORS} has {len(factors)} numbers, expected {head_dim // 2}")
+        changes["rope_scaling"] = RopeScaling(tuple(factors))
+    return replace(args_from_hf(config), **changes)
+
+
+@cache
+def _block(number: int) -> tuple[str, int, int]:
+    """The name of a GGML type, and elements and bytes of its blocks."""
+    if number in FLOATS:
+        return FLOATS[number][0], 1, FLOATS[number][1].itemsize
+    gguf = _require("gguf")
+    kind = gguf.GGMLQuantizationType(number)
+    width, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+    gguf.dequantize(torch.zeros(1, n_bytes, dtype=torch.uint8).numpy(), kind)  # NotImplementedError, if it cannot
+    return kind.name, width, n_bytes
+
+
+def _part(raw: Raw) -> Part:
+    if raw.type in DTYPES:
+        return part_of(raw.data.view(DTYPES[raw.type]).view(raw.shape))
+    return Part(raw.shape, torch.float32, partial(_dequantize, raw), is_computed=True)
+
+
+def _dequantize(raw: Raw, first: int, end: int) -> Tensor:
+    gguf = _require("gguf")
+    values = gguf.dequantize(raw.data[first:end].numpy(), gguf.GGMLQuantizationType[raw.type])
+    return torch.from_numpy(values).view(-1, *raw.shape[1:])
+
+
+def _floats(raw: Raw) -> list[float]:
+    return _part(raw).read().float().tolist()
+
+
+# Names of pre-tokenizers -> the patterns that split a text into words, one after the other.
+# https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp names the models.
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT4O_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
+    "gpt-2": (_GPT2_SPLIT,),
+    **dict.fromkeys(("smollm", "refact", "starcoder"), (r"\p{N}", _GPT2_SPLIT)),
+    **dict.fromkeys(("llama-bpe", "llama-v3", "llama3", "dbrx", "smaug-bpe"), (LLAMA3_SPLIT,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (_QWEN2_SPLIT,)),
+    "tekken": (_TEKKEN_SPLIT,),
+    "gpt-4o": (_GPT4O_SPLIT,),
+}
+WHOLE_WORDS = ("llama-bpe", "llama-v3", "llama3", "tekken")  # a word that is a token is not merged; BOS by default
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(2, 7)  # types of tokens, as in SentencePiece; 1: normal
+SPLIT_AT = UNKNOWN, CONTROL, USER_DEFINED
+SPECIAL = {
+    "bos_token": "bos_token_id", "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id", "pad_token": "padding_token_id",
+}  # fmt: skip
+# Tokens that end a turn or a text, whatever the metadata says: they name one, and chats often end with another.
+ENDS = (
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
+)  # fmt: skip
+
+
+class TokenizerParts(NamedTuple):
+    """What `tokenizer.load_tokenizer` makes a Tokenizer of.
+
+    model: a Tokenizer of the package `tokenizers`, or a SentencePiece model's bytes. special: named tokens, such as
+    {"bos_token": "<s>"}. added: tokens that texts are split at, as in tokenizer_config.json. adds_bos: to every text.
+    stop_ids: tokens that end a generation. template: the chat template's source, "" if there is none.
+    """
+
+    model: Any
+    special: dict[str, str]
+    added: list[dict[str, Any]]
+    adds_bos: bool
+    stop_ids: list[int]
+    template: str
+
+
+def read_tokenizer(path: str | Path) -> TokenizerParts:
+    """The tokenizer in the file at `path`.
+
+    Raises ValueError, one line, for a damaged file, and a kind of tokenizer or of pre-tokenizer that is not known;
+    ImportError with the command to run if the package for it is missing.
+    """
+    metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in read_header(path).metadata.items()}
+    model, pre = metadata.get("model"), metadata.get("pre")
+    if model not in ("gpt2", "llama"):
+        raise ValueError(f"{path}: tokenizer {model!r:.80} is not supported; supported: gpt2, llama")
+    if model == "gpt2" and pre not in PRE_TOKENIZERS:
+        supported = ", ".join(PRE_TOKENIZERS)
+        raise ValueError(f"{path}: pre-tokenizer {pre!r:.80} is not supported; supported: {supported}")
+    try:
+        tokens = metadata["tokens"]
+        special = {name: tokens[metadata[key]] for name, key in SPECIAL.items() if key in metadata}
+        if model == "llama":
+            made, added = _sentencepiece(metadata, special), []
+        else:
+            made, added = _byte_level_bpe(metadata)
+    except ImportError:
+        raise
+    except Exception as error:  # the package tokenizers raises nothing narrower
+        raise ValueError(f"{path}: not a whole tokenizer ({error!r:.80}): download it again") from error
+    stop_ids = [metadata[key] for key in ("eot_token_id", "eom_token_id") if key in metadata]
+    stop_ids += [i for i, token in enumerate(tokens) if token in ENDS]
+    adds_bos = metadata.get("add_bos_token", model == "llama" or pre in WHOLE_WORDS)
+    return TokenizerParts(made, special, added, adds_bos, stop_ids, metadata.get("tokenizer.chat_template", ""))
+
+
+def _byte_level_bpe(metadata: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
+    """The tokenizer, of the package `tokenizers`, and the tokens at which it is to split texts."""
+    tokenizers = _require("tokenizers")
+    typed = list(zip(metadata["tokens"], metadata["token_type"], strict=True))
+    vocab = {token: i for i, (token, kind) in enumerate(typed) if kind != UNUSED}  # those fill up the embeddings
+    merges = [tuple(merge.split(" ")) for merge in metadata["merges"]]
+    pre = metadata["pre"]
+    encoder = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=pre in WHOLE_WORDS))
+    words = [tokenizers.pre_tokenizers.Split(tokenizers.Regex(split), "isolated") for split in PRE_TOKENIZERS[pre]]
+    spell = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    encoder.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*words, spell])
+    encoder.decoder = tokenizers.decoders.ByteLevel()
+    if pre == "qwen2":  # llama.cpp does not, but Qwen's own tokenizer does
+        encoder.normalizer = tokenizers.normalizers.NFC()
+    added = [{"content": token, "special": kind != USER_DEFINED} for token, kind in typed if kind in SPLIT_AT]
+    return encoder, added
+
+
+def _sentencepiece(metadata: dict[str, Any], special: dict[str, str]) -> bytes:
+    """The SentencePiece model that the file was made from, of BPE by scores.
+
+    https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+    """
+    pieces = []
+    for piece, score, kind in zip(metadata["tokens"], metadata["scores"], metadata["token_type"], strict=True):
+        spelled = piece.replace(" ", "\u2581") if kind == USER_DEFINED else piece
+        pieces.append(_field(1, _field(1, spelled.encode()) + _field(2, score) + _field(3, kind)))
+    trainer = _field(3, 2) + _field(35, int(BYTE in metadata["token_type"]))
+    for number, name in ((45, "unk_token"), (46, "bos_token"), (47, "eos_token"), (48, "pad_token")):
+        trainer += _field(number, special[name].encode()) if name in special else b""
+    normalizer = _field(3, int(metadata.get("add_space_prefix", True))) + _field(4, 0)  # keeps double spaces
+    return b"".join(pieces) + _field(2, trainer) + _field(3, normalizer)
+
+
+def _field(number: int, value: int | float | bytes) -> bytes:
+    """A field of a protobuf message: https://protobuf.dev/programming-guides/encoding"""
+    if isinstance(value, bytes):
+        return _varint(number << 3 | 2) + _varint(len(value)) + value
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    return _varint(number << 3) + _varint(value)
+
+
+def _varint(value: int) -> bytes:
+    low, rest = value & 127, value >> 7
+    return bytes([low | 128]) + _varint(rest) if rest else bytes([low])
+
+
+def _require(package: str):
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"this file needs the package {package}: pip install {package}") from error
