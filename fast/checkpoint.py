@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import tp
-from fast import families, meta, published
+from fast import families, gguf, meta, published
 from fast.config import args_from_dict
 from fast.layers import speed_up
 from fast.quantized import swap_linears
@@ -45,9 +45,7 @@ HF_FILES = (
 )
 
 # What is often given in place of a checkpoint: how such a file begins, and what a directory without weights may hold.
-_GGUF = "in the GGUF format of llama.cpp: give the Hugging Face directory that it was made from"
 FOREIGN_BYTES = {
-    rb"GGUF": _GGUF,
     rb"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull` in its directory",
     rb"(?i)\s*<(!doctype|html|\?xml)": "a web page, not the file itself: download it again",
     rb"\x80[\x02-\x05][^\0]": "a pickle, as torch wrote before 1.6: save it again with today's torch.save",
@@ -56,7 +54,7 @@ FOREIGN_BYTES = {
 FOREIGN_FILES = {
     "adapter_*": "a LoRA adapter: merge it into its base model (peft: merge_and_unload) and give that",
     "*.incomplete": "an interrupted download: run scripts/download.py again, it resumes",
-    "*.gguf": _GGUF,
+    "*.gguf": "to be given by name",
     "*.pth": "to be given by name",
 }
 
@@ -83,7 +81,7 @@ def load_model(
     Quantised Linears keep their own dtypes; `model.quantization` is the scheme, or None. `layers.speed_up` has replaced
     its layers: where a CPU has kernels, a bfloat16 Linear has `packed` in place of its `weight`.
 
-    path: a `.pth` that `save_checkpoint` wrote, or a directory as `open_checkpoint` takes.
+    path: as `open_checkpoint` takes it.
     ranks: the processes that share the model; this one reads only its share. replicate: every rank reads the whole
         model, and rank 0's logits are broadcast, so that all ranks sample the same token.
     Raises ValueError if `path` is not a complete checkpoint of a supported model, or the model cannot be divided among
@@ -111,11 +109,15 @@ def load_model(
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Map the files at `path` and check that they hold exactly the tensors of the model they describe.
 
-    path: a `.pth` of ours; or a directory with `config.json` and `*.safetensors` or `pytorch_model*.bin`, single or
-    sharded; or Meta's `consolidated.*.pth` with `params.json`, there or in its folder `original`.
+    path: a `.pth` of ours; llama.cpp's `.gguf`; a directory with `config.json` and `*.safetensors` or
+    `pytorch_model*.bin`, single or sharded; or Meta's `consolidated.*.pth` with `params.json`, there or in its folder
+    `original`.
     Raises ValueError, one line, for a damaged or missing shard, an unsupported setting, or tensors that do not fit.
     """
     path = Path(path)
+    if path.is_file() and not foreign(path) and gguf.is_gguf(path):
+        args, parts, naming = gguf.read_gguf(path)
+        return _match(path, args, None, parts, naming)
     if not path.is_dir():
         if path.suffix in (".safetensors", ".bin") and path.is_file():
             raise ValueError(f"{path} is part of a checkpoint: give its directory, {path.parent}")

@@ -75,7 +75,7 @@ def add_model_flags(parser: Parser, kv_dtype: str | None = None) -> Callable[...
     kv_dtype: what `--kv_dtype` means to a program that runs the model; None: it does not run it.
     """
     add = parser.add_argument_group("the model").add_argument
-    add("--checkpoint_path", type=Path, default=DEMO, help="a .pth, a directory or a hub's OWNER/NAME (default: demo)")
+    add("--checkpoint_path", type=Path, default=DEMO, help=".pth, .gguf, directory or hub's OWNER/NAME (default: demo)")
     add("--download", action="store_true", help="fetch OWNER/NAME from the hub if it is not in checkpoints/")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="such as cpu or cuda:1 (default: cuda, cpu without a GPU)")
@@ -162,7 +162,7 @@ def find_checkpoint(path: Path, download: bool = False, ranks: Ranks = ALONE) ->
     that names the command which fetches it, OSError and ValueError if that fails.
     """
     name = str(path)
-    if not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.pth|\.bin)", name):
+    if not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.pth|\.bin|gguf)", name):
         path = ROOT / "checkpoints" / name
         if download:
             ranks.from_rank_0(lambda: None if _is_fetched(path) else _fetch(name))
@@ -189,7 +189,7 @@ def _fetch(repo_id: str) -> None:
 
 
 def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> tuple[Transformer, Tokenizer]:
-    """The model at `path`, a `.pth` of ours or a Hugging Face directory, and the tokenizer stored with it.
+    """The model at `path`, as `open_checkpoint` takes it, and the tokenizer stored with it.
 
     Where kernels are missing, which float32 on a CPU does without, it says why.
     """

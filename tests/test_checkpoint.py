@@ -302,7 +302,6 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
 OLD = io.BytesIO()
 torch.save({"a": torch.ones(2)}, OLD, _use_new_zipfile_serialization=False)
 WRONG = {
-    "gguf": (b"GGUF\3\0\0\0" + bytes(99), "is in the GGUF format of llama.cpp: give the Hugging Face directory"),
     "lfs": (LFS, "is a Git LFS pointer, not the file itself: run `git lfs pull`"),
     "html": (b"\n<!DOCTYPE html><html>", "is a web page, not the file itself: download it again"),
     "HTML": (b"<HTML><body>", "is a web page, not the file itself: download it again"),
@@ -339,7 +338,7 @@ def test_a_file_of_a_directory_is_refused(copy, name):
             ["adapter_config.json", "adapter_model.safetensors"],
             "adapter_config.json, adapter_model.safetensors, a LoRA adapter: merge it into its base model",
         ),
-        (["x.Q4_0.gguf"], "x.Q4_0.gguf, in the GGUF format of llama.cpp: give the Hugging Face directory"),
+        (["x.Q4_0.gguf"], "x.Q4_0.gguf, to be given by name"),
         (["model.pth", "model_int8.pth"], "model.pth, model_int8.pth, to be given by name"),
         (["model.safetensors.0a1b.incomplete"], "an interrupted download: run scripts/download.py again, it resumes"),
     ],
