@@ -1,4 +1,4 @@
-"""Text to token ids and back: one interface over the four tokenizer formats that checkpoints come with.
+"""Text to token ids and back: one interface over the tokenizer formats that checkpoints come with.
 
     tokenizer = load_tokenizer("checkpoints/meta-llama/Llama-2-7b-chat-hf")
     ids = tokenizer.encode("Hello")  # [1, 15043]
@@ -148,7 +148,7 @@ def read_text(path: Path) -> str:
 
 
 def load_tokenizer(path: str | Path, model_vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer of a model directory, or of the directory of a checkpoint file.
+    """The tokenizer of a model directory, or of the directory of a checkpoint file, or in a GGUF file.
 
     It is tokenizer.json, else tokenizer.model (SentencePiece or Llama 3), else Mistral's tekken.json.
     Beside it are read, where present: tokenizer_config.json, special_tokens_map.json, added_tokens.json,
@@ -160,7 +160,13 @@ def load_tokenizer(path: str | Path, model_vocab_size: int | None = None) -> Tok
     Raises FileNotFoundError if there is no tokenizer, ValueError naming the file if one is damaged, and
     ImportError with the command to run if the package for its format is missing.
     """
-    directory = Path(path).parent if Path(path).is_file() else Path(path)
+    path = Path(path)
+    if path.is_file():
+        from fast.gguf import is_gguf  # imports torch
+
+        if is_gguf(path):
+            return _read_gguf(path, model_vocab_size)
+    directory = path.parent if path.is_file() else path
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory, expected one that holds a tokenizer")
     path = next((directory / name for name in TOKENIZER_FILES if (directory / name).is_file()), None)
@@ -189,6 +195,18 @@ def load_tokenizer(path: str | Path, model_vocab_size: int | None = None) -> Tok
         backend = _SentencePiece(data, path, config, special, added)
         stop_ids += [backend.model.eos_id()] if backend.model.eos_id() >= 0 else []
     return Tokenizer(backend, stop_ids, _read_template(directory, config), model_vocab_size)
+
+
+def _read_gguf(path: Path, model_vocab_size: int | None) -> Tokenizer:
+    from fast.gguf import read_tokenizer
+
+    parts = read_tokenizer(path)
+    if isinstance(parts.model, bytes):
+        config = {"add_bos_token": parts.adds_bos}
+        backend = _SentencePiece(parts.model, path, config, parts.special, parts.added)
+    else:
+        backend = _HuggingFace(parts.model, parts.special, parts.added, parts.adds_bos)
+    return Tokenizer(backend, parts.stop_ids, parts.template, model_vocab_size)
 
 
 class _HuggingFace:
