@@ -116,8 +116,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """
     path = Path(path)
     if path.is_file() and not foreign(path) and gguf.is_gguf(path):
-        args, parts, naming = gguf.read_gguf(path)
-        return _match(path, args, None, parts, naming)
+        args, parts, packed, naming = gguf.read_gguf(path)
+        quantization, parts = published.assign("gguf", packed, parts, _skeleton(args, None), naming)
+        return _match(path, args, quantization, parts, naming)
     if not path.is_dir():
         if path.suffix in (".safetensors", ".bin") and path.is_file():
             raise ValueError(f"{path} is part of a checkpoint: give its directory, {path.parent}")

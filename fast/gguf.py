@@ -1,14 +1,15 @@
 """GGUF, the files of llama.cpp: a model and its tokenizer in one file, mapped to memory.
 
-    args, parts, naming = read_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
+    args, parts, packed, naming = read_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
 
 Worth knowing: the header is read here, 30 times as fast as the package `gguf` reads it. The package is needed for
-quantised tensors: it knows their types. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+tensors in other types than PACKED and FLOATS. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import importlib
 import re
 import struct
+import sys
 from dataclasses import replace
 from functools import cache, partial
 from math import prod
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from fast.config import read
 from fast.families import Naming, args_from_hf
+from fast.published import Packed
+from fast.quantized import pack_nibbles
 from fast.ranks import LLAMA3_SPLIT
 from fast.stored import Part, part_of
 from model import ModelArgs, RopeScaling
@@ -29,6 +32,8 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 FLOATS = {0: ("F32", torch.float32), 1: ("F16", torch.float16), 30: ("BF16", torch.bfloat16)}
 DTYPES = dict(FLOATS.values())
+PACKED = {2: ("Q4_0", 18), 3: ("Q4_1", 20), 8: ("Q8_0", 34)}  # which Linears hold as they are; bytes of a block
+BLOCK = 32  # weights that share a scale in these
 
 # Our module -> llama.cpp's, as `families.HF_MODULES`.
 MODULES: dict[str, tuple[str, ...]] = {
@@ -118,10 +123,11 @@ class Header(NamedTuple):
     data: Tensor
 
 
-def read_gguf(path: str | Path) -> tuple[ModelArgs, dict[str, Part], Naming]:
-    """The model's arguments, its tensors by the file's names, and what these names mean.
+def read_gguf(path: str | Path) -> tuple[ModelArgs, dict[str, Part], dict[str, Packed], Naming]:
+    """The model's arguments, its tensors by the file's names, weights for `published.assign`, and what the names mean.
 
-    A quantised tensor is a computed Part in float32: its rows are dequantised when they are read.
+    Weights in Q4_0, Q4_1 and Q8_0 are there as they are. In other types, which is said on stderr, a quantised tensor is
+    a computed Part in float32: its rows are dequantised when they are read.
     Raises ValueError, one line, for a damaged file, one that holds no whole language model, and an architecture or a
     setting that this Transformer does not compute; ImportError if tensors are quantised and the package is missing.
     """
@@ -149,8 +155,15 @@ def read_gguf(path: str | Path) -> tuple[ModelArgs, dict[str, Part], Naming]:
         message = re.sub(r"\w+", lambda word: theirs.get(word[0], word[0]), re.sub(r"^config.json:? ", "", str(error)))
         raise ValueError(f"{path}: {message}") from error
     factors = (LLAMA3_FACTORS, *LONGROPE_FACTORS.values())
-    parts = {name: _part(raw) for name, raw in tensors.items() if name not in factors}
-    return args, parts, ARCHITECTURES[architecture][1]
+    parts, packed = {}, {}
+    for name, raw in tensors.items():
+        if raw.type in dict(PACKED.values()):
+            packed[name.removesuffix(".weight")] = _packed(raw)
+        elif name not in factors:
+            parts[name] = _part(raw)
+    if types := sorted({raw.type for raw in tensors.values()} - DTYPES.keys() - dict(PACKED.values()).keys()):
+        print(f"{path}: dequantised, as no Linear here holds such weights: {', '.join(types)}", file=sys.stderr)
+    return args, parts, packed, ARCHITECTURES[architecture][1]
 
 
 def is_gguf(path: Path) -> bool:
@@ -285,6 +298,8 @@ def _block(number: int) -> tuple[str, int, int]:
     """The name of a GGML type, and elements and bytes of its blocks."""
     if number in FLOATS:
         return FLOATS[number][0], 1, FLOATS[number][1].itemsize
+    if number in PACKED:
+        return PACKED[number][0], BLOCK, PACKED[number][1]
     gguf = _require("gguf")
     kind = gguf.GGMLQuantizationType(number)
     width, n_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -296,6 +311,27 @@ def _part(raw: Raw) -> Part:
     if raw.type in DTYPES:
         return part_of(raw.data.view(DTYPES[raw.type]).view(raw.shape))
     return Part(raw.shape, torch.float32, partial(_dequantize, raw), is_computed=True)
+
+
+def _packed(raw: Raw) -> Packed:
+    """Blocks of 32 weights w: a scale d, in Q4_1 the lowest weight m, and integers q; w = d q in Q8_0, d (q - 8) in
+    Q4_0, d q + m in Q4_1. Byte j of 4-bit ones holds weight j in its low half and weight j + 16 in the high one.
+    """
+    blocks = raw.data.view(raw.shape[0], raw.shape[1] // BLOCK, -1)
+    halves = blocks[..., :4].view(torch.float16)
+    scales = halves[..., 0]
+    if raw.type == "Q8_0":
+        weights = blocks[..., 2:].view(torch.int8)
+        return Packed(8, raw.shape, lambda o: weights[o].flatten(1), scales, zeros=lambda o: 0 * scales[o])
+
+    def nibbles(outputs: slice | Tensor) -> Tensor:
+        q = blocks[outputs][..., -BLOCK // 2 :]
+        return pack_nibbles(torch.cat((q & 0xF, q >> 4), dim=-1).flatten(1))
+
+    def lowest(outputs: slice | Tensor) -> Tensor:
+        return halves[outputs][..., 1] if raw.type == "Q4_1" else -8 * scales[outputs]
+
+    return Packed(4, raw.shape, nibbles, scales, lowest, "lowest")
 
 
 def _dequantize(raw: Raw, first: int, end: int) -> Tensor:

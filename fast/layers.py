@@ -66,8 +66,11 @@ class FastLinear(Operator):
         super().__init__(product)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias, self.collective = linear.bias, linear.collective
-        self.register_buffer("order", getattr(linear, "order", None))
-        self.gather = getattr(linear, "gather", None)
+        self.gather, order = getattr(linear, "gather", None), getattr(linear, "order", None)
+        if order is None:
+            self.order = None  # no buffer: torch.compile's guards would check it at every step
+        else:
+            self.register_buffer("order", order)
 
     def forward(
         self,

@@ -84,8 +84,8 @@ class Packed:
     """The weight `[N, K]` of a module in one of the formats, as a `GroupedLinear` stores it.
 
     rows: outputs, a slice or indices -> their weights as a GroupedLinear stores them, `[n, K * bits / 8]`, but for the
-        order of their inputs; for 8 bits still without a sign.
-    scales: [N, K / G]. zeros: () -> int [N, K / G], the integer that stands for 0.
+        order of their inputs.
+    scales: [N, K / G]. zeros: outputs -> [n, K / G], of any type; zeros_are: what they mean, one of `quantized.ZEROS`.
     g_idx: the group of each input, int [K]; None: they are in order.
     outputs: the order in which its rows are wanted; None: as in the file.
     is_fed: whether its inputs come group by group, as the rows before it are in that order.
@@ -95,7 +95,8 @@ class Packed:
     shape: tuple[int, int]
     rows: Callable[[slice | Tensor], Tensor]
     scales: Tensor
-    zeros: Callable[[], Tensor]
+    zeros: Callable[[slice | Tensor], Tensor]
+    zeros_are: str = "steps"
     g_idx: Tensor | None = None
     outputs: Tensor | None = None
     is_fed: bool = False
@@ -111,19 +112,25 @@ class Packed:
         return None if self.is_fed else self.by_group
 
     @property
-    def settings(self) -> tuple[int, int, torch.dtype]:
-        """Bits, group size and type of the scales of the GroupedLinear."""
+    def groupsize(self) -> int:
+        """That of the GroupedLinear; a scale for whole rows is repeated."""
         size = self.shape[1] // self.scales.shape[1]
-        if size not in GROUP_SIZES:
-            size = max((s for s in GROUP_SIZES if s <= WIDEST and size % s == 0), default=size)
-        return self.bits, size, self.scales.dtype
+        fitting = (s for s in GROUP_SIZES if s <= WIDEST and size % s == 0)
+        return size if size in GROUP_SIZES else max(fitting, default=size)
+
+    @property
+    def settings(self) -> tuple[tuple[str, Any], ...]:
+        """Those of the GroupedLinear, as in a scheme."""
+        dtype = str(self.scales.dtype).removeprefix("torch.")
+        values = {"bits": self.bits, "groupsize": self.groupsize, "scales": dtype, "zeros": self.zeros_are}
+        return tuple(values.items())
 
     def part(self, kind: str) -> Part:
         """One of the GroupedLinear's tensors, not yet computed."""
-        (N, K), (_, size, dtype) = self.shape, self.settings
+        (N, K), dtype = self.shape, self.scales.dtype
         if kind == "order":
             return Part((K,), torch.int32, lambda first, end: self.order[first:end].int())
-        shape = (N, K * self.bits // 8) if kind == "weight" else (N, K // size)
+        shape = (N, K * self.bits // 8) if kind == "weight" else (N, K // self.groupsize)
         dtype = dtype if kind != "weight" else torch.uint8 if self.bits == 4 else torch.int8
         return Part(shape, dtype, lambda first, end: self.tensor(kind, first, end), is_computed=True)
 
@@ -135,26 +142,31 @@ class Packed:
             if self.by_group is not None:
                 q = (unpack_nibbles(weight) if self.bits == 4 else weight)[:, self.by_group]
                 weight = pack_nibbles(q) if self.bits == 4 else q
-            return weight if self.bits == 4 else (weight ^ 0x80).view(torch.int8)
-        tensor = self.scales[rows]
-        if kind == "zeros":
-            tensor = 2 ** (self.bits - 1) - self.zeros()[rows].to(tensor.dtype)
-        return tensor.repeat_interleave(self.shape[1] // tensor.shape[1] // self.settings[1], 1)
+            return weight
+        tensor = self.scales[rows] if kind == "scales" else self.zeros(rows).to(self.scales.dtype)
+        return tensor.repeat_interleave(self.shape[1] // tensor.shape[1] // self.groupsize, 1)
 
-    def values(self, first: int, end: int) -> Tensor:
-        """Rows of the weight as numbers, float32, its inputs as they come."""
-        tensors = (self.tensor(kind, first, end) for kind in ("weight", "scales", "zeros"))
-        values = GroupedLinear.from_parts(*tensors, zeros_are="steps").dequantize(torch.float32)
-        return values if self.order is None else values[:, self.order.argsort()]
+    def dequantised(self) -> Part:
+        """The weight as numbers, computed in float32, its inputs as they come."""
 
+        def rows(first: int, end: int) -> Tensor:
+            tensors = (self.tensor(kind, first, end) for kind in ("weight", "scales", "zeros"))
+            values = GroupedLinear.from_parts(*tensors, zeros_are=self.zeros_are).dequantize(torch.float32)
+            return values if self.order is None else values[:, self.order.argsort()]
 
-def _bytes(words: Tensor) -> Tensor:
-    return words.contiguous().view(torch.uint8)
+        return Part(self.shape, self.scales.dtype, rows, is_computed=True)
 
 
-def _fields(words: Tensor, bits: int) -> Tensor:
-    """The fields in int32 `words [m, n]`, lowest first, uint8 `[m, n * 32 / bits]`."""
-    return unpack_nibbles(_bytes(words)) if bits == 4 else _bytes(words)
+def _weights(words: Tensor, bits: int) -> Tensor:
+    """Those packed in int32 `words [n, m]`, lowest first, as a GroupedLinear stores them, `[n, 4 m]`."""
+    stored = words.contiguous().view(torch.uint8)
+    return stored if bits == 4 else (stored ^ 0x80).view(torch.int8)
+
+
+def _steps(words: Tensor, bits: int) -> Tensor:
+    """From the integers that mean 0, packed in int32 `words [m, n]`, to the middle, int `[m, n * 32 / bits]`."""
+    stored = words.contiguous().view(torch.uint8)
+    return 2 ** (bits - 1) - (unpack_nibbles(stored) if bits == 4 else stored).int()
 
 
 def _from_gptq(tensors: list[Tensor | None], config: dict[str, Any]) -> Packed:
@@ -167,26 +179,30 @@ def _from_gptq(tensors: list[Tensor | None], config: dict[str, Any]) -> Packed:
     bits = config["bits"]
     less = 0 if config.get("checkpoint_format") == "gptq_v2" else {4: 0x11111111, 8: 0x01010101}[bits]
 
-    def zeros() -> Tensor:
-        return _fields(qzeros + less, bits).T
-
-    shape = qweight.shape[1], 32 * qweight.shape[0] // bits
-    return Packed(bits, shape, lambda rows: _bytes(qweight[:, rows].T), scales.T, zeros, g_idx)
+    return Packed(
+        bits,
+        (qweight.shape[1], 32 * qweight.shape[0] // bits),
+        rows=lambda outputs: _weights(qweight[:, outputs].T, bits),
+        scales=scales.T,
+        zeros=lambda outputs: _steps(qzeros + less, bits).T[outputs],
+        g_idx=g_idx,
+    )
 
 
 def _from_awq(tensors: list[Tensor | None], config: dict[str, Any]) -> Packed:
     """qweight int32 `[K, N / 8]`, scales `[K / G, N]`, qzeros int32 `[K / G, N / 8]`; see AWQ_PLACES."""
     qweight, scales, qzeros = tensors
 
-    def outputs(words: Tensor) -> Tensor:  # [m, n / 8] -> [n, m]
-        return _fields(words, 4).unflatten(1, (-1, 8))[:, :, AWQ_PLACES].flatten(1).T
+    def in_place(fields: Tensor) -> Tensor:  # [m, n] -> [n, m]
+        return fields.unflatten(1, (-1, 8))[:, :, AWQ_PLACES].flatten(1).T
 
-    def rows(wanted: slice) -> Tensor:
-        first = wanted.start // 8
-        q = outputs(qweight[:, first : -(-wanted.stop // 8)])
-        return pack_nibbles(q[wanted.start - 8 * first : wanted.stop - 8 * first])
+    def rows(outputs: slice) -> Tensor:
+        first = outputs.start // 8
+        q = in_place(unpack_nibbles(_weights(qweight[:, first : -(-outputs.stop // 8)], 4)))
+        return pack_nibbles(q[outputs.start - 8 * first : outputs.stop - 8 * first])
 
-    return Packed(4, (8 * qweight.shape[1], qweight.shape[0]), rows, scales.T, lambda: outputs(qzeros))
+    shape = 8 * qweight.shape[1], qweight.shape[0]
+    return Packed(4, shape, rows, scales.T, zeros=lambda outputs: in_place(_steps(qzeros, 4))[outputs])
 
 
 def _from_compressed_tensors(tensors: list[Tensor | None], config: dict[str, Any]) -> Packed:
@@ -199,14 +215,14 @@ def _from_compressed_tensors(tensors: list[Tensor | None], config: dict[str, Any
     bits = 32 * packed.shape[1] // K
     scales = scales if scales.numel() > 1 else scales.reshape(1, 1).expand(N, 1)
 
-    def zeros() -> Tensor:
+    def zeros(outputs: slice | Tensor) -> Tensor:
         if zero_point is None:
-            return torch.full(scales.shape, 2 ** (bits - 1))
+            return torch.zeros_like(scales[outputs])
         if zero_point.dtype == torch.int8:  # older files do not pack it
-            return zero_point.int() + 2 ** (bits - 1)
-        return _fields(zero_point.T, bits).T[:N]
+            return -zero_point[outputs].int()
+        return _steps(zero_point.T, bits).T[:N][outputs]
 
-    return Packed(bits, (N, K), lambda rows: _bytes(packed[rows]), scales, zeros, g_idx)
+    return Packed(bits, (N, K), lambda outputs: _weights(packed[outputs], bits), scales, zeros, g_idx=g_idx)
 
 
 READERS = {"gptq": _from_gptq, "awq": _from_awq, "compressed-tensors": _from_compressed_tensors}
@@ -217,24 +233,38 @@ def read(
 ) -> tuple[dict[str, Any] | None, dict[str, Part]]:
     """The scheme for `quantized.swap_linears`, and the `parts` of the files with the tensors of its GroupedLinears.
 
-    config: the quantization_config. model: without weights. A Linear whose parts are quantised in different ways, or in
-    no way that a GroupedLinear can hold, is dequantised, which is said on stderr. Raises ValueError for tensors that
-    are missing or do not fit each other.
+    config: the quantization_config. Others as for `assign`. Raises ValueError for tensors that are missing or do not
+    fit each other.
     """
     parts, packed = dict(parts), {}
     for module in [name.rpartition(".")[0] for name in parts if name.endswith(PACKED)]:
         packed[module] = _packed(method, config, parts, module)
+    return assign(method, packed, parts, model, naming)
+
+
+def assign(
+    mode: str, packed: dict[str, Packed], parts: dict[str, Part], model: Transformer, naming: Naming
+) -> tuple[dict[str, Any] | None, dict[str, Part]]:
+    """The scheme, and `parts` with the GroupedLinears' tensors from the `packed` weights, by the file's modules.
+
+    model: without weights. Dequantised are embeddings, and a Linear whose parts are quantised in different ways, or in
+    no way that a GroupedLinear can hold, which is said on stderr.
+    """
     linears = {name: linear for name, linear in model.named_modules() if isinstance(linear, Linear)}
     theirs = {name: naming.theirs(name, linear.n_experts) for name, linear in linears.items()}
+    (table,), (head,) = naming.theirs("tok_embeddings"), theirs["output"]
+    if model.args.tie_embeddings and table in packed:
+        packed = {**packed, head: packed[table]}
     for name in linears:
         if name.endswith(".w2") and all(other in packed for other in theirs[name]):
             _order_rows(packed, parts, theirs[name], theirs[name.removesuffix("2") + "13"])
+    parts = {**parts, **{f"{other}.weight": one.dequantised() for other, one in packed.items()}}
     specs, ordered, lost = {}, [], []
     for name, linear in linears.items():
         found = [packed[other] for other in theirs[name] if other in packed]
         are_alike = len(found) == len(theirs[name]) and len({one.settings for one in found}) == 1
         are_alike = are_alike and all(_equal(one.order, found[0].order) for one in found)
-        if fits := are_alike and _can_be_held(found[0].settings):
+        if fits := are_alike and all(value in SETTINGS[key] for key, value in found[0].settings):
             specs[name] = found[0].settings
             if found[0].order is not None:
                 ordered.append(name)
@@ -242,11 +272,8 @@ def read(
         elif found:
             lost.append(name)
         for other in [other for other in theirs[name] if other in packed]:
-            one = packed[other]
-            if fits:
-                parts |= {f"{other}.{kind}": one.part(kind) for kind in ("weight", "scales", "zeros")}
-            else:
-                parts[f"{other}.weight"] = Part(one.shape, one.scales.dtype, one.values, is_computed=True)
+            kinds = ("weight", "scales", "zeros") if fits else ()
+            parts |= {f"{other}.{kind}": packed[other].part(kind) for kind in kinds}
             bias = parts.get(f"{other}.bias")
             if bias is not None and linear.bias is None and not bias.read().any():
                 del parts[f"{other}.bias"]  # AutoGPTQ stored biases that are zero
@@ -254,7 +281,7 @@ def read(
         which = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
         why = "their parts are quantised in different ways, or in groups that no Linear here can hold"
         print(f"dequantised: {len(lost)} of {len(linears)} Linears ({which}), as {why}", file=sys.stderr)
-    return _scheme(method, specs, ordered, list(linears)), parts
+    return _scheme(mode, specs, ordered, list(linears)), parts
 
 
 def _packed(method: str, config: dict[str, Any], parts: dict[str, Part], module: str) -> Packed:
@@ -274,7 +301,7 @@ def _packed(method: str, config: dict[str, Any], parts: dict[str, Part], module:
         (n_out, n_in), n_groups = packed.shape, packed.scales.shape[1]
         groups = torch.arange(n_in, dtype=torch.int32) // (n_in // n_groups)
         fits = n_in % n_groups == 0 and (packed.g_idx is None or packed.g_idx.sort().values.equal(groups))
-        fits = fits and sized.zeros().shape == packed.scales.shape == (n_out, n_groups)
+        fits = fits and sized.zeros(slice(None)).shape == packed.scales.shape == (n_out, n_groups)
         fits = fits and sized.rows(slice(0, 8)).shape[1] == n_in * packed.bits // 8
     except (RuntimeError, IndexError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{module}: its tensors do not fit each other: {sizes}") from error
@@ -303,12 +330,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and a.equal(b))
 
 
-def _can_be_held(settings: tuple[int, int, torch.dtype]) -> bool:
-    bits, size, dtype = settings
-    return bits in SETTINGS["bits"] and size in GROUP_SIZES and str(dtype).removeprefix("torch.") in SETTINGS["scales"]
-
-
-def _scheme(method: str, specs: dict[str, tuple], ordered: list[str], linears: list[str]) -> dict[str, Any] | None:
+def _scheme(mode: str, specs: dict[str, tuple], ordered: list[str], linears: list[str]) -> dict[str, Any] | None:
     if not specs:
         return None
 
@@ -316,11 +338,8 @@ def _scheme(method: str, specs: dict[str, tuple], ordered: list[str], linears: l
         others = {name.rpartition(".")[2] for name in linears if name not in names}
         return list(dict.fromkeys(k if (k := name.rpartition(".")[2]) not in others else name for name in names))
 
-    def settings(bits: int, groupsize: int, dtype: torch.dtype) -> dict[str, Any]:
-        return {"bits": bits, "groupsize": groupsize, "scales": str(dtype).removeprefix("torch."), "zeros": "steps"}
-
     ((most, _),) = Counter(specs.values()).most_common(1)
-    others = {name: settings(*spec) for name, spec in specs.items() if spec != most}
+    others = {name: dict(spec) for name, spec in specs.items() if spec != most}
     skip = short([name for name in linears if name not in specs])
-    scheme = {"mode": method, **settings(*most), "skip": skip, "ordered": short(ordered), "others": others}
+    scheme = {"mode": mode, **dict(most), "skip": skip, "ordered": short(ordered), "others": others}
     return {key: value for key, value in scheme.items() if value or key == "skip"}

@@ -165,7 +165,7 @@ SETTINGS: dict[str, tuple] = {
     "zeros": ZEROS,
 }
 # The modes of checkpoints that others quantised (`fast/published.py`).
-PUBLISHED = ("gptq", "awq", "compressed-tensors")
+PUBLISHED = ("gptq", "awq", "compressed-tensors", "gguf")
 
 
 def quantized_linears(model: nn.Module, scheme: dict[str, Any]) -> Iterator[tuple[str, nn.Linear]]:

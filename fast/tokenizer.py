@@ -170,6 +170,8 @@ def load_tokenizer(path: str | Path, model_vocab_size: int | None = None) -> Tok
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory, expected one that holds a tokenizer")
     path = next((directory / name for name in TOKENIZER_FILES if (directory / name).is_file()), None)
+    if path is None and len(files := list(directory.glob("*.gguf"))) == 1:  # what a .pth was made from
+        return _read_gguf(files[0], model_vocab_size)
     if path is None:
         raise FileNotFoundError(f"{directory}: no tokenizer, expected one of {', '.join(TOKENIZER_FILES)}")
     data = path.read_bytes()

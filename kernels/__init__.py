@@ -14,9 +14,15 @@ Only `fast/layers.py` chooses between them and plain PyTorch, which computes wha
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 GATES = ("silu", "gelu_tanh")  # activations that products compute
+
+
+def kind_of_pairs(dtype: torch.dtype, zeros_are: str) -> int:
+    """A number for how pairs of scale and zero are stored: what zeros mean (`quantized.ZEROS`), plus 4 for float16."""
+    return 1 + ("middle", "lowest", "steps").index(zeros_are) + 4 * (dtype == torch.float16)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fast.checkpoint import open_checkpoint, save_checkpoint
 from fast.cli import Parser, as_argument, exit_code
+from fast.gguf import is_gguf
 from fast.metrics import count_parameters
 from fast.stored import Stored
 
@@ -23,13 +24,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def convert(directory: Path, dtype: torch.dtype) -> Path:
-    """Write `directory/model.pth` with every tensor in `dtype`, print its size and return its path.
+    """Write `model.pth` into the directory, or beside the .gguf, print its size and return its path.
 
-    Raises ValueError if `open_checkpoint` cannot read the checkpoint, OSError if the file cannot be written.
+    dtype: of every tensor but those of quantised Linears. Raises ValueError if `open_checkpoint` cannot read the
+    checkpoint, OSError if the file cannot be written.
     """
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory")
-    checkpoint, target = open_checkpoint(directory), directory / "model.pth"
+    if not directory.is_dir() and not (directory.is_file() and is_gguf(directory)):
+        raise ValueError(f"{directory} is neither a directory nor a GGUF file")
+    checkpoint = open_checkpoint(directory)
+    target = (directory if directory.is_dir() else directory.parent) / "model.pth"
     dtypes = {name: checkpoint.fixed.get(name, dtype) for name in checkpoint.tensors}
     sizes = {name: math.prod(stored.shape) for name, stored in checkpoint.tensors.items()}
     total = sum(n * dtypes[name].itemsize for name, n in sizes.items())
@@ -50,8 +53,10 @@ def convert(directory: Path, dtype: torch.dtype) -> Path:
 
 
 def main() -> int:
-    parser = Parser("Convert a Hugging Face or Meta checkpoint to DIR/model.pth.")
-    parser.add_argument("--checkpoint_dir", type=Path, required=True, metavar="DIR", help="directory of the model")
+    parser = Parser("Convert a Hugging Face, Meta or llama.cpp checkpoint to DIR/model.pth.")
+    parser.add_argument(
+        "--checkpoint_dir", type=Path, required=True, metavar="DIR", help="directory of the model, or a .gguf"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
     args = parser.parse_args()
 

@@ -96,8 +96,10 @@ def stored(kind: Type, values: np.ndarray, seed: int) -> np.ndarray:
         return blocks.reshape(*shape[:-2], -1)
 
 
-def write_model(path: Path, model: PreTrainedModel, architecture: str, kind: Type = Type.F32) -> Path:
-    """Write `model` and give it the values that the file holds."""
+def write_model(
+    path: Path, model: PreTrainedModel, architecture: str, kind: Type = Type.F32, others: dict[str, Type] | None = None
+) -> Path:
+    """Write `model` and give it the values that the file holds; `others`: the types of some projections."""
     writer = GGUFWriter(path, architecture)
     write_config(writer, model)
     writer.add_pad_token_id(0)
@@ -108,6 +110,7 @@ def write_model(path: Path, model: PreTrainedModel, architecture: str, kind: Typ
             continue
         values = tensor.numpy()
         raw_type = kind if tensor.dim() > 1 and not name.endswith("mlp.gate.weight") else Type.F32
+        raw_type = (others or {}).get(name.split(".")[-2], raw_type)
         raw = stored(raw_type, values, seed)
         tensor.copy_(torch.from_numpy(gguf.dequantize(raw, raw_type).reshape(values.shape)))
         name, _, suffix = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "weight")

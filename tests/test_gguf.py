@@ -25,11 +25,14 @@ from test_tokenizer import CORPUS, LLAMA3_SPLIT, NASTY, TEKKEN_SPLIT, random_tex
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
+import quantize
 from fast import gguf as fast_gguf
 from fast.checkpoint import load_model, open_checkpoint
 from fast.decoding import build_steps, stream
 from fast.gguf import read_tensors
+from fast.quantized import GroupedLinear
 from fast.tokenizer import load_tokenizer
+from scripts.convert_hf_checkpoint import convert
 
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 SIX_LAYERS = {
@@ -89,6 +92,9 @@ def test_a_file_gives_the_logits_of_the_model_it_was_made_from(tmp_path, archite
         assert_close(read(torch.tensor([ids])).logits, expected)
 
 
+PACKED = ("Q4_0", "Q4_1", "Q8_0")
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_types_of_tensors(tmp_path, kind):
     for family in ("mixtral", "llama"):
@@ -99,10 +105,43 @@ def test_types_of_tensors(tmp_path, kind):
     (part,) = checkpoint.tensors["layers.1.feed_forward.w2.weight"].parts
     assert (raw.type, raw.shape, raw.data.dtype) == (kind, (64, 96), torch.uint8)
     exact = torch.from_numpy(gguf.dequantize(raw.data.numpy(), Type[kind]))
-    assert part.rows(3, 50).float().equal(exact[3:50])
     assert part.is_computed == kind.startswith("Q")
+    if kind in PACKED:  # stored as a Linear stores them
+        linear = load_model(path, dtype=torch.float32).layers[1].feed_forward.w2
+        torch.testing.assert_close(linear.dequantize(torch.float32), exact, rtol=0, atol=1e-6)
+        assert (linear.scales.dtype, linear.groupsize) == (torch.float16, 32)
+        return
+    assert checkpoint.quantization is None
+    assert part.rows(3, 50).float().equal(exact[3:50])
     if not part.is_computed:  # a view of the mapped file
         assert part.read().untyped_storage().nbytes() == path.stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "Q5_1"])
+def test_an_output_that_is_tied_keeps_its_type(tmp_path, kind):
+    model = make_tiny("llama-tied")
+    path = write_model(tmp_path / "m.gguf", model, "llama", Type[kind])
+    assert_close(logits_of(path, prompt_of(14)), model(torch.tensor([prompt_of(14)])).logits)
+    loaded = load_model(path, dtype=torch.float32)
+    assert isinstance(loaded.output, GroupedLinear) == (kind in PACKED)
+    table = loaded.tok_embeddings.weight
+    if kind not in PACKED:
+        assert loaded.output.weight is table
+    else:
+        torch.testing.assert_close(loaded.output.dequantize(torch.float32), table)
+
+
+def test_linears_of_several_types(tmp_path):
+    """As files have them: 4 bits of two kinds in one stacked Linear, and some weights in more bits."""
+    model = make_tiny("llama")
+    kinds = {"q_proj": Type.Q4_0, "o_proj": Type.Q8_0, "gate_proj": Type.Q8_0, "down_proj": Type.Q5_1}
+    path = write_model(tmp_path / "m.gguf", model, "llama", Type.Q4_1, kinds)
+    assert_close(logits_of(path, prompt_of(14)), model(torch.tensor([prompt_of(14)])).logits)
+    scheme = open_checkpoint(path).quantization
+    assert (scheme["mode"], scheme["bits"], scheme["zeros"], scheme["skip"]) == ("gguf", 4, "lowest", ["w13", "w2"])
+    assert {name: given["bits"] for name, given in scheme["others"].items()} == {
+        f"layers.{i}.attention.wo": 8 for i in range(2)
+    }
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ2_XXS", "MXFP4"])
@@ -268,16 +307,37 @@ def test_a_tokenizer_that_is_not_known_is_refused(tmp_path, monkeypatch, key, va
 def test_a_missing_package_is_named_where_it_is_needed(tmp_path, monkeypatch):
     model = make_tiny("llama")
     plain = write_model(tmp_path / "plain.gguf", model, "llama", Type.BF16)
-    quantised = write_model(tmp_path / "quantised.gguf", model, "llama", Type.Q8_0)
+    held = write_model(tmp_path / "held.gguf", model, "llama", Type.Q4_1)
+    quantised = write_model(tmp_path / "quantised.gguf", model, "llama", Type.Q5_0)
     monkeypatch.setitem(sys.modules, "gguf", None)
     fast_gguf._block.cache_clear()
     open_checkpoint(plain)
+    open_checkpoint(held)
     with pytest.raises(ImportError, match="pip install gguf"):
         open_checkpoint(quantised)
     bpe = write_bpe(tmp_path / "bpe.gguf", byte_level_bpe("gpt-2"), "gpt-2")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match="pip install tokenizers"):
         load_tokenizer(bpe)
+
+
+def test_what_is_made_of_a_file_has_its_tokenizer(tmp_path, capsys):
+    """Converted beside it, quantised or not, and quantised by quantize.py if it is not."""
+    model, ids = make_tiny("llama"), prompt_of(14)
+    with_tokenizer = write_bpe(tmp_path / "m.gguf", byte_level_bpe("gpt-2"), "gpt-2")
+    expected = load_tokenizer(with_tokenizer).encode("1234 and more")
+    (tmp_path / "other").mkdir()
+    path = write_model(tmp_path / "other" / "m.gguf", model, "llama", Type.Q4_0)
+    converted = convert(path, torch.float32)
+    assert_close(logits_of(converted, ids), model(torch.tensor([ids])).logits)
+    assert open_checkpoint(converted).quantization == open_checkpoint(path).quantization
+    assert quantize.main(["--checkpoint_path", str(path), "--mode", "int8"]) == 2
+    assert "is quantised already (gguf): give the unquantised" in capsys.readouterr().err
+    path = write_model(path, model, "llama", Type.F16)
+    assert quantize.main(["--checkpoint_path", str(path), "--mode", "int8"]) == 0
+    assert load_model(path.parent / "model_int8.pth").quantization["mode"] == "int8"
+    with_tokenizer.replace(path)
+    assert load_tokenizer(path.parent / "model_int8.pth").encode("1234 and more") == expected
 
 
 @pytest.mark.skipif("SMOLLM2_GGUF" not in os.environ, reason="SMOLLM2_GGUF names no file")

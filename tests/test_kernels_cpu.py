@@ -35,7 +35,7 @@ from scripts.bench.random_models import FORMS, random_groups
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(build.load() is not None, reason=str(build.load()))
 SHAPES = [(1, 64), (16, 64), (40, 192), (131, 256), (8, 1056)]
-AS_OURS = 4, False, 0  # 4 bits; scales and zeros in bfloat16, zeros in the middle
+AS_OURS = 1  # scales and zeros in bfloat16, zeros in the middle
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
@@ -152,7 +152,7 @@ def test_fused_norm_bias_gates_and_residual(variant, rows, activation, norm_dtyp
     for exact, y in (
         (weight.float(), torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight), 88, *surroundings)),
         (int8.dequantize(torch.float32), torch.ops.fast.int8_linear(x, pack(int8), 88, *surroundings)),
-        (int4.dequantize(torch.float32), torch.ops.fast.grouped_linear(x, pack(int4), 88, 32, *AS_OURS, *surroundings)),
+        (int4.dequantize(torch.float32), torch.ops.fast.grouped_linear(x, pack(int4), 88, 32, AS_OURS, *surroundings)),
     ):
         linear = Linear(224, 88, True, Sharding()).requires_grad_(False)
         linear.weight.data, linear.bias.data = exact, bias.float()
@@ -251,7 +251,7 @@ def test_batched_rows_equal_single_rows(variant):
         lambda x: torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight.bfloat16()), 48),
         lambda x: torch.ops.fast.int8_linear(x, pack(Int8Linear.from_float(weight)), 48),
         lambda x: torch.ops.fast.grouped_linear(
-            x, pack(GroupedLinear.from_float(weight, groupsize=32)), 48, 32, *AS_OURS
+            x, pack(GroupedLinear.from_float(weight, groupsize=32)), 48, 32, AS_OURS
         ),
     ):
         alone = torch.cat([multiply(row[None]) for row in x])
@@ -263,7 +263,7 @@ def test_large_zeros_cancel_exactly(variant):
     half, weight = normal(2, 256).bfloat16(), 100 + normal(16, 512)
     x = torch.cat((half, -half), 1)
     module = GroupedLinear.from_float(weight, groupsize=32)
-    y = torch.ops.fast.grouped_linear(x, pack(module), 16, 32, *AS_OURS)
+    y = torch.ops.fast.grouped_linear(x, pack(module), 16, 32, AS_OURS)
     assert close(y, x.float() @ module.dequantize(torch.float32).T)
 
 
@@ -276,7 +276,7 @@ def test_nan_and_inf_stay_in_their_row(variant, bad):
         lambda x: torch.ops.fast.bf16_linear(x, packing.pack_bf16(weight.bfloat16()), 16),
         lambda x: torch.ops.fast.int8_linear(x, pack(Int8Linear.from_float(weight)), 16),
         lambda x: torch.ops.fast.grouped_linear(
-            x, pack(GroupedLinear.from_float(weight, groupsize=32)), 16, 32, *AS_OURS
+            x, pack(GroupedLinear.from_float(weight, groupsize=32)), 16, 32, AS_OURS
         ),
     ):
         for rows in (x, x[1:2], x.repeat(8, 1)):
@@ -289,7 +289,7 @@ def test_operators_keep_pytorchs_rules():
     x, module = normal(3, 64).bfloat16(), Int8Linear.from_float(normal(40, 64))
     torch.library.opcheck(torch.ops.fast.int8_linear.default, (x, pack(module), 40))
     module = GroupedLinear.from_float(normal(40, 64), groupsize=32)
-    torch.library.opcheck(torch.ops.fast.grouped_linear.default, (x, pack(module), 40, 32, *AS_OURS))
+    torch.library.opcheck(torch.ops.fast.grouped_linear.default, (x, pack(module), 40, 32, AS_OURS))
     torch.library.opcheck(torch.ops.fast.bf16_linear.default, (x, packing.pack_bf16(normal(40, 64).bfloat16()), 40))
     packed, norm = packing.pack_bf16(normal(48, 64).bfloat16()), normal(64).bfloat16()
     routing = x, packing.pack_bf16(normal(3, 64).bfloat16()), 3, 2, True, norm, 1e-5
@@ -332,7 +332,7 @@ def test_surroundings_that_do_not_fit_are_refused(surroundings, message):
 def test_groups_that_do_not_fit_are_refused(n_in, groupsize):
     packed = pack(GroupedLinear.from_float(normal(40, n_in), groupsize=32))
     with pytest.raises(RuntimeError, match=f"{n_in} inputs cannot be divided into groups of {groupsize}, which"):
-        torch.ops.fast.grouped_linear(normal(1, n_in).bfloat16(), packed, 40, groupsize, *AS_OURS)
+        torch.ops.fast.grouped_linear(normal(1, n_in).bfloat16(), packed, 40, groupsize, AS_OURS)
 
 
 def test_asking_for_the_variants_chooses_none():

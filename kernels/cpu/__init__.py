@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import Attention, Product
+from kernels import Attention, Product, kind_of_pairs
 from kernels.cpu import build, packing
 
 
@@ -40,8 +40,8 @@ def product(
         groupsize = 8 * n_in // bits // scales.shape[1]
         if groupsize % 16 or packing.INPUTS_PER_SCALE % groupsize:
             return None
-        is_half, kind = scales.dtype == torch.float16, ("middle", "lowest", "steps").index(zeros_are)
-        operator, sizes = torch.ops.fast.grouped_linear, (n_out, groupsize, bits, is_half, kind)
+        form = kind_of_pairs(scales.dtype, zeros_are) + 8 * (bits == 8)
+        operator, sizes = torch.ops.fast.grouped_linear, (n_out, groupsize, form)
         packed = packing.pack_groups(weight, scales, zeros)
     elif n_in % (2 if scales is None else 4):
         return None

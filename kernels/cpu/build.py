@@ -114,9 +114,7 @@ def _register_fakes() -> None:
 
     for name in ("bf16_linear", "int8_linear"):
         torch.library.register_fake(f"fast::{name}", linear)
-    torch.library.register_fake(
-        "fast::grouped_linear", lambda x, w, n, groupsize, bits, is_half, zeros, *fused: linear(x, w, n, *fused)
-    )
+    torch.library.register_fake("fast::grouped_linear", lambda x, w, n, size, form, *fused: linear(x, w, n, *fused))
 
     def route(x, packed, n_experts, k, normalizes, norm, eps):
         return x.new_empty(x.shape[0], k, dtype=torch.long), x.new_empty(x.shape[0], k, dtype=torch.float32)

@@ -32,11 +32,15 @@ enum Kind { BF16, INT8, GROUPS4, GROUPS8 };  // INT8: a scale per output; GROUPS
 constexpr bool in_groups(Kind kind) { return kind >= GROUPS4; }
 
 // What a group's pair of scale s and zero z means: bf16 or fp16, and whether the weights in the middle are z, z + 8 s or
-// z s.
-enum Zeros { MIDDLE, LOWEST, STEPS };
+// z s. Numbered as `kernels.kind_of_pairs` does, which adds 4 for fp16.
+enum Zeros { MIDDLE = 1, LOWEST, STEPS };
 struct Pairs {
   bool is_half;
   Zeros zeros;
+};
+struct Ours {  // what quantize.py writes, known when compiling
+  static constexpr bool is_half = false;
+  static constexpr Zeros zeros = MIDDLE;
 };
 
 struct Group {  // G neighbouring inputs in a row of x

@@ -104,8 +104,8 @@ AVX512 void int8_rows(const Call& c, const bf16* inputs, const Group* groups, co
 }
 
 // Scales and lowest weights of a group of 16 outputs.
-template <int BITS>
-INLINE_AVX512 std::pair<__m512, __m512> ends_at(Width<BITS> width, const uint8_t* panel, Pairs pairs) {
+template <int BITS, typename P>
+INLINE_AVX512 std::pair<__m512, __m512> ends_at(Width<BITS> width, const uint8_t* panel, P pairs) {
   const __m512i words = _mm512_loadu_si512(panel);
   __m512 scales = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
   __m512 zeros = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int32_t(0xFFFF0000))));
@@ -116,8 +116,8 @@ INLINE_AVX512 std::pair<__m512, __m512> ends_at(Width<BITS> width, const uint8_t
   return {scales, lowest_weight(width, scales, zeros, pairs.zeros)};
 }
 
-template <int M, int BITS>
-AVX512 void group_rows(Width<BITS> width, const Call& c, const bf16* inputs, const Group* groups, const uint8_t* panel, float* out) {
+template <int M, int BITS, typename P>
+AVX512 void group_rows(Width<BITS> width, P form, const Call& c, const bf16* inputs, const Group* groups, const uint8_t* panel, float* out) {
   const int8_t* x = reinterpret_cast<const int8_t*>(inputs);
   const __m512i four_bits = _mm512_set1_epi8(0xF);
   const int64_t n = c.K / c.G;
@@ -133,7 +133,7 @@ AVX512 void group_rows(Width<BITS> width, const Call& c, const bf16* inputs, con
         add_bytes<M>(BITS == 4 ? _mm512_and_si512(bytes, four_bits) : bytes, x, sums);
         if (BITS == 4) add_bytes<M>(_mm512_and_si512(_mm512_srli_epi32(bytes, 4), four_bits), x + 8 * M, sums);
       }
-      const auto [scales, lowest] = ends_at(width, panel, c.pairs);
+      const auto [scales, lowest] = ends_at(width, panel, form);
       panel += 64;
       for (int m = 0; m < M; ++m) {
         scaled[m] = _mm512_fmadd_ps(whole(sums[0][m], sums[1][m]), scales, scaled[m]);
@@ -209,7 +209,10 @@ AVX512 void pairs_rows(const Call& c, const bf16* x, const bf16* const* pairs, i
 AVX512 void bf16_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(bf16_rows, FEW_ROWS) }
 AVX512 void int8_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(int8_rows, FEW_ROWS) }
 template <int BITS>
-AVX512 void groups_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(group_rows, Width<BITS>(), FEW_ROWS) }
+AVX512 void groups_avx512(const Call& c, const uint8_t* panel, float* out) {
+  if (c.pairs.is_half || c.pairs.zeros != MIDDLE) UP_TO_8_ROWS(group_rows, Width<BITS>(), c.pairs, FEW_ROWS)
+  else UP_TO_8_ROWS(group_rows, Width<BITS>(), Ours(), FEW_ROWS)
+}
 
 template <Kind KIND>
 AVX512 void many_avx512(const Call& c, int64_t begin, int64_t end) {

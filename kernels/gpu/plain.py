@@ -16,18 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 
-def kind_of_pairs(scales: Tensor | None, zeros_are: str) -> int:
-    """How 32-bit words hold `scales`, `[N, K / G, 2]` pairs of scale and zero: bits 0 and 1 say what a zero means, 1
-    "middle", 2 "lowest", 3 "steps" (`fast/quantized.py`), bit 2 that they are float16. 0 if there are no groups.
-    """
-    if scales is None or scales.dim() < 3:
-        return 0
-    return 1 + ("middle", "lowest", "steps").index(zeros_are) + 4 * (scales.dtype == torch.float16)
-
-
 @triton.jit
 def scale_and_zero(words, PAIRS: tl.constexpr):
-    """Scales and zeros of groups, float32, the zeros as weights in the middle; PAIRS: see `kind_of_pairs`."""
+    """Scales and zeros of groups, float32, the zeros as weights in the middle; PAIRS: their `kind_of_pairs`."""
     if PAIRS & 4:
         scales = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         zeros = (words >> 16 & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)

@@ -25,12 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import GATES, gpu
+from kernels import GATES, gpu, kind_of_pairs
 from kernels.gpu.choice import INDUCTOR, fastest
 from kernels.gpu.plain import (
     compiled,
     gated,
-    kind_of_pairs,
     normed,
     plain,
     scale_and_zero,
@@ -146,7 +145,7 @@ def _multiply(
     n_in: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    PAIRS: tl.constexpr,  # how such a word holds them, see `kind_of_pairs`
+    PAIRS: tl.constexpr,  # their `kind_of_pairs`; 0: there are no groups
     GATED: tl.constexpr,  # 2: a program's outputs alternate between gate and up projection; 1: no gates
     GELU: tl.constexpr,  # the gates' activation, else SiLU
     ROWS: tl.constexpr,  # rows, rounded up to a power of two
@@ -295,8 +294,9 @@ def linear(
     again = functools.partial(linear, x, weight, scales, *fused, experts, n_experts, zeros_are)
     (rows, n_in), n_out = x.shape, weight.shape[0] // n_experts
     bits = 4 if weight.dtype == torch.uint8 else 8 * weight.element_size()
-    pairs = kind_of_pairs(scales, zeros_are)
-    scales = scales.view(torch.int32) if pairs else scales
+    pairs = 0
+    if scales is not None and scales.dim() == 3:
+        pairs, scales = kind_of_pairs(scales.dtype, zeros_are), scales.view(torch.int32)
     found = 8 * weight[0].nbytes // bits
     if found != n_in or n_in % 32:
         raise ValueError(f"x has {n_in} columns, the weight {found}: they must be equal and a multiple of 32")
