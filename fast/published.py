@@ -292,12 +292,14 @@ def _packed(method: str, config: dict[str, Any], parts: dict[str, Part], module:
     if missing := [kind for kind in needed if found[kind] is None]:
         raise ValueError(f"missing tensors: {', '.join(f'{module}.{kind}' for kind in missing)}")
     tensors = {kind: part.read() for kind, part in found.items() if part is not None}
-    sizes = ", ".join(f"{kind} {list(tensor.shape)}" for kind, tensor in tensors.items())
+    sizes = ", ".join(f"{kind} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for kind, t in tensors.items())
     shapes = {kind: tensor.to("meta") for kind, tensor in tensors.items() if kind in kinds[:3]}  # nothing is read
     try:
         packed, sized = (
             READERS[method]([each.get(kind) for kind in kinds], config) for each in (tensors, tensors | shapes)
         )
+        if tensors[kinds[0]].dtype != torch.int32:
+            raise ValueError
         (n_out, n_in), n_groups = packed.shape, packed.scales.shape[1]
         groups = torch.arange(n_in, dtype=torch.int32) // (n_in // n_groups)
         fits = n_in % n_groups == 0 and (packed.g_idx is None or packed.g_idx.sort().values.equal(groups))

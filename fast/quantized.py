@@ -214,7 +214,8 @@ def group_options(name: str, n_in: int, scheme: dict[str, Any]) -> dict[str, Any
     if n_in % options["groupsize"]:
         fitting = [str(size) for size in GROUP_SIZES if n_in % size == 0]
         remedy = f"--groupsize {' or '.join(fitting)}" if fitting else f"--skip {name.rpartition('.')[2]}"
-        raise ValueError(f"{name} has {n_in} inputs, not a multiple of {options['groupsize']}: use {remedy}")
+        remedy = "" if scheme["mode"] in PUBLISHED else f": use {remedy}"
+        raise ValueError(f"{name} has {n_in} inputs, not a multiple of {options['groupsize']}{remedy}")
     return options | {"scales": getattr(torch, options["scales"])}
 
 

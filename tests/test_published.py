@@ -323,17 +323,17 @@ def test_older_directories_say_it_in_a_file_of_its_own(published):
         (
             "qzeros",
             torch.zeros(1, 2).int(),
-            "do not divide 64 inputs into groups of one size: qweight [",
+            "do not divide 64 inputs into groups of one size: qweight int32 [",
         ),
         (
             "qweight",
             torch.zeros(8).int(),
-            "up_proj: its tensors do not fit each other: qweight [8], ",
+            "up_proj: its tensors do not fit each other: qweight int32 [8], ",
         ),
         (
             "qweight",
             torch.zeros(16, 128).int(),
-            "do not divide 128 inputs into groups of one size: qweight [",
+            "do not divide 128 inputs into groups of one size: qweight int32 [",
         ),
         ("g_idx", torch.zeros(64).int(), "model.layers.1.mlp.up_proj: its tensors do not divide 64 inputs into groups"),
     ],
