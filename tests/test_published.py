@@ -327,6 +327,11 @@ def test_older_directories_say_it_in_a_file_of_its_own(published):
         ),
         (
             "qweight",
+            torch.zeros(8, 128),
+            "up_proj: its tensors do not fit each other: qweight float32 [8, 128], scales float16",
+        ),
+        (
+            "qweight",
             torch.zeros(8).int(),
             "up_proj: its tensors do not fit each other: qweight int32 [8], ",
         ),
