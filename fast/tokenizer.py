@@ -200,7 +200,7 @@ def load_tokenizer(path: str | Path, model_vocab_size: int | None = None) -> Tok
 
 
 def _read_gguf(path: Path, model_vocab_size: int | None) -> Tokenizer:
-    from fast.gguf import read_tokenizer
+    from fast.gguf_tokenizer import read_tokenizer
 
     parts = read_tokenizer(path)
     if isinstance(parts.model, bytes):

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 
 import quantize
 from fast import gguf as fast_gguf
+from fast import gguf_tokenizer
 from fast.checkpoint import load_model, open_checkpoint
 from fast.decoding import build_steps, stream
 from fast.gguf import read_tensors
@@ -299,7 +300,7 @@ def test_what_is_not_computed_is_refused(tmp_path, monkeypatch, changes, message
 def test_a_tokenizer_that_is_not_known_is_refused(tmp_path, monkeypatch, key, value, message):
     path = write_bpe(tmp_path / "m.gguf", byte_level_bpe("gpt-2"), "gpt-2")
     (header := fast_gguf.read_header(path)).metadata[f"tokenizer.ggml.{key}"] = value
-    monkeypatch.setattr(fast_gguf, "read_header", lambda path: header)
+    monkeypatch.setattr(gguf_tokenizer, "read_header", lambda path: header)
     with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
         load_tokenizer(path)
 
