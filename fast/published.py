@@ -1,21 +1,23 @@
-"""Checkpoints that others have quantised: GPTQ, AWQ and compressed-tensors, read as they are.
+"""Checkpoints that others have quantised: GPTQ, AWQ, compressed-tensors and fp8.
 
     method = check(config)                                        # of config.json, before the weights are downloaded
     scheme, parts = read(method, settings, parts, model, naming)  # the files' tensors as those of GroupedLinears
 
-These formats hold integers, and a scale and a zero for every group of inputs, as a `GroupedLinear` does: they are
-packed in another way, but nothing is rounded again. The tensors that are there show which modules are quantised.
+Formats of integers hold a scale and a zero for every group of inputs, as a `GroupedLinear` does: they are packed in
+another way, but nothing is rounded again. Weights in fp8 are dequantised. The tensors that are there show which modules
+are quantised.
 
 Worth knowing: GPTQ's `desc_act` and compressed-tensors' `actorder` put any input into any group (`g_idx`). The inputs
 of a group are then brought together, and the Linear gets an `order` in which it takes its inputs. For `w2` that costs
 nothing: the rows of `w13`, which produce its inputs, are put into that order.
 """
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -34,8 +36,13 @@ METHODS: dict[str, dict[str, tuple]] = {
         "format": ("pack-quantized",), "num_bits": (4, 8), "type": ("int",), "input_activations": (None,),
         "output_activations": (None,), "transform_config": (None, {}),
     },
+    "float-quantized": {"num_bits": (8,), "type": ("float",), "transform_config": (None, {})},  # compressed-tensors'
+    "fp8": {"fmt": (None, "e4m3")},
 }  # fmt: skip
-SUPPORTED = "GPTQ with 4 or 8 bits, AWQ (gemm) with 4, and compressed-tensors pack-quantized with 4 or 8, weights only"
+SUPPORTED = (
+    "GPTQ with 4 or 8 bits; AWQ (gemm) with 4; compressed-tensors pack-quantized with 4 or 8 bits, weights only, and "
+    "float-quantized; fp8"
+)
 # Method -> a module's tensors: the packed weight, scales, zeros, the inputs' groups, the weight's shape.
 TENSORS = {
     "gptq": ("qweight", "scales", "qzeros", "g_idx"),
@@ -45,6 +52,10 @@ TENSORS = {
 PACKED = (".qweight", ".weight_packed")
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # of 8 outputs in a word, which holds them in the order 0 2 4 6 1 3 5 7
 WIDEST = 128  # inputs of a group, where a scale is for whole rows: it is repeated
+FP8 = torch.float8_e4m3fn
+FP8_SCALES = (".weight_scale", ".weight_scale_inv")
+# Of activations and of the KV cache, which are not rounded here.
+OTHER_SCALES = (".input_scale", ".output_scale", ".activation_scale", ".q_scale", ".k_scale", ".v_scale")
 
 
 def check(config: dict[str, Any]) -> str | None:
@@ -56,10 +67,12 @@ def check(config: dict[str, Any]) -> str | None:
     if not given:
         return None
     method = given.get("quant_method") if isinstance(given, dict) else given
-    if not isinstance(given, dict) or method not in list(METHODS):
+    if not isinstance(given, dict) or method not in ("gptq", "awq", "compressed-tensors", "fp8"):
         raise ValueError(f"config.json: weights quantised by {method!r:.80} are not supported; supported: {SUPPORTED}")
     for settings in _settings(given, method):
-        for key, allowed in METHODS[method].items():
+        _block(settings)
+        kind = "float-quantized" if settings.get("format") == "float-quantized" else method
+        for key, allowed in METHODS[kind].items():
             if (value := settings.get(key)) not in allowed:
                 found = f"{method} with {key} {value!r:.80}"
                 raise ValueError(f"config.json: {found} is not supported; supported: {SUPPORTED}")
@@ -77,6 +90,43 @@ def _settings(given: dict[str, Any], method: str) -> Iterator[dict[str, Any]]:
         if not isinstance(weights, dict):
             raise ValueError(f"config.json: config_groups has {group!r:.80}; expected an object with weights")
         yield {**given, **{key: value for key, value in group.items() if value is not None}, **weights}
+
+
+def _block(settings: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of a weight in fp8 that share a scale, if it is divided in both."""
+    for key in ("weight_block_size", "block_structure"):
+        if (block := settings.get(key)) is not None:
+            sizes = block.split("x") if isinstance(block, str) else block
+            if not isinstance(sizes, list) or not re.fullmatch(r"[1-9]\d* [1-9]\d*", " ".join(map(str, sizes))):
+                raise ValueError(f"config.json: {key} is {block!r:.80}; expected two sizes, such as [128, 128]")
+            return int(sizes[0]), int(sizes[1])
+    return None
+
+
+def _from_fp8(parts: dict[str, Part], block: tuple[int, int] | None) -> dict[str, Part]:
+    """`parts` with the weights in fp8 as numbers, `weight * scale`: one, one for each row, or one for each `block`."""
+    parts = {name: part for name, part in parts.items() if not name.endswith(OTHER_SCALES)}
+    for name, weight in [(name, part) for name, part in parts.items() if part.dtype == FP8]:
+        module = name.removesuffix(".weight")
+        found = [parts.pop(module + kind) for kind in FP8_SCALES if module + kind in parts]
+        if len(found) != 1:
+            raise ValueError(f"missing tensors: {module}{FP8_SCALES[0]}")
+        scale = found[0].read().float()
+        scale = scale.reshape(-1, 1) if scale.dim() < 2 else scale
+        N, K = weight.shape
+        shapes = {(1, 1): (N, K), (N, 1): (1, K)}  # of scales -> the rows and columns that share one
+        if block is not None:
+            shapes[-(-N // block[0]), -(-K // block[1])] = block
+        if scale.shape not in shapes:
+            raise ValueError(f"{module}: its scales {list(found[0].shape)} do not fit its weight {[N, K]}")
+        parts[name] = Part(weight.shape, torch.bfloat16, partial(_scaled, weight, scale, shapes[scale.shape]), True)
+    return parts
+
+
+def _scaled(weight: Part, scale: Tensor, sizes: tuple[int, int], first: int, end: int) -> Tensor:
+    """Rows `first` to `end` of a weight in which so many rows and columns share a scale, float32."""
+    each = scale[torch.arange(first, end) // sizes[0]][:, torch.arange(weight.shape[1]) // sizes[1]]
+    return weight.rows(first, end).float() * each
 
 
 @dataclass(frozen=True)
@@ -237,6 +287,9 @@ def read(
     fit each other.
     """
     parts, packed = dict(parts), {}
+    if any(part.dtype == FP8 for part in parts.values()):
+        parts = _from_fp8(parts, next(filter(None, map(_block, _settings(config, method))), None))
+        print("weights in fp8 are dequantised, as no Linear here holds them: twice the memory", file=sys.stderr)
     for module in [name.rpartition(".")[0] for name in parts if name.endswith(PACKED)]:
         packed[module] = _packed(method, config, parts, module)
     return assign(method, packed, parts, model, naming)

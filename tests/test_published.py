@@ -366,10 +366,13 @@ GROUP = CONFIGS["compressed-4"]["config_groups"]["group_0"]
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "gptq with checkpoint_format 'marlin' is"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq with version 'gemv' is not supported"),
         ({"quant_method": ["awq"]}, "weights quantised by ['awq'] are not supported"),
+        ({**CONFIGS["compressed-4"], "format": "int-quantized"}, "compressed-tensors with format 'int-quantized' is"),
+        ({**CONFIGS["compressed-4"], "format": "float-quantized"}, "compressed-tensors with num_bits 4 is not"),
         (
-            {**CONFIGS["compressed-4"], "format": "float-quantized"},
-            "compressed-tensors with format 'float-quantized'",
+            {"quant_method": "fp8", "weight_block_size": [128]},
+            "weight_block_size is [128]; expected two sizes",
         ),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8 with fmt 'e5m2' is not supported"),
         ({**CONFIGS["compressed-4"], "config_groups": {"W4A16": ["Linear"]}}, "config_groups has ['Linear']; expected"),
         ({**CONFIGS["compressed-4"], "config_groups": None}, "config_groups has None; expected an object"),
         (
@@ -382,6 +385,60 @@ def test_what_is_not_supported_is_said(changes, message):
     config = changes if "quant_method" in changes else {**CONFIGS["compressed-4"], **changes}
     with pytest.raises(ValueError, match=re.escape(message)):
         check({"quantization_config": config})
+
+
+FLOAT = {"num_bits": 8, "type": "float", "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("block", "given"),
+    [
+        ((64, 32), {"quant_method": "fp8", "weight_block_size": [64, 32], "activation_scheme": "dynamic"}),
+        ((96, 40), {"quant_method": "fp8", "weight_block_size": [96, 40], "fmt": "e4m3"}),
+        ((64, 64), {"strategy": "block", "block_structure": "64x64"}),
+        ((1, None), {"strategy": "channel"}),
+        ((None, None), {"strategy": "tensor"}),
+    ],
+)
+@needs_compressed_tensors
+def test_fp8_is_dequantised(published, capsys, block, given):
+    """Whether activations are quantised, too, does not matter."""
+    from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    model, path = published("gptq")
+    exact, stored = {}, {}
+    for name, weight in stored_in(path / "exact").items():
+        exact[name] = stored[name] = weight
+        if "_proj" not in name:
+            continue
+        (N, K), sizes = weight.shape, (block[0] or weight.shape[0], block[1] or weight.shape[1])
+        at = (torch.arange(N) // sizes[0])[:, None], torch.arange(K) // sizes[1]
+        scales = torch.zeros(int(at[0].max()) + 1, int(at[1].max()) + 1)
+        scales = scales.index_put(at, weight.abs() / 448, accumulate=True).bfloat16()  # any that are large enough
+        stored[name] = (weight / scales.float()[at]).to(torch.float8_e4m3fn)
+        exact[name] = stored[name].float() * scales.float()[at]
+        kind = "scale_inv" if "quant_method" in given else "scale"
+        stored[f"{name}_{kind}"] = scales if block[0] else scales.flatten()
+        stored[name.replace("weight", "input_scale")] = torch.ones(1)
+        if given.get("strategy") == "channel":
+            scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**FLOAT, **given))
+            tensors = {"weight": stored[name], "weight_scale": scales}
+            theirs = FloatQuantizationCompressor.decompress(tensors, scheme)["weight"]
+            assert relative_error(theirs, exact[name]) < 0.005
+    if "quant_method" not in given:
+        group = {"weights": {**FLOAT, **given}, "input_activations": {"num_bits": 8, "dynamic": True}}
+        given = {**CONFIGS["compressed-4"], "format": "float-quantized", "config_groups": {"group_0": group}}
+    save_file(stored, path / "model.safetensors")
+    save_file(exact, path / "exact" / "model.safetensors", {"format": "pt"})
+    change(path, quantization_config=given)
+    assert are_equal(AutoModelForCausalLM.from_pretrained(path / "exact", dtype=torch.float32), path)
+    assert "weights in fp8 are dequantised" in capsys.readouterr().err
+    assert open_checkpoint(path).quantization is None
+    name = "model.layers.0.mlp.up_proj"
+    save_file({**stored, f"{name}.weight_scale": torch.ones(3)}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{name}: its scales|missing tensors: {name}.weight_scale"):
+        open_checkpoint(path)
 
 
 @needs_compressed_tensors
