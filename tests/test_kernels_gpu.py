@@ -115,27 +115,32 @@ def product_types(bits: int, *present: str) -> tuple[dict[str, str], dict[str, N
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("bits", "group", "rows", "present", "activation", "most"),
+    ("bits", "group", "pairs", "rows", "present", "activation", "most"),
     [
-        (4, 32, 1, ("norm_ptr",), "silu", 3),
-        (4, 32, 2, ("norm_ptr", "bias_ptr"), "", 3),
-        (4, 32, 4, ("residual_ptr",), "", 3),
-        (4, 32, 8, ("norm_ptr",), "gelu_tanh", 4),
-        (4, 32, 16, ("residual_ptr",), "", 6.5),
-        (4, 128, 8, ("norm_ptr",), "", 2.5),
-        (4, 128, 16, (), "silu", 4),
-        (8, 4096, 2, ("norm_ptr",), "silu", 4.5),
-        (8, 4096, 8, (), "", 3.5),
-        (8, 4096, 16, ("residual_ptr",), "", 5.5),
-        (16, 4096, 1, ("norm_ptr",), "silu", 2.5),
-        (16, 4096, 6, ("norm_ptr", "bias_ptr"), "", 3.5),
-        (16, 4096, 16, ("residual_ptr",), "", 3.5),
-        (4, 32, 1, ("norm_ptr", "experts_ptr"), "silu", 3),
-        (8, 4096, 1, ("experts_ptr",), "", 4.5),
-        (16, 4096, 1, ("norm_ptr", "experts_ptr"), "silu", 2.5),
+        (4, 32, 1, 1, ("norm_ptr",), "silu", 3),
+        (4, 32, 1, 2, ("norm_ptr", "bias_ptr"), "", 3),
+        (4, 32, 1, 4, ("residual_ptr",), "", 3),
+        (4, 32, 1, 8, ("norm_ptr",), "gelu_tanh", 4),
+        (4, 32, 1, 16, ("residual_ptr",), "", 6.5),
+        (4, 128, 1, 8, ("norm_ptr",), "", 2.5),
+        (4, 128, 1, 16, (), "silu", 4),
+        (8, 4096, 0, 2, ("norm_ptr",), "silu", 4.5),
+        (8, 4096, 0, 8, (), "", 3.5),
+        (8, 4096, 0, 16, ("residual_ptr",), "", 5.5),
+        (16, 4096, 0, 1, ("norm_ptr",), "silu", 2.5),
+        (16, 4096, 0, 6, ("norm_ptr", "bias_ptr"), "", 3.5),
+        (16, 4096, 0, 16, ("residual_ptr",), "", 3.5),
+        (4, 32, 1, 1, ("norm_ptr", "experts_ptr"), "silu", 3),
+        (8, 4096, 0, 1, ("experts_ptr",), "", 4.5),
+        (16, 4096, 0, 1, ("norm_ptr", "experts_ptr"), "silu", 2.5),
+        (4, 32, 6, 1, ("norm_ptr",), "silu", 3),
+        (4, 128, 7, 1, ("norm_ptr",), "silu", 3),
+        (4, 128, 3, 8, ("residual_ptr",), "", 3),
+        (8, 32, 6, 1, ("norm_ptr",), "silu", 4.5),
+        (8, 128, 7, 4, ("residual_ptr",), "", 4.5),
     ],
 )
-def test_threads_do_not_exchange_weights(compiled, capability, bits, group, rows, present, activation, most):
+def test_threads_do_not_exchange_weights(compiled, capability, bits, group, pairs, rows, present, activation, most):
     """No data passes between threads until the last `mma`; a program issues less than `most` instructions per weight.
 
     An instruction counts once for every thread.
@@ -143,10 +148,11 @@ def test_threads_do_not_exchange_weights(compiled, capability, bits, group, rows
     from kernels.gpu import products
 
     types, absent = product_types(bits, *present)
+    types |= {"scales_ptr": "*i32"} if pairs else {}
     n_out = 28672
     (warps, outputs, unrolled), *_ = products.ways_of(rows, 4096, n_out, bits, group, products.SMS).values()
     assert unrolled == 1
-    shape = products.constants_of(rows, 4096, bits, group, activation, warps, outputs, unrolled, pairs=int(bits == 4))
+    shape = products.constants_of(rows, 4096, bits, group, activation, warps, outputs, unrolled, pairs=pairs)
     shape |= products.registers_of(warps, n_out // outputs, products.SMS) if rows == 1 else {}
     words = shape["WORDS"]
     one = {"rows": 1} if rows == 1 else {}  # Triton makes an argument of 1 a constant
@@ -197,13 +203,13 @@ def test_the_router_waits_for_its_inputs(compiled, capability, n_experts, k):
     assert not overlap or accesses_before_waiting(score) == accesses_before_waiting(choose) == 0
 
 
-@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 256), (8, 4096)])
-def test_weights_are_written_16_bytes_at_a_time(compiled, bits, group):
+@pytest.mark.parametrize(("bits", "group", "pairs"), [(4, 32, 1), (4, 256, 7), (8, 4096, 0), (8, 32, 6)])
+def test_weights_are_written_16_bytes_at_a_time(compiled, bits, group, pairs):
     from kernels.gpu import plain
 
     weights, scales = STORED[bits]
-    types = {"weight_ptr": weights, "scales_ptr": scales, "w_ptr": "*bf16"}
-    shape = {"n_in": 4096, "BITS": bits, "GROUP": group, "BLOCK_N": 16, "BLOCK_K": 256}
+    types = {"weight_ptr": weights, "scales_ptr": "*i32" if pairs else scales, "w_ptr": "*bf16"}
+    shape = {"n_in": 4096, "BITS": bits, "GROUP": group, "PAIRS": pairs, "BLOCK_N": 16, "BLOCK_K": 256}
     for capability in (80, 90):
         assert "st.global.v4" in compiled(plain.dequantize, capability, types, **shape).ptx
 
