@@ -140,8 +140,9 @@ def _open_hf(path: Path, config: dict[str, Any], files: list[Path]) -> Checkpoin
     args, naming, quantization = families.args_from_hf(config), families.family_of(config).naming, None
     parts, older = _read_hf(files), path / "quantize_config.json"  # AutoGPTQ's
     if not config.get("quantization_config") and any(name.endswith(published.PACKED) for name in parts):
-        found = read_json(older) if older.is_file() else {"quant_method": "a method that config.json does not name"}
-        config = {**config, "quantization_config": {"quant_method": "gptq", **found}}
+        if not older.is_file():
+            raise ValueError(f"{path}: its weights are quantised, but config.json has no quantization_config")
+        config = {**config, "quantization_config": {"quant_method": "gptq", **read_json(older)}}
     if method := published.check(config):
         given = config["quantization_config"]
         try:

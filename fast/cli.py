@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from fast.checkpoint import foreign, load_model, naming, weight_files
 from fast.compiling import missing_compiler
+from fast.gguf import is_gguf
 from fast.layers import kernels_missing
 from fast.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from model import Transformer
@@ -162,7 +163,7 @@ def find_checkpoint(path: Path, download: bool = False, ranks: Ranks = ALONE) ->
     that names the command which fetches it, OSError and ValueError if that fails.
     """
     name = str(path)
-    if not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.pth|\.bin|gguf)", name):
+    if not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.pth|\.bin)(?<!\.gguf)", name):
         path = ROOT / "checkpoints" / name
         if download:
             ranks.from_rank_0(lambda: None if _is_fetched(path) else _fetch(name))
@@ -196,7 +197,7 @@ def load(path: Path, device: str, dtype: torch.dtype, ranks: Ranks = ALONE) -> t
     model = load_model(path, device=device, dtype=dtype, ranks=ranks)
     if (model.quantization or (device, dtype) != ("cpu", torch.float32)) and (reason := kernels_missing(device, dtype)):
         say(reason)
-    for name in TOKENIZER_FILES:
+    for name in () if path.is_file() and is_gguf(path) else TOKENIZER_FILES:
         file = (path.parent if path.is_file() else path) / name
         if file.is_file() and (message := foreign(file)):
             raise ValueError(message)

@@ -72,9 +72,9 @@ def read_tokenizer(path: str | Path) -> TokenizerParts:
     """
     metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in read_header(path).metadata.items()}
     model, pre = metadata.get("model"), metadata.get("pre")
-    if model not in ("gpt2", "llama"):
+    if str(model) not in ("gpt2", "llama"):
         raise ValueError(f"{path}: tokenizer {model!r:.80} is not supported; supported: gpt2, llama")
-    if model == "gpt2" and pre not in PRE_TOKENIZERS:
+    if model == "gpt2" and str(pre) not in PRE_TOKENIZERS:
         supported = ", ".join(PRE_TOKENIZERS)
         raise ValueError(f"{path}: pre-tokenizer {pre!r:.80} is not supported; supported: {supported}")
     try:
@@ -88,7 +88,7 @@ def read_tokenizer(path: str | Path) -> TokenizerParts:
         raise
     except Exception as error:  # the package tokenizers raises nothing narrower
         raise ValueError(f"{path}: not a whole tokenizer ({error!r:.80}): download it again") from error
-    stop_ids = [metadata[key] for key in ("eot_token_id", "eom_token_id") if key in metadata]
+    stop_ids = [i for key in ("eot_token_id", "eom_token_id") if isinstance(i := metadata.get(key), int)]
     stop_ids += [i for i, token in enumerate(tokens) if token in ENDS]
     adds_bos = metadata.get("add_bos_token", model == "llama" or pre in WHOLE_WORDS)
     return TokenizerParts(made, special, added, adds_bos, stop_ids, metadata.get("tokenizer.chat_template", ""))

@@ -30,7 +30,10 @@ from model import Linear, Transformer
 
 # Method -> the settings that are supported.
 METHODS: dict[str, dict[str, tuple]] = {
-    "gptq": {"bits": (4, 8), "checkpoint_format": (None, "gptq", "gptq_v2"), "is_marlin_format": (None, False)},
+    "gptq": {
+        "bits": (4, 8), "checkpoint_format": (None, "gptq", "gptq_v2"), "is_marlin_format": (None, False),
+        "dynamic": (None, {}),
+    },
     "awq": {"bits": (4,), "version": (None, "gemm", "GEMM")},
     "compressed-tensors": {
         "format": ("pack-quantized",), "num_bits": (4, 8), "type": ("int",), "input_activations": (None,),
@@ -40,8 +43,8 @@ METHODS: dict[str, dict[str, tuple]] = {
     "fp8": {"fmt": (None, "e4m3")},
 }  # fmt: skip
 SUPPORTED = (
-    "GPTQ with 4 or 8 bits; AWQ (gemm) with 4; compressed-tensors pack-quantized with 4 or 8 bits, weights only, and "
-    "float-quantized; fp8"
+    "GPTQ with 4 or 8 bits for all modules and checkpoint_format gptq or gptq_v2; AWQ with 4 and version gemm; "
+    "compressed-tensors pack-quantized with 4 or 8 bits, weights only, and float-quantized; fp8"
 )
 # Method -> a module's tensors: the packed weight, scales, zeros, the inputs' groups, the weight's shape.
 TENSORS = {
@@ -73,7 +76,8 @@ def check(config: dict[str, Any]) -> str | None:
         _block(settings)
         kind = "float-quantized" if settings.get("format") == "float-quantized" else method
         for key, allowed in METHODS[kind].items():
-            if (value := settings.get(key)) not in allowed:
+            value = settings.get(key)
+            if not any(value == one and type(value) is type(one) for one in allowed):
                 found = f"{method} with {key} {value!r:.80}"
                 raise ValueError(f"config.json: {found} is not supported; supported: {SUPPORTED}")
     return method
@@ -85,7 +89,7 @@ def _settings(given: dict[str, Any], method: str) -> Iterator[dict[str, Any]]:
         yield given
         return
     groups = given.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else [groups]:
+    for group in groups.values() if groups and isinstance(groups, dict) else [groups]:
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
             raise ValueError(f"config.json: config_groups has {group!r:.80}; expected an object with weights")
@@ -138,7 +142,7 @@ class Packed:
     scales: [N, K / G]. zeros: outputs -> [n, K / G], of any type; zeros_are: what they mean, one of `quantized.ZEROS`.
     g_idx: the group of each input, int [K]; None: they are in order.
     outputs: the order in which its rows are wanted; None: as in the file.
-    is_fed: whether its inputs come group by group, as the rows before it are in that order.
+    comes_ordered: whether what computes its inputs gives them group by group.
     """
 
     bits: int
@@ -149,7 +153,7 @@ class Packed:
     zeros_are: str = "steps"
     g_idx: Tensor | None = None
     outputs: Tensor | None = None
-    is_fed: bool = False
+    comes_ordered: bool = False
 
     @cached_property
     def by_group(self) -> Tensor | None:
@@ -159,7 +163,7 @@ class Packed:
     @property
     def order(self) -> Tensor | None:
         """The order in which the GroupedLinear must take its inputs; None: as they come."""
-        return None if self.is_fed else self.by_group
+        return None if self.comes_ordered else self.by_group
 
     @property
     def groupsize(self) -> int:
@@ -262,6 +266,8 @@ def _from_compressed_tensors(tensors: list[Tensor | None], config: dict[str, Any
     """
     packed, scales, zero_point, g_idx, size = tensors
     N, K = size.tolist()
+    if g_idx is not None and (g_idx < 0).all():  # there is no order
+        g_idx = None
     bits = 32 * packed.shape[1] // K
     scales = scales if scales.numel() > 1 else scales.reshape(1, 1).expand(N, 1)
 
@@ -290,7 +296,8 @@ def read(
     if any(part.dtype == FP8 for part in parts.values()):
         parts = _from_fp8(parts, next(filter(None, map(_block, _settings(config, method))), None))
         print("weights in fp8 are dequantised, as no Linear here holds them: twice the memory", file=sys.stderr)
-    for module in [name.rpartition(".")[0] for name in parts if name.endswith(PACKED)]:
+    own = [name.rpartition(".") for name in parts if name.rpartition(".")[2] in TENSORS.get(method, ())]
+    for module in dict.fromkeys(module for module, _, kind in own if kind != "scales"):
         packed[module] = _packed(method, config, parts, module)
     return assign(method, packed, parts, model, naming)
 
@@ -312,57 +319,75 @@ def assign(
         if name.endswith(".w2") and all(other in packed for other in theirs[name]):
             _order_rows(packed, parts, theirs[name], theirs[name.removesuffix("2") + "13"])
     parts = {**parts, **{f"{other}.weight": one.dequantised() for other, one in packed.items()}}
-    specs, ordered, lost = {}, [], []
+    specs, ordered, lost = {}, [], {}
     for name, linear in linears.items():
         found = [packed[other] for other in theirs[name] if other in packed]
         are_alike = len(found) == len(theirs[name]) and len({one.settings for one in found}) == 1
         are_alike = are_alike and all(_equal(one.order, found[0].order) for one in found)
-        if fits := are_alike and all(value in SETTINGS[key] for key, value in found[0].settings):
+        wrong = [f"{key} {value}" for key, value in found[0].settings if value not in SETTINGS[key]] if found else []
+        if fits := are_alike and not wrong:
             specs[name] = found[0].settings
             if found[0].order is not None:
                 ordered.append(name)
                 parts[f"{theirs[name][0]}.order"] = found[0].part("order")
         elif found:
-            lost.append(name)
+            lost[name] = f"no Linear here holds {wrong[0]}" if wrong else "its parts are quantised in different ways"
         for other in [other for other in theirs[name] if other in packed]:
             kinds = ("weight", "scales", "zeros") if fits else ()
             parts |= {f"{other}.{kind}": packed[other].part(kind) for kind in kinds}
             bias = parts.get(f"{other}.bias")
             if bias is not None and linear.bias is None and not bias.read().any():
                 del parts[f"{other}.bias"]  # AutoGPTQ stored biases that are zero
-    if lost:
-        which = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
-        why = "their parts are quantised in different ways, or in groups that no Linear here can hold"
-        print(f"dequantised: {len(lost)} of {len(linears)} Linears ({which}), as {why}", file=sys.stderr)
+    for reason in dict.fromkeys(lost.values()):
+        names = [name for name in lost if lost[name] == reason]
+        which = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        print(f"dequantised: {len(names)} of {len(linears)} Linears ({which}), as {reason}", file=sys.stderr)
     return _scheme(mode, specs, ordered, list(linears)), parts
 
 
 def _packed(method: str, config: dict[str, Any], parts: dict[str, Part], module: str) -> Packed:
-    """Take the tensors of `module` out of `parts`."""
-    kinds = TENSORS[method]
-    found = {kind: parts.pop(f"{module}.{kind}", None) for kind in kinds}
-    needed = kinds if method == "awq" else kinds[:3] if method == "gptq" else (*kinds[:2], kinds[4])
-    if missing := [kind for kind in needed if found[kind] is None]:
+    """Take the tensors of `module` out of `parts`. Raises ValueError if some are missing or do not fit each other."""
+    kinds, optional = TENSORS[method], ["g_idx", "weight_g_idx"]
+    if not all(settings.get("symmetric") is False for settings in _settings(config, method)):
+        optional.append("weight_zero_point")
+    if missing := [kind for kind in kinds if kind not in optional and f"{module}.{kind}" not in parts]:
         raise ValueError(f"missing tensors: {', '.join(f'{module}.{kind}' for kind in missing)}")
-    tensors = {kind: part.read() for kind, part in found.items() if part is not None}
-    sizes = ", ".join(f"{kind} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for kind, t in tensors.items())
-    shapes = {kind: tensor.to("meta") for kind, tensor in tensors.items() if kind in kinds[:3]}  # nothing is read
+    if f"{module}.weight" in parts:
+        raise ValueError(f"{module} has both a weight and a {kinds[0]}")
+    found = {kind: parts.pop(f"{module}.{kind}") for kind in kinds if f"{module}.{kind}" in parts}
     try:
-        packed, sized = (
-            READERS[method]([each.get(kind) for kind in kinds], config) for each in (tensors, tensors | shapes)
-        )
-        if tensors[kinds[0]].dtype != torch.int32:
-            raise ValueError
-        (n_out, n_in), n_groups = packed.shape, packed.scales.shape[1]
-        groups = torch.arange(n_in, dtype=torch.int32) // (n_in // n_groups)
-        fits = n_in % n_groups == 0 and (packed.g_idx is None or packed.g_idx.sort().values.equal(groups))
-        fits = fits and sized.zeros(slice(None)).shape == packed.scales.shape == (n_out, n_groups)
-        fits = fits and sized.rows(slice(0, 8)).shape[1] == n_in * packed.bits // 8
-    except (RuntimeError, IndexError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"{module}: its tensors do not fit each other: {sizes}") from error
+        tensors = {kind: part.read() for kind, part in found.items()}
+        packed = READERS[method]([tensors.get(kind) for kind in kinds], config)
+        forms, n_in = _forms(method, packed), packed.shape[1]
+        fits = all(any(t.dtype in types and t.shape == s for types, s in forms[kind]) for kind, t in tensors.items())
+        groups = torch.arange(n_in) // (n_in // packed.scales.shape[1])
+        fits = fits and (packed.g_idx is None or packed.g_idx.sort().values.long().equal(groups))
+        fits = fits and packed.bits in SETTINGS["bits"] and n_in % packed.scales.shape[1] == 0
+    except (RuntimeError, IndexError, TypeError, ValueError, ArithmeticError):
+        fits = False
     if not fits:
-        raise ValueError(f"{module}: its tensors do not divide {n_in} inputs into groups of one size: {sizes}")
+        types = {kind: str(part.dtype).removeprefix("torch.") for kind, part in found.items()}
+        sizes = ", ".join(f"{kind} {types[kind]} {list(part.shape)}" for kind, part in found.items())
+        raise ValueError(f"{module}: its tensors do not fit each other and the configuration: {sizes}")
     return packed
+
+
+def _forms(method: str, packed: Packed) -> dict[str, list[tuple[tuple[torch.dtype, ...], tuple[int, ...]]]]:
+    """The types and shapes that the tensors of a module may have."""
+    (N, K), G = packed.shape, packed.scales.shape[1]
+    n, k = (-(-size * packed.bits // 32) for size in (N, K))  # in words
+    words, ints, floats = (torch.int32,), (torch.int32, torch.int64), (torch.float16, torch.bfloat16, torch.float32)
+    if method != "compressed-tensors":
+        qweight = (k, N) if method == "gptq" else (K, n)
+        common = {"qweight": [(words, qweight)], "scales": [(floats, (G, N))], "qzeros": [(words, (G, n))]}
+        return {**common, "g_idx": [(ints, (K,))]}
+    return {
+        "weight_packed": [(words, (N, k))],
+        "weight_scale": [(floats, (N, G))] + [(floats, (1,))] * (G == 1),
+        "weight_zero_point": [(words, (n, G)), ((torch.int8,), (N, G))],
+        "weight_g_idx": [(ints, (K,))],
+        "weight_shape": [(ints, (2,))],
+    }
 
 
 def _order_rows(packed: dict[str, Packed], parts: dict[str, Part], w2: list[str], w13: list[str]) -> None:
@@ -371,7 +396,7 @@ def _order_rows(packed: dict[str, Packed], parts: dict[str, Part], w2: list[str]
     for i, down in enumerate(w2):
         if (order := packed[down].order) is None:
             continue
-        packed[down] = replace(packed[down], is_fed=True)
+        packed[down] = replace(packed[down], comes_ordered=True)
         rows = order if each == 2 else torch.cat((order, order + len(order)))
         for module in w13[each * i : each * (i + 1)]:
             if module in packed:

@@ -164,7 +164,7 @@ SETTINGS: dict[str, tuple] = {
     "scales": ("bfloat16", "float16"),
     "zeros": ZEROS,
 }
-# The modes of checkpoints that others quantised (`fast/published.py`).
+# The modes of checkpoints that others quantised (`fast/published.py`, `fast/gguf.py`).
 PUBLISHED = ("gptq", "awq", "compressed-tensors", "gguf")
 
 

@@ -166,14 +166,16 @@ def load_tokenizer(path: str | Path, model_vocab_size: int | None = None) -> Tok
 
         if is_gguf(path):
             return _read_gguf(path, model_vocab_size)
-    directory = path.parent if path.is_file() else path
+    given, directory = path, path.parent if path.is_file() else path
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory, expected one that holds a tokenizer")
     path = next((directory / name for name in TOKENIZER_FILES if (directory / name).is_file()), None)
-    if path is None and len(files := list(directory.glob("*.gguf"))) == 1:  # what a .pth was made from
-        return _read_gguf(files[0], model_vocab_size)
+    if path is None and (file := _gguf_beside(given)):
+        return _read_gguf(file, model_vocab_size)
     if path is None:
-        raise FileNotFoundError(f"{directory}: no tokenizer, expected one of {', '.join(TOKENIZER_FILES)}")
+        raise FileNotFoundError(
+            f"{directory}: no tokenizer, expected one of {', '.join(TOKENIZER_FILES)}, or one .gguf"
+        )
     data = path.read_bytes()
     if not data.strip():
         raise ValueError(f"{path}: the file is empty, download it again")
@@ -208,7 +210,15 @@ def _read_gguf(path: Path, model_vocab_size: int | None) -> Tokenizer:
         backend = _SentencePiece(parts.model, path, config, parts.special, parts.added)
     else:
         backend = _HuggingFace(parts.model, parts.special, parts.added, parts.adds_bos)
-    return Tokenizer(backend, parts.stop_ids, parts.template, model_vocab_size)
+    template = parts.template or _read_template(path.parent, {})
+    return Tokenizer(backend, parts.stop_ids, template, model_vocab_size)
+
+
+def _gguf_beside(path: Path) -> Path | None:
+    """The file that the `.pth` at `path` was made from: of the same name, or the only one in its directory."""
+    files = list((path.parent if path.is_file() else path).glob("*.gguf"))
+    named = [file for file in files if file == path.with_suffix(".gguf")]
+    return named[0] if named else files[0] if len(files) == 1 else None
 
 
 class _HuggingFace:

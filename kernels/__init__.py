@@ -21,7 +21,7 @@ GATES = ("silu", "gelu_tanh")  # activations that products compute
 
 
 def kind_of_pairs(dtype: torch.dtype, zeros_are: str) -> int:
-    """A number for how pairs of scale and zero are stored: what zeros mean (`quantized.ZEROS`), plus 4 for float16."""
+    """How pairs of scale and zero are stored: 1 to 3, what zeros mean, as in `quantized.ZEROS`; plus 4 in float16."""
     return 1 + ("middle", "lowest", "steps").index(zeros_are) + 4 * (dtype == torch.float16)
 
 

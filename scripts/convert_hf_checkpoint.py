@@ -24,7 +24,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def convert(directory: Path, dtype: torch.dtype) -> Path:
-    """Write `model.pth` into the directory, or beside the .gguf, print its size and return its path.
+    """Write `model.pth` into the directory, or `X.pth` beside an `X.gguf`, print its size and return its path.
 
     dtype: of every tensor but those of quantised Linears. Raises ValueError if `open_checkpoint` cannot read the
     checkpoint, OSError if the file cannot be written.
@@ -32,7 +32,7 @@ def convert(directory: Path, dtype: torch.dtype) -> Path:
     if not directory.is_dir() and not (directory.is_file() and is_gguf(directory)):
         raise ValueError(f"{directory} is neither a directory nor a GGUF file")
     checkpoint = open_checkpoint(directory)
-    target = (directory if directory.is_dir() else directory.parent) / "model.pth"
+    target = directory / "model.pth" if directory.is_dir() else directory.with_suffix(".pth")
     dtypes = {name: checkpoint.fixed.get(name, dtype) for name in checkpoint.tensors}
     sizes = {name: math.prod(stored.shape) for name, stored in checkpoint.tensors.items()}
     total = sum(n * dtypes[name].itemsize for name, n in sizes.items())

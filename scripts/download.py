@@ -22,11 +22,14 @@ from huggingface_hub.utils import build_hf_headers
 CONFIG_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tekken.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "chat_template.json",
+    "chat_template.json", "quantize_config.json",
 )  # fmt: skip
 # In order of preference; an index means that the weights are sharded.
 HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-HF_SHARDS = (r"model-\d+-of-\d+\.safetensors", r"pytorch_model-\d+-of-\d+\.bin")  # taken without an index, too
+# Taken without an index, too; the last is AutoGPTQ's name.
+HF_SHARDS = (
+    r"model-\d+-of-\d+\.safetensors", r"pytorch_model-\d+-of-\d+\.bin", r"gptq_model[\w-]*\.safetensors",
+)  # fmt: skip
 
 
 def choose_files(names: list[str]) -> list[str]:

@@ -30,7 +30,7 @@ from fast import gguf as fast_gguf
 from fast import gguf_tokenizer
 from fast.checkpoint import load_model, open_checkpoint
 from fast.decoding import build_steps, stream
-from fast.gguf import read_tensors
+from fast.gguf import read_header, read_tensors
 from fast.quantized import GroupedLinear
 from fast.tokenizer import load_tokenizer
 from scripts.convert_hf_checkpoint import convert
@@ -268,7 +268,11 @@ def test_a_damaged_file_is_refused(small):
         ({"general.type": "adapter"}, "is of type 'adapter', not a language model: give the .gguf of the model that"),
         ({"split.count": 3}, "is one of 3 files that hold a model: join them with llama-gguf-split --merge"),
         ({"llama.block_count": None}, "holds no whole model: missing llama.block_count"),
-        ({"llama.block_count": 3}, "missing tensors: blk.2.attn_norm.weight [64], "),
+        ({"llama.block_count": 3}, "holds no whole model: missing blk.2.attn_norm.weight"),
+        ({"llama.block_count": 2**31}, "holds no whole model: missing blk.2147483647.attn_norm.weight"),
+        ({"llama.block_count": 0}, "missing blk.-1.attn_norm.weight"),
+        ({"general.architecture": ["llama"]}, "architecture ['llama'] is not supported"),
+        ({"split.count": "3"}, "is one of '3' files that hold a model"),
         ({"llama.block_count": 1}, "unexpected tensors: blk.1.attn_k.weight [32, 64], "),
         ({"llama.attention.head_count_kv": [2, 2]}, "llama.attention.head_count_kv is [2, 2]; expected a whole number"),
         ({"llama.rope.dimension_count": 8}, "partial_rotary_factor 0.5 is not supported"),
@@ -292,6 +296,7 @@ def test_what_is_not_computed_is_refused(tmp_path, monkeypatch, changes, message
         ("model", "bert", "tokenizer 'bert' is not supported; supported: gpt2, llama"),
         ("pre", "falcon", "pre-tokenizer 'falcon' is not supported; supported: gpt-2, smollm, "),
         ("pre", None, "pre-tokenizer None is not supported"),
+        ("pre", ["gpt-2"], "pre-tokenizer ['gpt-2'] is not supported"),
         ("token_type", [1], "not a whole tokenizer (ValueError"),
         ("bos_token_id", 9999, "not a whole tokenizer (IndexError"),
         ("merges", ["a bc"], "not a whole tokenizer (Exception"),
@@ -322,6 +327,21 @@ def test_a_missing_package_is_named_where_it_is_needed(tmp_path, monkeypatch):
         load_tokenizer(bpe)
 
 
+@pytest.mark.parametrize(("kind", "shape"), [(Type.Q8_0, (64,)), (Type.F32, (0,)), (Type.Q4_0, (0, 32))])
+def test_tensors_of_other_shapes(tmp_path, kind, shape):
+    """A quantised norm is dequantised; a tensor without elements is damage."""
+    raw = stored(kind, np.ones(shape, np.float32), 0)
+    writer = GGUFWriter(tmp_path / "one.gguf", "llama")
+    writer.add_tensor("output_norm.weight", raw, raw_dtype=kind)
+    one = read_header(path := finish(writer))
+    if 0 in shape:
+        with pytest.raises(ValueError, match="is damaged, or ends before its tensor output_norm.weight"):
+            read_tensors(path, one)
+    else:
+        found = read_tensors(path, one)["output_norm.weight"]
+        assert torch.allclose(fast_gguf._part(found).read(), torch.ones(shape), atol=1e-3)
+
+
 def test_what_is_made_of_a_file_has_its_tokenizer(tmp_path, capsys):
     """Converted beside it, quantised or not, and quantised by quantize.py if it is not."""
     model, ids = make_tiny("llama"), prompt_of(14)
@@ -339,6 +359,10 @@ def test_what_is_made_of_a_file_has_its_tokenizer(tmp_path, capsys):
     assert load_model(path.parent / "model_int8.pth").quantization["mode"] == "int8"
     with_tokenizer.replace(path)
     assert load_tokenizer(path.parent / "model_int8.pth").encode("1234 and more") == expected
+    (path.parent / "m2.gguf").touch()  # another file in another type, which lies there too
+    assert load_tokenizer(converted).encode("1234 and more") == expected
+    with pytest.raises(FileNotFoundError, match="no tokenizer, expected one of tokenizer.json, .* or one .gguf"):
+        load_tokenizer(path.parent / "model_int8.pth")
 
 
 @pytest.mark.skipif("SMOLLM2_GGUF" not in os.environ, reason="SMOLLM2_GGUF names no file")

@@ -298,7 +298,10 @@ def test_biases_that_are_zero_are_left_out(published):
 def test_scales_in_float32_are_not_rounded(published, capsys):
     model, path = published("gptq", dtype=torch.float32, orders=ORDERED)
     assert are_equal(model, path)
-    assert "dequantised: 8 of 9 Linears" in capsys.readouterr().err
+    assert "dequantised: 8 of 9 Linears (layers.0.attention.wqkv, layers.0.attention.wo, " in (
+        said := capsys.readouterr().err
+    )
+    assert "as no Linear here holds scales float32" in said
 
 
 def change(path, **settings) -> None:
@@ -309,42 +312,40 @@ def change(path, **settings) -> None:
 def test_older_directories_say_it_in_a_file_of_its_own(published):
     model, path = published("gptq")
     change(path, quantization_config=None)
-    with pytest.raises(ValueError, match="weights quantised by 'a method that config.json does not name' are not"):
+    with pytest.raises(ValueError, match="its weights are quantised, but config.json has no quantization_config"):
         open_checkpoint(path)
     (path / "quantize_config.json").write_text('{"bits": 4, "group_size": 32, "desc_act": false}')
     assert are_equal(model, path)
 
 
-@pytest.mark.parametrize(
-    ("tensor", "value", "message"),
-    [
-        ("qzeros", None, "missing tensors: model.layers.1.mlp.up_proj.qzeros"),
-        ("scales", torch.zeros(3, 128).half(), "model.layers.1.mlp.up_proj: its tensors do not divide 64 inputs into "),
-        (
-            "qzeros",
-            torch.zeros(1, 2).int(),
-            "do not divide 64 inputs into groups of one size: qweight int32 [",
-        ),
-        (
-            "qweight",
-            torch.zeros(8, 128),
-            "up_proj: its tensors do not fit each other: qweight float32 [8, 128], scales float16",
-        ),
-        (
-            "qweight",
-            torch.zeros(8).int(),
-            "up_proj: its tensors do not fit each other: qweight int32 [8], ",
-        ),
-        (
-            "qweight",
-            torch.zeros(16, 128).int(),
-            "do not divide 128 inputs into groups of one size: qweight int32 [",
-        ),
-        ("g_idx", torch.zeros(64).int(), "model.layers.1.mlp.up_proj: its tensors do not divide 64 inputs into groups"),
-    ],
-)
-def test_damaged_tensors_are_named(published, tensor, value, message):
-    _, path = published("gptq")
+MISFIT = "model.layers.1.mlp.up_proj: its tensors do not fit each other and the configuration: "
+DAMAGES = [
+    ("gptq", "qzeros", None, "missing tensors: model.layers.1.mlp.up_proj.qzeros"),
+    ("gptq", "qweight", None, "missing tensors: model.layers.1.mlp.up_proj.qweight"),
+    ("gptq", "weight", torch.zeros(128, 64), "model.layers.1.mlp.up_proj has both a weight and a qweight"),
+    ("gptq", "scales", torch.zeros(3, 128).half(), MISFIT + "qweight int32 [8, 128], scales float16 [3, 128], qzeros"),
+    ("gptq", "scales", torch.tensor(1.0), MISFIT),
+    ("gptq", "scales", torch.ones(2, 128).int(), MISFIT),
+    ("gptq", "qzeros", torch.zeros(1, 2).int(), MISFIT),
+    ("gptq", "qzeros", torch.zeros(2, 16), MISFIT),
+    ("gptq", "qweight", torch.zeros(8, 128), MISFIT),
+    ("gptq", "qweight", torch.zeros(8).int(), MISFIT),
+    ("gptq", "qweight", torch.zeros(16, 128).int(), MISFIT),
+    ("gptq", "g_idx", torch.zeros(64).int(), MISFIT),
+    ("awq", "qzeros", torch.zeros(2, 15).int(), MISFIT),
+    ("compressed-4", "weight_zero_point", None, "missing tensors: model.layers.1.mlp.up_proj.weight_zero_point"),
+    ("compressed-4", "weight_zero_point", torch.zeros(128, 2).int(), MISFIT),
+    ("compressed-4", "weight_zero_point", torch.zeros(16, 2), MISFIT),
+    ("compressed-4", "weight_packed", torch.zeros(1, 8).int(), MISFIT),
+    ("compressed-4", "weight_shape", torch.tensor([128.0, 64.0]), MISFIT),
+    ("compressed-4", "weight_shape", torch.tensor([128, 0]), MISFIT),
+]
+
+
+@pytest.mark.parametrize(("form", "tensor", "value", "message"), DAMAGES)
+@needs_compressed_tensors
+def test_damaged_tensors_are_named(published, form, tensor, value, message):
+    _, path = published(form)
     tensors = stored_in(path) | {f"model.layers.1.mlp.up_proj.{tensor}": value}
     save_file({name: t for name, t in tensors.items() if t is not None}, path / "model.safetensors")
     with pytest.raises(ValueError, match=re.escape(message)) as error:
@@ -363,6 +364,9 @@ GROUP = CONFIGS["compressed-4"]["config_groups"]["group_0"]
             "weights quantised by 'bitsandbytes' are not supported; supported: GPTQ",
         ),
         ({"quant_method": "gptq", "bits": 3}, "gptq with bits 3 is not supported"),
+        ({"quant_method": "gptq", "bits": 4.0}, "gptq with bits 4.0 is not supported"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:x": {}}}, "gptq with dynamic {'-:x': {}} is not supported"),
+        ({**CONFIGS["compressed-4"], "config_groups": {}}, "config_groups has {}; expected an object with weights"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "gptq with checkpoint_format 'marlin' is"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq with version 'gemv' is not supported"),
         ({"quant_method": ["awq"]}, "weights quantised by ['awq'] are not supported"),
