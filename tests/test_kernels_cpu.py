@@ -6,6 +6,7 @@ Worth knowing: the reference is float32 arithmetic on the dequantised weights; t
 bfloat16, which alone is a relative error of up to 0.4 %.
 """
 
+import ctypes
 import mmap
 import os
 import re
@@ -333,6 +334,20 @@ def test_groups_that_do_not_fit_are_refused(n_in, groupsize):
     packed = pack(GroupedLinear.from_float(normal(40, n_in), groupsize=32))
     with pytest.raises(RuntimeError, match=f"{n_in} inputs cannot be divided into groups of {groupsize}, which"):
         torch.ops.fast.grouped_linear(normal(1, n_in).bfloat16(), packed, 40, groupsize, AS_OURS)
+
+
+def test_ctrl_c_before_a_step_begins_is_raised_and_not_shown(monkeypatch):
+    shown = []
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    monkeypatch.setattr(build, "in_a_team", lambda call: ctypes.CFUNCTYPE(None)(interrupt)())
+    with pytest.raises(KeyboardInterrupt):
+        cpu.in_one_region(lambda: None)()
+    assert not shown
+    assert sys.unraisablehook == shown.append
 
 
 def test_asking_for_the_variants_chooses_none():

@@ -7,6 +7,7 @@
 """
 
 import ctypes
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -85,9 +86,19 @@ def in_one_region(step: Callable[..., Any]) -> Callable[..., Any]:
             except BaseException as problem:
                 error = problem
 
-        build.in_a_team(call)
+        hook, sys.unraisablehook = sys.unraisablehook, _unless_interrupted
+        try:
+            build.in_a_team(call)
+        finally:
+            sys.unraisablehook = hook
         if error is not None:
             raise error
         return result
 
     return step if build.in_a_team is None else run
+
+
+def _unless_interrupted(unraisable: Any) -> None:
+    """Show what could not be raised, but for a Ctrl-C that arrives where ctypes cannot pass it on: `run` raises it."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)
