@@ -6,7 +6,6 @@ Worth knowing: the header is read here, 20 times as fast as the package `gguf` r
 tensors in other types than PACKED and FLOATS. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import importlib
 import re
 import struct
 import sys
@@ -24,6 +23,7 @@ from fast.families import Naming, args_from_hf
 from fast.published import Packed
 from fast.quantized import pack_nibbles
 from fast.stored import Part, part_of
+from fast.tokenizer import require
 from model import ModelArgs, RopeScaling
 
 MAGIC = b"GGUF"
@@ -301,7 +301,7 @@ def _block(number: int) -> tuple[str, int, int]:
         return FLOATS[number][0], 1, FLOATS[number][1].itemsize
     if number in PACKED:
         return PACKED[number][0], BLOCK, PACKED[number][1]
-    gguf = require("gguf")
+    gguf = require("gguf", "file")
     kind = gguf.GGMLQuantizationType(number)
     width, n_bytes = gguf.GGML_QUANT_SIZES[kind]
     gguf.dequantize(torch.zeros(1, n_bytes, dtype=torch.uint8).numpy(), kind)  # NotImplementedError, if it cannot
@@ -336,17 +336,10 @@ def _packed(raw: Raw) -> Packed:
 
 
 def _dequantize(raw: Raw, first: int, end: int) -> Tensor:
-    gguf = require("gguf")
+    gguf = require("gguf", "file")
     values = gguf.dequantize(raw.data[first:end].numpy(), gguf.GGMLQuantizationType[raw.type])
     return torch.from_numpy(values).view(-1, *raw.shape[1:])
 
 
 def _floats(raw: Raw) -> list[float]:
     return _part(raw).read().float().tolist()
-
-
-def require(package: str):
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"this file needs the package {package}: pip install {package}") from error

@@ -109,7 +109,7 @@ class Tokenizer:
             raise ValueError("the model has no chat template: pass a plain prompt, or add chat_template.jinja")
         if not messages:
             raise ValueError("no messages to apply the chat template to: pass at least one")
-        jinja2 = _require("jinja2")
+        jinja2 = require("jinja2")
         messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
         inputs = {"tools": None, "documents": None, **self._backend.special, **self.template_args, "messages": messages}
         try:
@@ -185,7 +185,7 @@ def load_tokenizer(path: str | Path, model_vocab_size: int | None = None) -> Tok
     stop_ids = _read_eos(directory / "generation_config.json") or _read_eos(directory / "config.json")
     if path.name == "tekken.json":
         special = {"bos_token": "<s>", "eos_token": "</s>"} | special
-        backend = _HuggingFace(from_tekken(data, path, _require("tokenizers")), special, added)
+        backend = _HuggingFace(from_tekken(data, path, require("tokenizers")), special, added)
         stop_ids.append(backend.id_of("</s>"))
     elif path.suffix == ".json":
         decides = str(config.get("tokenizer_class")).startswith(ADD_BOS_TOKEN_DECIDES)
@@ -193,7 +193,7 @@ def load_tokenizer(path: str | Path, model_vocab_size: int | None = None) -> Tok
         backend = _HuggingFace(_parse_tokenizer_json(data, path), special, added, adds_bos)
     elif re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
         special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} | special
-        backend = _HuggingFace(from_tiktoken(data, path, _require("tokenizers")), special, added)
+        backend = _HuggingFace(from_tiktoken(data, path, require("tokenizers")), special, added)
         stop_ids += map(backend.id_of, ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"))
     else:
         backend = _SentencePiece(data, path, config, special, added)
@@ -236,7 +236,7 @@ class _HuggingFace:
             were = {flag: getattr(old, flag) for flag in flags} if old else None
             given = (were or {}) | {flag: token[flag] for flag in flags if flag in token}
             if given != were:
-                changed.append(_require("tokenizers").AddedToken(token["content"], **given))
+                changed.append(require("tokenizers").AddedToken(token["content"], **given))
         encoder.add_tokens(changed)
         both = [*known.values(), *encoder.get_added_tokens_decoder().values()]  # special in one file is special
         self.names = {encoder.token_to_id(token.content): token.content for token in both if token.special}
@@ -284,7 +284,7 @@ class _SentencePiece:
     utf8_errors = "surrogateescape"  # one U+FFFD for each undecodable byte
 
     def __init__(self, data: bytes, path: Path, config: dict, special: dict[str, str], added: list[dict]):
-        load = _require("sentencepiece").SentencePieceProcessor
+        load = require("sentencepiece").SentencePieceProcessor
         try:
             self.model = model = load(model_proto=data)
             # Protobuf messages merge when concatenated: this sets normalizer_spec.add_dummy_prefix to false.
@@ -342,7 +342,7 @@ class _SentencePiece:
 
 
 def _parse_tokenizer_json(data: bytes, path: Path):
-    tokenizers = _require("tokenizers")
+    tokenizers = require("tokenizers")
     try:
         return tokenizers.Tokenizer.from_str(data.decode())
     except Exception as error:  # the package raises nothing narrower
@@ -396,7 +396,7 @@ def _read_template(directory: Path, config: dict[str, Any]) -> str:
 @cache
 def _compile_template(source: str):
     """Compile an untrusted template, in a sandbox with the settings and extras of transformers."""
-    jinja2, sandbox, ext = _require("jinja2"), _require("jinja2.sandbox"), _require("jinja2.ext")
+    jinja2, sandbox, ext = require("jinja2"), require("jinja2.sandbox"), require("jinja2.ext")
 
     class Generation(ext.Extension):  # {% generation %} marks the assistant's words for training
         tags = {"generation"}
@@ -434,9 +434,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _require(module: str):
+def require(module: str, by: str = "tokenizer"):
+    """The optional `module`; ImportError says which package to install for what needs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f"this tokenizer needs the package {package}: pip install {package}") from error
+        raise ImportError(f"this {by} needs the package {package}: pip install {package}") from error
