@@ -4,27 +4,28 @@
     scheme, parts = read(method, settings, parts, model, naming)  # the files' tensors as those of GroupedLinears
 
 Formats of integers hold a scale and a zero for every group of inputs, as a `GroupedLinear` does: they are packed in
-another way, but nothing is rounded again. Weights in fp8 are dequantised. The tensors that are there show which modules
-are quantised.
+another way, but nothing is rounded again. Weights in fp8 have a scale; it is repeated for the groups of inputs that
+share it. The tensors that are there show which modules are quantised.
 
 Worth knowing: GPTQ's `desc_act` and compressed-tensors' `actorder` put any input into any group (`g_idx`). The inputs
 of a group are then brought together, and the Linear gets an `order` in which it takes its inputs. For `w2` that costs
 nothing: the rows of `w13`, which produce its inputs, are put into that order.
 """
 
+import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fast.families import Naming
-from fast.quantized import GROUP_SIZES, SETTINGS, GroupedLinear, pack_nibbles, unpack_nibbles
+from fast.quantized import GROUP_SIZES, SETTINGS, WEIGHTS, GroupedLinear, pack_nibbles, unpack_nibbles
 from fast.stored import Part
 from model import Linear, Transformer
 
@@ -55,7 +56,7 @@ TENSORS = {
 PACKED = (".qweight", ".weight_packed")
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # of 8 outputs in a word, which holds them in the order 0 2 4 6 1 3 5 7
 WIDEST = 128  # inputs of a group, where a scale is for whole rows: it is repeated
-FP8 = torch.float8_e4m3fn
+FP8 = WEIGHTS["fp8"]
 FP8_SCALES = (".weight_scale", ".weight_scale_inv")
 # Of activations and of the KV cache, which are not rounded here.
 OTHER_SCALES = (".input_scale", ".output_scale", ".activation_scale", ".q_scale", ".k_scale", ".v_scale")
@@ -107,49 +108,24 @@ def _block(settings: dict[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def _from_fp8(parts: dict[str, Part], block: tuple[int, int] | None) -> dict[str, Part]:
-    """`parts` with the weights in fp8 as numbers, `weight * scale`: one, one for each row, or one for each `block`."""
-    parts = {name: part for name, part in parts.items() if not name.endswith(OTHER_SCALES)}
-    for name, weight in [(name, part) for name, part in parts.items() if part.dtype == FP8]:
-        module = name.removesuffix(".weight")
-        found = [parts.pop(module + kind) for kind in FP8_SCALES if module + kind in parts]
-        if len(found) != 1:
-            raise ValueError(f"missing tensors: {module}{FP8_SCALES[0]}")
-        scale = found[0].read().float()
-        scale = scale.reshape(-1, 1) if scale.dim() < 2 else scale
-        N, K = weight.shape
-        shapes = {(1, 1): (N, K), (N, 1): (1, K)}  # of scales -> the rows and columns that share one
-        if block is not None:
-            shapes[-(-N // block[0]), -(-K // block[1])] = block
-        if scale.shape not in shapes:
-            raise ValueError(f"{module}: its scales {list(found[0].shape)} do not fit its weight {[N, K]}")
-        parts[name] = Part(weight.shape, torch.bfloat16, partial(_scaled, weight, scale, shapes[scale.shape]), True)
-    return parts
-
-
-def _scaled(weight: Part, scale: Tensor, sizes: tuple[int, int], first: int, end: int) -> Tensor:
-    """Rows `first` to `end` of a weight in which so many rows and columns share a scale, float32."""
-    each = scale[torch.arange(first, end) // sizes[0]][:, torch.arange(weight.shape[1]) // sizes[1]]
-    return weight.rows(first, end).float() * each
-
-
 @dataclass(frozen=True)
 class Packed:
     """The weight `[N, K]` of a module in one of the formats, as a `GroupedLinear` stores it.
 
-    rows: outputs, a slice or indices -> their weights as a GroupedLinear stores them, `[n, K * bits / 8]`, but for the
-        order of their inputs.
-    scales: [N, K / G]. zeros: outputs -> [n, K / G], of any type; zeros_are: what they mean, one of `quantized.ZEROS`.
+    bits: 4, 8 or "fp8".
+    rows: outputs, a slice or indices -> their weights as a GroupedLinear stores them, but for the inputs' order.
+    scales: [N, K / G]. zeros: outputs -> [n, K / G], of any type, None for fp8; zeros_are: what they mean, one of
+        `quantized.ZEROS`.
     g_idx: the group of each input, int [K]; None: they are in order.
     outputs: the order in which its rows are wanted; None: as in the file.
     comes_ordered: whether what computes its inputs gives them group by group.
     """
 
-    bits: int
+    bits: int | str
     shape: tuple[int, int]
     rows: Callable[[slice | Tensor], Tensor]
     scales: Tensor
-    zeros: Callable[[slice | Tensor], Tensor]
+    zeros: Callable[[slice | Tensor], Tensor] | None
     zeros_are: str = "steps"
     g_idx: Tensor | None = None
     outputs: Tensor | None = None
@@ -175,17 +151,24 @@ class Packed:
     @property
     def settings(self) -> tuple[tuple[str, Any], ...]:
         """Those of the GroupedLinear, as in a scheme."""
-        dtype = str(self.scales.dtype).removeprefix("torch.")
-        values = {"bits": self.bits, "groupsize": self.groupsize, "scales": dtype, "zeros": self.zeros_are}
+        values = {"bits": self.bits, "groupsize": self.groupsize}
+        if self.zeros is not None:
+            values |= {"scales": str(self.scales.dtype).removeprefix("torch."), "zeros": self.zeros_are}
         return tuple(values.items())
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The GroupedLinear's tensors."""
+        return ("weight", "scales") if self.zeros is None else ("weight", "scales", "zeros")
 
     def part(self, kind: str) -> Part:
         """One of the GroupedLinear's tensors, not yet computed."""
         (N, K), dtype = self.shape, self.scales.dtype
         if kind == "order":
             return Part((K,), torch.int32, lambda first, end: self.order[first:end].int())
-        shape = (N, K * self.bits // 8) if kind == "weight" else (N, K // self.groupsize)
-        dtype = dtype if kind != "weight" else torch.uint8 if self.bits == 4 else torch.int8
+        shape = (N, K // self.groupsize)
+        if kind == "weight":
+            shape, dtype = (N, K // 2 if self.bits == 4 else K), WEIGHTS[self.bits]
         return Part(shape, dtype, lambda first, end: self.tensor(kind, first, end), is_computed=True)
 
     def tensor(self, kind: str, first: int, end: int) -> Tensor:
@@ -204,11 +187,11 @@ class Packed:
         """The weight as numbers, computed in float32, its inputs as they come."""
 
         def rows(first: int, end: int) -> Tensor:
-            tensors = (self.tensor(kind, first, end) for kind in ("weight", "scales", "zeros"))
-            values = GroupedLinear.from_parts(*tensors, zeros_are=self.zeros_are).dequantize(torch.float32)
+            tensors = {kind: self.tensor(kind, first, end) for kind in self.kinds}
+            values = GroupedLinear.from_parts(**tensors, zeros_are=self.zeros_are).dequantize(torch.float32)
             return values if self.order is None else values[:, self.order.argsort()]
 
-        return Part(self.shape, self.scales.dtype, rows, is_computed=True)
+        return Part(self.shape, torch.bfloat16 if self.bits == "fp8" else self.scales.dtype, rows, is_computed=True)
 
 
 def _weights(words: Tensor, bits: int) -> Tensor:
@@ -281,6 +264,27 @@ def _from_compressed_tensors(tensors: list[Tensor | None], config: dict[str, Any
     return Packed(bits, (N, K), lambda outputs: _weights(packed[outputs], bits), scales, zeros, g_idx=g_idx)
 
 
+def _from_fp8(parts: dict[str, Part], module: str, block: tuple[int, int] | None) -> Packed:
+    """weight float8_e4m3fn `[N, K]`, and what to multiply it by: a scale, or one for each row or each `block`.
+
+    Takes them out of `parts`. Raises ValueError if the scale is missing or does not fit.
+    """
+    weight = parts.pop(f"{module}.weight")
+    found = [parts.pop(module + kind) for kind in FP8_SCALES if module + kind in parts]
+    if len(found) != 1:
+        raise ValueError(f"missing tensors: {module}{FP8_SCALES[0]}")
+    scale, (N, K) = found[0].read().float(), weight.shape
+    scale = scale.reshape(-1, 1) if scale.dim() < 2 else scale
+    shared = {(1, 1): (N, K), (N, 1): (1, K)}  # shape of the scales -> the rows and columns that share one
+    if block is not None:
+        shared[-(-N // block[0]), -(-K // block[1])] = block
+    if scale.shape not in shared:
+        raise ValueError(f"{module}: its scales {list(found[0].shape)} do not fit its weight {[N, K]}")
+    rows, columns = shared[scale.shape]
+    scales = scale[torch.arange(N) // rows][:, torch.arange(0, K, math.gcd(K, columns)) // columns]
+    return Packed("fp8", (N, K), lambda outputs: weight.read()[outputs], scales, zeros=None)
+
+
 READERS = {"gptq": _from_gptq, "awq": _from_awq, "compressed-tensors": _from_compressed_tensors}
 
 
@@ -293,9 +297,13 @@ def read(
     fit each other.
     """
     parts, packed = dict(parts), {}
-    if any(part.dtype == FP8 for part in parts.values()):
-        parts = _from_fp8(parts, next(filter(None, map(_block, _settings(config, method))), None))
-        print("weights in fp8 are dequantised, as no Linear here holds them: twice the memory", file=sys.stderr)
+    in_fp8 = [
+        name.removesuffix(".weight") for name, part in parts.items() if part.dtype == FP8 and len(part.shape) == 2
+    ]
+    if in_fp8:
+        block = next(filter(None, map(_block, _settings(config, method))), None)
+        packed = {module: _from_fp8(parts, module, block) for module in in_fp8}
+        parts = {name: part for name, part in parts.items() if not name.endswith(OTHER_SCALES)}
     own = [name.rpartition(".") for name in parts if name.rpartition(".")[2] in TENSORS.get(method, ())]
     for module in dict.fromkeys(module for module, _, kind in own if kind != "scales"):
         packed[module] = _packed(method, config, parts, module)
@@ -333,8 +341,7 @@ def assign(
         elif found:
             lost[name] = f"no Linear here holds {wrong[0]}" if wrong else "its parts are quantised in different ways"
         for other in [other for other in theirs[name] if other in packed]:
-            kinds = ("weight", "scales", "zeros") if fits else ()
-            parts |= {f"{other}.{kind}": packed[other].part(kind) for kind in kinds}
+            parts |= {f"{other}.{kind}": packed[other].part(kind) for kind in packed[other].kinds if fits}
             bias = parts.get(f"{other}.bias")
             if bias is not None and linear.bias is None and not bias.read().any():
                 del parts[f"{other}.bias"]  # AutoGPTQ stored biases that are zero

@@ -11,6 +11,8 @@ A checkpoint stores the same for every device (a Linear has N outputs, K inputs 
                  or  int8     [N, K]      q = weight
              scales  [N, K / G]           w = q * scales + zeros, per group of G inputs
              zeros   [N, K / G]           both bfloat16 or both float16
+    fp8      weight  float8_e4m3fn [N, K] w = weight * scales
+             scales  float32  [N, K / G]
 
 Worth knowing: `zeros` is the value in the middle of a group's range, usually small beside the range, so that rounding
 it to bfloat16 costs little. Weights are rounded with scale and zero as stored, in bfloat16. Files that others have
@@ -29,6 +31,8 @@ from model import KVCache, Sharding, multiply
 GROUP_SIZES = (16, 32, 64, 128, 256)
 # What `zeros` z mean, with the scale s of their group: the weights in the middle are z, z + 8 s or z s.
 ZEROS = ("middle", "lowest", "steps")
+# The types of a GroupedLinear's weights, by their bits.
+WEIGHTS: dict[int | str, torch.dtype] = {4: torch.uint8, 8: torch.int8, "fp8": torch.float8_e4m3fn}
 KV_DTYPES = (torch.int8, torch.float8_e4m3fn)  # the types that a cache can be quantised to
 ELEMENTS_AT_ONCE = 1 << 19  # elements quantised at a time: staying in the CPU's cache is ten times as fast
 
@@ -96,9 +100,10 @@ class Int8Linear(QuantizedLinear):
 
 
 class GroupedLinear(QuantizedLinear):
-    """A Linear with 4-bit or 8-bit weights, and a scale and a zero for each group of `groupsize` inputs.
+    """A Linear with weights of 4 or 8 bits, and a scale and a zero for each group of `groupsize` inputs.
 
-    scales: the type of scales and zeros. zeros: what these mean, one of ZEROS. ordered: whether it has an `order`.
+    bits: 4 or 8, or "fp8", whose scales are float32, without zeros. scales: the type of scales and zeros. zeros: what
+    these mean, one of ZEROS. ordered: whether it has an `order`.
     """
 
     in_groups = True
@@ -109,17 +114,18 @@ class GroupedLinear(QuantizedLinear):
         out_features: int,
         bias: bool = False,
         groupsize: int = 32,
-        bits: int = 4,
+        bits: int | str = 4,
         scales: torch.dtype = torch.bfloat16,
         zeros: str = "middle",
         ordered: bool = False,
     ):
         super().__init__(in_features, out_features, bias, ordered)
         self.groupsize, self.zeros_are = groupsize, zeros
-        dtype = torch.uint8 if bits == 4 else torch.int8
-        self.register_buffer("weight", torch.empty(out_features, in_features * bits // 8, dtype=dtype))
-        for name in ("scales", "zeros"):
-            self.register_buffer(name, torch.empty(out_features, in_features // groupsize, dtype=scales))
+        n_bytes = in_features // 2 if bits == 4 else in_features
+        self.register_buffer("weight", torch.empty(out_features, n_bytes, dtype=WEIGHTS[bits]))
+        scales = torch.float32 if bits == "fp8" else scales
+        self.register_buffer("scales", torch.empty(out_features, in_features // groupsize, dtype=scales))
+        self.register_buffer("zeros", None if bits == "fp8" else torch.empty_like(self.scales))
 
     @classmethod
     def from_float(
@@ -136,20 +142,27 @@ class GroupedLinear(QuantizedLinear):
 
     @classmethod
     def from_parts(
-        cls, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None, zeros_are: str = "middle"
+        cls,
+        weight: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None = None,
+        bias: Tensor | None = None,
+        zeros_are: str = "middle",
     ) -> "GroupedLinear":
         """A module that holds these tensors, already in the stored form, without copying them."""
-        bits = 4 if weight.dtype == torch.uint8 else 8
-        n_in = 8 * weight.shape[1] // bits
+        bits = next(bits for bits, dtype in WEIGHTS.items() if dtype == weight.dtype)
+        n_in = weight.shape[1] * (2 if bits == 4 else 1)
         module = cls(n_in, weight.shape[0], False, n_in // scales.shape[1], bits, scales.dtype, zeros_are)
         module.weight, module.scales, module.zeros = weight, scales, zeros
         module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return module
 
     def dequantize(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-        weight, scales, zeros = self.stored(rows)
+        weight, scales, *zeros = self.stored(rows)
+        if not zeros:
+            return group_values(weight.float(), scales, torch.zeros_like(scales)).to(dtype)
         q = unpack_nibbles(weight).to(torch.int8) - 8 if weight.dtype == torch.uint8 else weight
-        return group_values(q, scales.float(), middle(scales.float(), zeros.float(), self.zeros_are)).to(dtype)
+        return group_values(q, scales.float(), middle(scales.float(), zeros[0].float(), self.zeros_are)).to(dtype)
 
 
 LINEARS: dict[str, type[QuantizedLinear]] = {
@@ -160,12 +173,12 @@ LINEARS: dict[str, type[QuantizedLinear]] = {
 # Settings of weights in groups, with the values that a scheme may give them; the first is the default.
 SETTINGS: dict[str, tuple] = {
     "groupsize": (None, *GROUP_SIZES),
-    "bits": (4, 8),
+    "bits": (4, 8, "fp8"),
     "scales": ("bfloat16", "float16"),
     "zeros": ZEROS,
 }
 # The modes of checkpoints that others quantised (`fast/published.py`, `fast/gguf.py`).
-PUBLISHED = ("gptq", "awq", "compressed-tensors", "gguf")
+PUBLISHED = ("gptq", "awq", "compressed-tensors", "fp8", "gguf")
 
 
 def quantized_linears(model: nn.Module, scheme: dict[str, Any]) -> Iterator[tuple[str, nn.Linear]]:

@@ -21,7 +21,12 @@ GATES = ("silu", "gelu_tanh")  # activations that products compute
 
 
 def kind_of_pairs(dtype: torch.dtype, zeros_are: str) -> int:
-    """How pairs of scale and zero are stored: 1 to 3, what zeros mean, as in `quantized.ZEROS`; plus 4 in float16."""
+    """How pairs of scale and zero are stored: 1 to 3, what zeros mean, as in `quantized.ZEROS`; plus 4 in float16.
+
+    8 is fp8's scale in float32, without a zero.
+    """
+    if dtype == torch.float32:
+        return 8
     return 1 + ("middle", "lowest", "steps").index(zeros_are) + 4 * (dtype == torch.float16)
 
 

@@ -31,7 +31,7 @@ from kernels.cpu import build, packing
 from model import ACTIVATIONS, Linear, RMSNorm, Router, Sharding, gated
 from model import multiply as textbook_multiply
 from scripts.bench.presets import preset
-from scripts.bench.random_models import FORMS, random_groups
+from scripts.bench.random_models import FORMS, every_fp8, random_groups
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(build.load() is not None, reason=str(build.load()))
@@ -135,6 +135,15 @@ def test_products(variant, rows, threads):
                     assert close(y, x.float() @ module.dequantize(torch.float32).T)
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 256])
+def test_every_number_of_fp8_is_exact(variant, rows):
+    """Subnormal ones too."""
+    module, ones = every_fp8(), torch.eye(256, dtype=torch.bfloat16)
+    (packed,), operator = cpu.product(module.weight, module.scales).tensors.values(), torch.ops.fast.grouped_linear
+    y = torch.cat([operator(x, packed, 16, 128, 16) for x in ones.split(rows)])
+    assert y.T.equal(module.weight.bfloat16())
 
 
 @pytest.mark.parametrize("rows", [1, 6, 40])

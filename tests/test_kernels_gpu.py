@@ -138,6 +138,8 @@ def product_types(bits: int, *present: str) -> tuple[dict[str, str], dict[str, N
         (4, 128, 3, 8, ("residual_ptr",), "", 3),
         (8, 32, 6, 1, ("norm_ptr",), "silu", 4.5),
         (8, 128, 7, 4, ("residual_ptr",), "", 4.5),
+        (8, 128, 8, 1, ("norm_ptr",), "silu", 4.5),
+        (8, 128, 8, 4, ("residual_ptr",), "", 4.5),
     ],
 )
 def test_threads_do_not_exchange_weights(compiled, capability, bits, group, pairs, rows, present, activation, most):
@@ -203,7 +205,7 @@ def test_the_router_waits_for_its_inputs(compiled, capability, n_experts, k):
     assert not overlap or accesses_before_waiting(score) == accesses_before_waiting(choose) == 0
 
 
-@pytest.mark.parametrize(("bits", "group", "pairs"), [(4, 32, 1), (4, 256, 7), (8, 4096, 0), (8, 32, 6)])
+@pytest.mark.parametrize(("bits", "group", "pairs"), [(4, 32, 1), (4, 256, 7), (8, 4096, 0), (8, 32, 6), (8, 128, 8)])
 def test_weights_are_written_16_bytes_at_a_time(compiled, bits, group, pairs):
     from kernels.gpu import plain
 

@@ -36,8 +36,8 @@ def product(
     n_out, n_in = weight.shape[0] // n_experts, weight.shape[1]
     if n_experts > 1 and n_out % packing.LANES:
         return None
-    if zeros is not None:
-        bits = 8 if weight.dtype == torch.int8 else 4
+    if scales is not None and scales.dim() == 2:
+        bits = 4 if weight.dtype == torch.uint8 else 8
         groupsize = 8 * n_in // bits // scales.shape[1]
         if groupsize % 16 or packing.INPUTS_PER_SCALE % groupsize:
             return None

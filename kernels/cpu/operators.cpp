@@ -47,9 +47,9 @@ struct Inputs {  // what `Call::inputs` and `Call::groups` point to
 };
 
 Inputs arrange(Kind kind, const Call& c) {
-  const bool rounds = kind != BF16 && chosen.round;
+  const bool rounds = of_integers(kind) && chosen.round;
   std::vector<bf16> inputs(c.M > 1 || rounds ? c.M * c.K : 0);
-  std::vector<Group> groups(kind == BF16 ? 0 : c.M * n_groups(c.K, c.G));
+  std::vector<Group> groups(of_integers(kind) ? c.M * n_groups(c.K, c.G) : 0);
   for (int64_t first = 0; first < c.M; first += chosen.rows_at_once) {
     const int64_t n = std::min(chosen.rows_at_once, c.M - first);
     for (int64_t m = 0; m < n; ++m) {
@@ -60,7 +60,7 @@ Inputs arrange(Kind kind, const Call& c) {
         continue;
       }
       for (int64_t i = 0; i < c.K / 2 && c.M > 1; ++i) std::memcpy(&inputs[first * c.K + 2 * (i * n + m)], x + 2 * i, 4);
-      for (int64_t g = 0; g < c.K && kind != BF16; g += c.G, ++row)
+      for (int64_t g = 0; g < c.K && of_integers(kind); g += c.G, ++row)
         for (int64_t i = g; i < std::min(c.K, g + c.G); ++i) row->sum += to_float(x[i]);
     }
   }
@@ -280,14 +280,14 @@ at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N,
   TORCH_CHECK(x.size(-1) % 4 == 0, x.size(-1), " inputs are not a multiple of 4");
   return multiply(INT8, x, packed, N, INPUTS_PER_SCALE, {bias, norm, eps, residual, activation, experts, weights});
 }
-// form: the kind of the pairs, plus 8 for 8 bits. (In one number: an operator's argument takes 0.2 us.)
+// form: the kind of the pairs, plus 8 for 8 bits; 16: FP8. (In one number: an operator's argument takes 0.2 us.)
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, int64_t G, int64_t form, const Maybe& bias,
                           const Maybe& norm, double eps, const Maybe& residual, std::string activation, const Maybe& experts,
                           const Maybe& weights) {
   TORCH_CHECK(G > 0 && G % 16 == 0 && INPUTS_PER_SCALE % G == 0 && x.size(-1) % G == 0, x.size(-1),
               " inputs cannot be divided into groups of ", G, ", which must be a multiple of 16 and divide ", INPUTS_PER_SCALE);
-  TORCH_CHECK(form > 0 && form < 16 && form % 4, "there is no form ", form, " of weights in groups");
-  return multiply(form < 8 ? GROUPS4 : GROUPS8, x, packed, N, G, {bias, norm, eps, residual, activation, experts, weights},
+  TORCH_CHECK(form == 16 || (form > 0 && form < 16 && form % 4), "there is no form ", form, " of weights in groups");
+  return multiply(form == 16 ? FP8 : form < 8 ? GROUPS4 : GROUPS8, x, packed, N, G, {bias, norm, eps, residual, activation, experts, weights},
                   {form / 4 % 2 == 1, Zeros(form % 4)});
 }
 

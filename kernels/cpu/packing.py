@@ -40,23 +40,26 @@ def pack_int8(weight: Tensor, scales: Tensor) -> Tensor:
     return _by_panels(panels, weight, scales)
 
 
-def pack_groups(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+def pack_groups(weight: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """Pack a `GroupedLinear`'s tensors into uint8 `[ceil(N / 16), 2 K * bits + 64 K / G]`."""
 
-    def panels(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-        n_groups = scales.shape[1]
-        if weight.dtype == torch.int8:
+    def panels(weight: Tensor, pairs: Tensor) -> Tensor:
+        n_groups = pairs.shape[1]
+        if weight.dtype == torch.float8_e4m3fn:
+            fours = weight.view(torch.uint8).unflatten(1, (-1, 2, 2)).mT.flatten(2)
+        elif weight.dtype == torch.int8:
             fours = (weight.view(torch.uint8) ^ 0x80).unflatten(1, (-1, 4))
         else:
             a, b, c, d = weight.unflatten(1, (-1, 4)).unbind(2)  # each [rows, K / 8], the even input in the low nibble
             fours = torch.stack((a & 0xF | c << 4, a >> 4 | c & 0xF0, b & 0xF | d << 4, b >> 4 | d & 0xF0), dim=2)
         words = fours.unflatten(0, (-1, LANES)).transpose(1, 2)  # [P, words of a row, 16, 4]
-        pairs = torch.stack((scales, zeros), dim=2).unflatten(0, (-1, LANES)).transpose(1, 2)  # [P, K / G, 16, 2]
+        pairs = pairs.unflatten(0, (-1, LANES)).transpose(1, 2)  # [P, K / G, 16, 2 or 1]
         words = words.reshape(len(words), n_groups, -1)
         pairs = pairs.contiguous().view(torch.uint8).reshape(len(words), n_groups, -1)
         return torch.cat((words, pairs), dim=2).flatten(1)
 
-    return _by_panels(panels, weight, scales, zeros)
+    pairs = scales[..., None] if zeros is None else torch.stack((scales, zeros), dim=2)
+    return _by_panels(panels, weight, pairs)
 
 
 def _by_panels(pack, *tensors: Tensor) -> Tensor:

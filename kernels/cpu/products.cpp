@@ -1,4 +1,4 @@
-// Products of a few rows with bf16, 8-bit and 4-bit weights on a CPU, at the speed at which memory delivers the weights.
+// Products of a few rows with bf16, fp8, 8-bit and 4-bit weights on a CPU, at the speed at which memory delivers the weights.
 //
 // Weights lie in panels of 16 rows, one row per lane: a register of weights is multiplied by a broadcast input, and no
 // sum runs across lanes. Each thread reads its panels as one stream, scales included. Up to 8 rows of x (4 without
@@ -10,6 +10,8 @@
 // In groups of 8 bits: as int8, but after each group 16 pairs of bf16 or fp16, (scale, zero).
 // In groups of 4 bits: K/8 times 64 bytes: byte 4r+j has row r's input j in its low four bits, input j+4 in the high
 //                   ones; 8 is added to each. After each group 16 pairs.
+// A panel of fp8:   K/4 times 64 bytes: row r's inputs 4i, 4i+2, 4i+1, 4i+3 at 4r .. 4r+3, so that a mask or a shift
+//                   leaves neighbours in the halves of a word. After each group 16 float32 scales.
 
 #include "products.h"
 
@@ -17,6 +19,7 @@
 #include <immintrin.h>
 #endif
 
+#include <array>
 #include <bit>
 #include <cmath>
 #include <utility>
@@ -42,6 +45,12 @@ INLINE float half_to_float(uint16_t half) {  // 2^112 moves the exponent's bias,
   const float size = std::bit_cast<float>(uint32_t(half & 0x7FFF) << 13) * 5.192296858534828e33f;
   return half & 0x8000 ? -size : size;
 }
+
+constexpr auto FP8_VALUES = [] {  // of every byte; NaN becomes 480
+  std::array<float, 256> values{};
+  for (uint32_t i = 0; i < 256; ++i) values[i] = std::bit_cast<float>((i & 0x7F) << 20) * (i < 128 ? 0x1p120f : -0x1p120f);  // as above
+  return values;
+}();
 
 INLINE void bf16_values(const Call& c, const uint8_t* panel, bf16* out) {  // out [16, K]
   for (int64_t i = 0; i < c.K / 2; ++i)
@@ -73,6 +82,18 @@ INLINE void group_values(const Call& c, const uint8_t* panel, bf16* out) {
           row[width.IN_A_WORD * i + j] = to_bf16(float(q) * scale + lowest);
         }
     }
+  }
+}
+
+INLINE void fp8_values(const Call& c, const uint8_t* panel, bf16* out) {
+  for (int64_t k = 0; k < c.K; k += c.G, panel += LANES * (c.G + 4)) {
+    float scales[LANES];
+    std::memcpy(scales, panel + LANES * c.G, sizeof scales);
+    for (int64_t r = 0; r < LANES; ++r)
+      for (int64_t i = 0; i < c.G; ++i) {
+        const int place[4] = {0, 2, 1, 3};
+        out[r * c.K + k + i] = to_bf16(FP8_VALUES[panel[LANES * (i / 4 * 4) + 4 * r + place[i % 4]]] * scales[r]);
+      }
   }
 }
 
@@ -177,6 +198,11 @@ struct Portable {
     return __builtin_convertvector((Ints)(words >> first & mask), Floats);
   }
 
+  static INLINE Floats fp8(Words words, int byte) {  // that byte of each word
+    const Ints moved = (Ints)(words << (24 - 8 * byte)) >> 4;  // copies of the sign follow it
+    return (Floats)(moved & int32_t(0x87F00000)) * 0x1p120f;
+  }
+
   // even, odd: the weights of a pair of inputs.
   template <int M>
   static INLINE void add(const bf16* x, Floats even, Floats odd, Floats* sums) {
@@ -241,6 +267,22 @@ struct Portable {
     }
     for (int part = 0; part < PARTS; ++part) put<M>(totals[part], part, out);
   }
+
+  template <int M>
+  static INLINE void fp8_rows(const Call& c, const bf16* x, const Group*, const uint8_t* panel, float* out) {
+    Floats totals[PARTS][M] = {};
+    for (int64_t k = 0; k < c.K; k += c.G, panel += 64) {
+      Floats sums[PARTS][M] = {};
+      for (int64_t i = 0; i < c.G; i += 4, x += 4 * M, panel += 64)
+        for (int part = 0; part < PARTS; ++part) {
+          const Words words = at<Words>(panel, part);
+          for (int j = 0; j < 2; ++j) add<M>(x + 2 * M * j, fp8(words, j), fp8(words, j + 2), sums[part]);
+        }
+      for (int part = 0; part < PARTS; ++part)
+        for (int m = 0; m < M; ++m) totals[part][m] += at<Floats>(panel, part) * sums[part][m];
+    }
+    for (int part = 0; part < PARTS; ++part) put<M>(totals[part], part, out);
+  }
 };
 
 // Calls `function<rows>(...)` for all rows of x, up to 4 or 8 at a time; m is the first of them.
@@ -261,7 +303,7 @@ struct Portable {
     }
 #define FEW_ROWS c, c.inputs + m * c.K, c.groups + m * n_groups(c.K, c.G), panel, out + m * LANES
 
-// With 8-bit and 4-bit weights AVX-512 and AVX2 multiply integers: on AVX-512 that takes a quarter of the instructions of
+// With weights of integers AVX-512 and AVX2 multiply integers: on AVX-512 that takes a quarter of the instructions of
 // converting int8 to bf16. Inputs are quantised to 16 bits, with a scale for each 256. Even if one of these is 16 times
 // their root mean square, the most possible, the relative error is 1.4e-4, a fourteenth of bf16's rounding. Weights are
 // stored with an offset (128 or 8); offset times the sum of the inputs is subtracted afterwards.
@@ -276,10 +318,12 @@ AVX2 void bf16_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_R
 AVX2 void int8_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(int8_rows_avx2, FEW_ROWS) }
 template <int BITS>
 AVX2 void groups_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(group_rows_avx2, Width<BITS>(), FEW_ROWS) }
+AVX2 void fp8_avx2(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<8>::fp8_rows, FEW_ROWS) }
 AVX2 void bf16_values_avx2(const Call& c, const uint8_t* panel, bf16* out) { bf16_values(c, panel, out); }
 AVX2 void int8_values_avx2(const Call& c, const uint8_t* panel, bf16* out) { int8_values(c, panel, out); }
 template <int BITS>
 AVX2 void group_values_avx2(const Call& c, const uint8_t* panel, bf16* out) { group_values<BITS>(c, panel, out); }
+AVX2 void fp8_values_avx2(const Call& c, const uint8_t* panel, bf16* out) { fp8_values(c, panel, out); }
 ROWS(avx512, AVX512)
 ROWS(avx2, AVX2)
 #endif
@@ -289,6 +333,7 @@ void bf16_portable(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_RO
 void int8_portable(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<4>::int8_rows, FEW_ROWS) }
 template <int BITS>
 void groups_portable(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<4>::group_rows, Width<BITS>(), FEW_ROWS) }
+void fp8_portable(const Call& c, const uint8_t* panel, float* out) { UP_TO_4_ROWS(Portable<4>::fp8_rows, FEW_ROWS) }
 
 }  // namespace
 
@@ -297,16 +342,16 @@ const std::vector<Kernels>& available() {
     std::vector<Kernels> list;
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-      list.push_back({"avx512", 8, {bf16_avx512, int8_avx512, groups_avx512<4>, groups_avx512<8>},
-                      {many_avx512<BF16>, many_avx512<INT8>, many_avx512<GROUPS4>, many_avx512<GROUPS8>}, {}, round_avx512, ROW_FUNCTIONS(avx512),
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"))
+      list.push_back({"avx512", 8, {bf16_avx512, int8_avx512, groups_avx512<4>, groups_avx512<8>, fp8_avx512},
+                      {many_avx512<BF16>, many_avx512<INT8>, many_avx512<GROUPS4>, many_avx512<GROUPS8>, many_avx512<FP8>}, {}, round_avx512, ROW_FUNCTIONS(avx512),
                       {attend_avx512<bf16>, attend_avx512<int8_t>}});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-      list.push_back({"avx2", 4, {bf16_avx2, int8_avx2, groups_avx2<4>, groups_avx2<8>}, {},
-                      {bf16_values_avx2, int8_values_avx2, group_values_avx2<4>, group_values_avx2<8>}, round_avx2, ROW_FUNCTIONS(avx2), {}});
+      list.push_back({"avx2", 4, {bf16_avx2, int8_avx2, groups_avx2<4>, groups_avx2<8>, fp8_avx2}, {},
+                      {bf16_values_avx2, int8_values_avx2, group_values_avx2<4>, group_values_avx2<8>, fp8_values_avx2}, round_avx2, ROW_FUNCTIONS(avx2), {}});
 #endif
-    list.push_back({"portable", 4, {bf16_portable, int8_portable, groups_portable<4>, groups_portable<8>}, {},
-                    {bf16_values, int8_values, group_values<4>, group_values<8>}, nullptr, ROW_FUNCTIONS(portable), {}});
+    list.push_back({"portable", 4, {bf16_portable, int8_portable, groups_portable<4>, groups_portable<8>, fp8_portable}, {},
+                    {bf16_values, int8_values, group_values<4>, group_values<8>, fp8_values}, nullptr, ROW_FUNCTIONS(portable), {}});
     return list;
   }();
   return found;

@@ -28,11 +28,11 @@ inline bf16 to_bf16(float x) {  // to nearest, ties to even
   return bf16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-enum Kind { BF16, INT8, GROUPS4, GROUPS8 };  // INT8: a scale per output; GROUPS4, GROUPS8: 4 or 8 bits in groups
-constexpr bool in_groups(Kind kind) { return kind >= GROUPS4; }
+enum Kind { BF16, INT8, GROUPS4, GROUPS8, FP8 };  // INT8: a scale per output; the others, of 4 or 8 bits: in groups
+constexpr bool of_integers(Kind kind) { return kind != BF16 && kind != FP8; }
 
 // What a group's pair of scale s and zero z means: bf16 or fp16, and whether the weights in the middle are z, z + 8 s or
-// z s. Numbered as `kernels.kind_of_pairs` does, which adds 4 for fp16.
+// z s. Numbered as `kernels.kind_of_pairs` does, which adds 4 for fp16. FP8 has a float32 scale in its place.
 enum Zeros { MIDDLE = 1, LOWEST, STEPS };
 struct Pairs {
   bool is_half;
@@ -53,8 +53,8 @@ struct Call {
   const uint8_t* w;     // panels
   bf16* y;              // [M, N]
   const bf16* inputs;   // few rows: x in blocks of `rows_at_once` rows (the last may be smaller), each [K / 2, rows]
-                        // pairs of neighbours; but for bf16 with `round`, [K / 4, rows, 8] bytes that it made
-  const Group* groups;  // but for bf16, few rows: [M, n_groups(K, G)]
+                        // pairs of neighbours; for weights of integers with `round`, [K / 4, rows, 8] bytes that it made
+  const Group* groups;  // for weights of integers, few rows: [M, n_groups(K, G)]
   int64_t M, N, K, G;
   Pairs pairs;          // GROUPS4, GROUPS8
 };
@@ -87,9 +87,9 @@ struct Kernels {  // the kernels for one instruction set
   const char* name;
   int64_t rows_at_once;  // rows of x in a block of Call::inputs
   // By Kind: few rows of x with one panel; many rows with a range of panels, null: `unpack` a panel, then at::mm.
-  void (*few_rows[4])(const Call&, const uint8_t* panel, float* out);
-  void (*many_rows[4])(const Call&, int64_t first_panel, int64_t end);
-  void (*unpack[4])(const Call&, const uint8_t* panel, bf16* out);
+  void (*few_rows[5])(const Call&, const uint8_t* panel, float* out);
+  void (*many_rows[5])(const Call&, int64_t first_panel, int64_t end);
+  void (*unpack[5])(const Call&, const uint8_t* panel, bf16* out);
   // Quantises a row of x, every G inputs a Group, for `rows` rows beside each other; null: x stays bf16.
   void (*round)(const bf16* x, int64_t K, int64_t G, int64_t rows, Group* groups, int8_t* out);
   void (*normalize)(const bf16* x, const void* weight, bool is_bf16, float eps, int64_t n, bf16* y);

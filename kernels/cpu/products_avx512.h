@@ -1,6 +1,6 @@
 // The products with AVX-512 and its bf16 dot product; included by products.cpp, which explains the layouts.
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx512vbmi,avx2,fma")))
 #define INLINE_AVX512 AVX512 __attribute__((always_inline)) inline
 
 INLINE_AVX512 __m512bh pairs_at(const void* x) { return (__m512bh)_mm512_loadu_si512(x); }
@@ -146,6 +146,50 @@ AVX512 void group_rows(Width<BITS> width, P form, const Call& c, const bf16* inp
   for (int m = 0; m < M; ++m) _mm512_storeu_ps(out + m * LANES, totals[m]);
 }
 
+// Makes bf16 of fp8, whose 128 sizes it looks up, a byte at a time. (Shifting makes subnormal numbers of fp8 subnormal
+// ones of bf16, which vdpbf16ps takes for 0.)
+constexpr auto FP8_SIZES = [] {
+  std::array<std::array<uint8_t, 128>, 2> bytes{};  // the lower ones, the upper ones
+  for (int i = 0; i < 256; ++i) bytes[i / 128][i % 128] = std::bit_cast<uint32_t>(FP8_VALUES[i % 128]) >> (16 + 8 * (i / 128));
+  return bytes;
+}();
+
+struct Fp8 {
+  __m512i sizes[2][2];
+
+  INLINE_AVX512 Fp8() {
+    for (int i = 0; i < 4; ++i) sizes[i / 2][i % 2] = _mm512_loadu_si512(FP8_SIZES[i / 2].data() + 64 * (i % 2));
+  }
+  // A row's first and second two of four inputs in each word.
+  INLINE_AVX512 std::pair<__m512i, __m512i> pairs(__m512i bytes) const {
+    const __m512i upper_byte = _mm512_set1_epi16(int16_t(0xFF00)), sign = _mm512_set1_epi8(int8_t(0x80));
+    const __m512i lower = _mm512_permutex2var_epi8(sizes[0][0], bytes, sizes[0][1]);
+    const __m512i upper = _mm512_or_si512(_mm512_permutex2var_epi8(sizes[1][0], bytes, sizes[1][1]), _mm512_and_si512(bytes, sign));
+    return {_mm512_or_si512(_mm512_slli_epi16(upper, 8), _mm512_andnot_si512(upper_byte, lower)),
+            _mm512_or_si512(_mm512_and_si512(upper, upper_byte), _mm512_srli_epi16(lower, 8))};
+  }
+};
+
+template <int M>
+AVX512 void fp8_rows(const Call& c, const bf16* x, const Group*, const uint8_t* panel, float* out) {
+  const Fp8 fp8;
+  __m512 totals[M] = {};
+  for (int64_t k = 0; k < c.K; k += c.G, panel += 64) {
+    __m512 sums[2][M] = {};
+    for (int64_t i = 0; i < c.G; i += 4, x += 4 * M, panel += 64) {
+      fetch(panel);
+      const auto [first, second] = fp8.pairs(_mm512_loadu_si512(panel));
+      for (int m = 0; m < M; ++m) {
+        sums[0][m] = _mm512_dpbf16_ps(sums[0][m], (__m512bh)first, pair_everywhere(x + 2 * m));
+        sums[1][m] = _mm512_dpbf16_ps(sums[1][m], (__m512bh)second, pair_everywhere(x + 2 * (M + m)));
+      }
+    }
+    const __m512 scales = _mm512_loadu_ps(panel);
+    for (int m = 0; m < M; ++m) totals[m] = _mm512_fmadd_ps(_mm512_add_ps(sums[0][m], sums[1][m]), scales, totals[m]);
+  }
+  for (int m = 0; m < M; ++m) _mm512_storeu_ps(out + m * LANES, totals[m]);
+}
+
 // For many rows of x, K_AT_ONCE inputs of two panels at a time are unpacked to bf16 pairs, which then stay in the L1
 // cache for all rows.
 constexpr int64_t K_AT_ONCE = 256;  // a multiple of every group size
@@ -165,6 +209,12 @@ INLINE_AVX512 void int8_unpack(const uint8_t* panel, int64_t n, bf16* pairs) {
   }
 }
 
+INLINE_AVX512 void store_pairs(__m512 even, __m512 odd, bf16* pairs) {
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+  _mm512_storeu_si512(pairs, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
 template <int BITS>
 INLINE_AVX512 void group_unpack(const Call& c, const uint8_t* panel, int64_t n, bf16* pairs) {
   constexpr Width<BITS> width;
@@ -178,11 +228,24 @@ INLINE_AVX512 void group_unpack(const Call& c, const uint8_t* panel, int64_t n, 
         const int first = 16 * (j % 2) + 4 * (j / 2);
         const __m512i even = _mm512_and_si512(_mm512_srli_epi32(words, first), mask);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(words, first + 8), mask);
-        const __m512 low = _mm512_fmadd_ps(_mm512_cvtepi32_ps(even), scales, lowest);
-        const __m512 upper = _mm512_fmadd_ps(_mm512_cvtepi32_ps(odd), scales, lowest);
-        const __m512i a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
-        const __m512i b = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(upper));
-        _mm512_storeu_si512(pairs, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+        store_pairs(_mm512_fmadd_ps(_mm512_cvtepi32_ps(even), scales, lowest),
+                    _mm512_fmadd_ps(_mm512_cvtepi32_ps(odd), scales, lowest), pairs);
+      }
+    }
+  }
+}
+
+INLINE_AVX512 void fp8_unpack(const Call& c, const uint8_t* panel, int64_t n, bf16* pairs) {
+  const Fp8 fp8;
+  const __m512i odd = _mm512_set1_epi32(int32_t(0xFFFF0000));
+  for (int64_t k = 0; k < n; k += c.G, panel += 64) {
+    const __m512 scales = _mm512_loadu_ps(panel + LANES * c.G);
+    for (int64_t i = 0; i < c.G; i += 4, panel += 64) {
+      const auto [first, second] = fp8.pairs(_mm512_loadu_si512(panel));
+      for (const __m512i two : {first, second}) {
+        store_pairs(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(two, 16)), scales),
+                    _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(two, odd)), scales), pairs);
+        pairs += 32;
       }
     }
   }
@@ -208,6 +271,7 @@ AVX512 void pairs_rows(const Call& c, const bf16* x, const bf16* const* pairs, i
 
 AVX512 void bf16_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(bf16_rows, FEW_ROWS) }
 AVX512 void int8_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(int8_rows, FEW_ROWS) }
+AVX512 void fp8_avx512(const Call& c, const uint8_t* panel, float* out) { UP_TO_8_ROWS(fp8_rows, FEW_ROWS) }
 template <int BITS>
 AVX512 void groups_avx512(const Call& c, const uint8_t* panel, float* out) {
   if (c.pairs.is_half || c.pairs.zeros != MIDDLE) UP_TO_8_ROWS(group_rows, Width<BITS>(), c.pairs, FEW_ROWS)
@@ -231,6 +295,7 @@ AVX512 void many_avx512(const Call& c, int64_t begin, int64_t end) {
         if (KIND == INT8) int8_unpack(panel + LANES * k, n, half);
         if (KIND == GROUPS4) group_unpack<4>(c, panel + panel_bytes(KIND, k, c.G), n, half);
         if (KIND == GROUPS8) group_unpack<8>(c, panel + panel_bytes(KIND, k, c.G), n, half);
+        if (KIND == FP8) fp8_unpack(c, panel + panel_bytes(KIND, k, c.G), n, half);
       }
       UP_TO_8_ROWS(pairs_rows, c, c.x + m * c.K + k, pairs, n, out.data() + m * LANES)
     }

@@ -19,7 +19,10 @@ from torch import Tensor
 @triton.jit
 def scale_and_zero(words, PAIRS: tl.constexpr):
     """Scales and zeros of groups, float32, the zeros as weights in the middle; PAIRS: their `kind_of_pairs`."""
-    if PAIRS & 4:
+    if PAIRS == 8:
+        scales = words.to(tl.float32, bitcast=True)
+        zeros = tl.zeros_like(scales)
+    elif PAIRS & 4:
         scales = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         zeros = (words >> 16 & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
@@ -33,7 +36,7 @@ def scale_and_zero(words, PAIRS: tl.constexpr):
 
 @triton.jit
 def dequantize(
-    weight_ptr,  # [N, K * BITS / 8], as stored
+    weight_ptr,  # [N, K * BITS / 8], as stored; fp8 as int8
     scales_ptr,  # as in `_multiply`
     w_ptr,  # [N, K]
     n_out,
@@ -50,7 +53,11 @@ def dequantize(
     at = first * BITS // 8 + tl.arange(0, BLOCK_K * BITS // 8)[None, :]
     stored = tl.load(weight_ptr + n * (n_in * BITS // 8) + at, mask=(n < n_out) & (at < n_in * BITS // 8), other=0)
     if PAIRS:
-        q = tl.interleave(stored & 0xF, stored >> 4).to(tl.float32) - 8 if BITS == 4 else stored.to(tl.float32)
+        if PAIRS == 8:  # fp8: 2^120 moves the exponent's bias, and makes subnormal numbers normal
+            size = ((stored & 0x7F).to(tl.int32) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+            q = tl.where(stored < 0, -size, size)
+        else:
+            q = tl.interleave(stored & 0xF, stored >> 4).to(tl.float32) - 8 if BITS == 4 else stored.to(tl.float32)
         group = first // GROUP + tl.arange(0, BLOCK_K // GROUP)[None, :]
         at, ok = n * (n_in // GROUP) + group, (n < n_out) & (group < n_in // GROUP)
         scales, zeros = scale_and_zero(tl.load(scales_ptr + at, mask=ok, other=0), PAIRS)
@@ -66,6 +73,7 @@ def written_out(x: Tensor, weight: Tensor, scales: Tensor, bits: int, group: int
     """The weights dequantised to x's type, `[N, K]`."""
     n_out, n_in = weight.shape[0], x.shape[1]
     w = x.new_empty(n_out, n_in)
+    weight = weight.view(torch.int8) if weight.dtype == torch.float8_e4m3fn else weight
     dequantize[-(-n_out // 16), -(-n_in // 256)](weight, scales, w, n_out, n_in, bits, group, pairs, 16, 256)
     return w
 

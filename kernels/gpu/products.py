@@ -1,4 +1,4 @@
-"""The GPU's kernels, in Triton: products of up to 16 rows with float, int8 and int4 weights.
+"""The GPU's kernels, in Triton: products of up to 16 rows with float, fp8, int8 and int4 weights.
 
     y = torch.ops.fast_gpu.linear(x, weight, scales)
 
@@ -98,6 +98,25 @@ def _halves(words, dtype: tl.constexpr):
 
 
 @triton.jit
+def _bytes(words, dtype: tl.constexpr):
+    """The bytes of the words `[S, 8, 4, B / 8, WORDS]`, which are fp8, as floats `[S, B, 16 * WORDS]`.
+
+    A power of two moves the exponent's bias, and makes subnormal numbers normal.
+    """
+    S: tl.constexpr = words.shape[0]
+    EIGHTS: tl.constexpr = words.shape[3]
+    WORDS: tl.constexpr = words.shape[4]
+    DOWN: tl.constexpr = 4 if dtype == tl.bfloat16 else 1
+    UP: tl.constexpr = 1.329227995784916e36 if dtype == tl.bfloat16 else 256.0
+    j = tl.arange(0, 2)[None, None, None, None, None, :, None]
+    half = tl.arange(0, 2)[None, None, None, None, None, None, :]
+    w = tl.reshape(words, (S, 8, 4, EIGHTS, WORDS, 1, 1)) << (8 - 8 * j)
+    w = (w & 0x80008000) | ((w & 0x7F007F00) >> DOWN)
+    w = (w >> (16 * half)).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32) * UP
+    return tl.reshape(tl.permute(w.to(dtype), (0, 3, 1, 4, 5, 2, 6)), (S, 8 * EIGHTS, 16 * WORDS))
+
+
+@triton.jit
 def _for_columns(loaded, S: tl.constexpr, COLUMNS: tl.constexpr):
     """A float32 for a chunk of each of B outputs, broadcast to the chunk's sums, `[S, B, COLUMNS]`."""
     t = _threads_first(loaded)
@@ -132,7 +151,7 @@ def _gate(gate, up, GELU: tl.constexpr):
 def _multiply(
     x_ptr,  # [rows, K]
     words_ptr,  # [N, K * BITS / 32], the stored weights as 32-bit words; BITS = 16: they are of x's type
-    scales_ptr,  # int8: [N]; in groups: [N, K / GROUP], a 32-bit word of scale and zero
+    scales_ptr,  # int8: [N]; in groups: [N, K / GROUP], a 32-bit word of scale and zero, of fp8 a scale
     bias_ptr,  # [N] or None
     norm_ptr,  # [K] or None
     residual_ptr,  # like y, or None
@@ -225,7 +244,7 @@ def _multiply(
             x = (x.to(tl.float32) * tl.load(norm_ptr + k).to(tl.float32)).to(dtype)
         x = tl.reshape(_threads_first(x), (SPLITS, 8, 4, COLUMNS // 8, WORDS, 2, J))
         x = tl.reshape(tl.permute(x, (0, 4, 6, 2, 5, 3, 1)), (SPLITS, 4 * CHUNK, COLUMNS))
-        if BITS < 16:
+        if BITS < 16 and PAIRS != 8:
             sums = tl.dot(ones, x)
             sums = tl.broadcast_to(tl.reshape(sums, (SPLITS, 1, 16, COLUMNS)), (SPLITS, BLOCK_N // 16, 16, COLUMNS))
             sums = tl.reshape(sums, (SPLITS, BLOCK_N, COLUMNS))
@@ -238,6 +257,8 @@ def _multiply(
             totals += dots * scales + sums * (zeros - 24 * scales)
         elif BITS == 16:
             totals = tl.dot(_halves(words, dtype), x, totals)
+        elif PAIRS == 8:
+            totals += tl.dot(_bytes(words, dtype), x) * scales
         else:
             dots = tl.dot(_nibbles(words, 0, J, exponent, UP, dtype), x)
             dots = tl.dot(_nibbles(words, 1, J, top, UP, dtype), x, dots) - 25 * sums
@@ -288,14 +309,15 @@ def linear(
 
     With `experts [T, k]` x has T or T k rows and the result T k; bias and residual are None.
     The weight is of x's type, `[N, K]`; or int8 `[N, K]` with `scales [N]`; or that of a `GroupedLinear` with `scales`,
-    its pairs of scale and zero, `[N, K / G, 2]`. K is a multiple of 32. Raises ValueError for sizes that do not fit.
+    its pairs of scale and zero, `[N, K / G, 2]`, or of fp8 its scales, `[N, K / G]`. K is a multiple of 32. Raises
+    ValueError for sizes that do not fit.
     """
     fused = bias, norm, eps, residual, activation
     again = functools.partial(linear, x, weight, scales, *fused, experts, n_experts, zeros_are)
     (rows, n_in), n_out = x.shape, weight.shape[0] // n_experts
     bits = 4 if weight.dtype == torch.uint8 else 8 * weight.element_size()
     pairs = 0
-    if scales is not None and scales.dim() == 3:
+    if scales is not None and scales.dim() > 1:
         pairs, scales = kind_of_pairs(scales.dtype, zeros_are), scales.view(torch.int32)
     found = 8 * weight[0].nbytes // bits
     if found != n_in or n_in % 32:

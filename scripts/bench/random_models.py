@@ -22,13 +22,14 @@ from model import ModelArgs, Transformer
 STD = 0.02  # standard deviation of all weights, and of the noise in KV caches
 
 # Weights in groups as files hold them: bits, the type of scales and zeros, what zeros mean (`quantized.ZEROS`).
-FORMS: dict[str, tuple[int, torch.dtype, str]] = {
+FORMS: dict[str, tuple[int | str, torch.dtype, str]] = {
     "int4": (4, torch.bfloat16, "middle"),
     "4 bits as GPTQ's": (4, torch.float16, "steps"),
     "4 bits as compressed-tensors'": (4, torch.bfloat16, "steps"),
     "4 bits as GGUF's": (4, torch.float16, "lowest"),
     "8 bits as GPTQ's": (8, torch.float16, "steps"),
     "8 bits as compressed-tensors'": (8, torch.bfloat16, "steps"),
+    "fp8": ("fp8", torch.float32, "middle"),
 }
 # The products of a decode step, by name.
 SHAPES: dict[str, Callable[[Transformer], nn.Module]] = {
@@ -48,6 +49,9 @@ def scheme_of(mode: str, groupsize: int = 32) -> dict[str, Any] | None:
 def random_groups(n: int, k: int, groupsize: int, form: str, device: str = "cpu", size: float = 1.0) -> GroupedLinear:
     """A GroupedLinear with random weights of about this `size`; scales and zeros differ among groups."""
     bits, dtype, zeros_are = FORMS[form]
+    if bits == "fp8":
+        scales = (0.1 + torch.rand(n, k // groupsize, device=device)) * size
+        return GroupedLinear.from_parts(torch.randn(n, k, device=device).to(torch.float8_e4m3fn), scales)
     weight = torch.randint(256, (n, k * bits // 8), dtype=torch.uint8, device=device)
     levels = 2 ** (bits - 4)  # for each of 4 bits
     scales = (0.1 + torch.rand(n, k // groupsize, device=device)) / (4 * levels) * size
@@ -58,6 +62,14 @@ def random_groups(n: int, k: int, groupsize: int, form: str, device: str = "cpu"
         zeros -= 8 * scales
     weight = weight if bits == 4 else weight.view(torch.int8)
     return GroupedLinear.from_parts(weight, scales.to(dtype), zeros.to(dtype), zeros_are=zeros_are)
+
+
+def every_fp8(device: str = "cpu") -> GroupedLinear:
+    """A GroupedLinear `[16, 256]` with every number that fp8 has in each row, and two scales that change nothing."""
+    numbers = torch.arange(256, dtype=torch.uint8, device=device)
+    numbers[[0x7F, 0xFF]] = 0  # these are no numbers
+    weight = torch.stack([numbers.roll(17 * i) for i in range(16)]).view(torch.float8_e4m3fn)
+    return GroupedLinear.from_parts(weight, torch.ones(16, 2, device=device))
 
 
 def noise_block(device: str | torch.device, dtype: torch.dtype) -> Tensor:
