@@ -17,8 +17,9 @@ import torch
 
 triton = pytest.importorskip("triton", reason="needs the package triton")
 CHECKS = Path(__file__).with_name("gpu_checks.py")
-# The most bytes of registers that a thread may save to memory; with Triton 3.8 two of all kernels need more than 8.
-SPILLED = 48 if triton.__version__.startswith("3.8.") else 8
+# The most bytes of registers that a thread may save to memory, and of two kernels, which need more with Triton 3.8.
+SPILLED = 8
+SPILLED_BY_TWO = 48 if triton.__version__.startswith("3.8.") else SPILLED
 STORED = {4: ("*u8", "*i32"), 8: ("*i8", "*fp32"), 16: ("*bf16", None)}  # bits -> types of weights and scales
 ALIGNED = ("n_out", "exponent")
 
@@ -69,7 +70,7 @@ class Compiled:
 def compiled(tmp_path, monkeypatch):
     """`compiled(kernel, capability, types, **constants)`: its PTX and SASS.
 
-    Fails if more than `SPILLED` bytes of registers spill, or if a program needs more shared memory than the GPU allows.
+    Fails if more than `spilled` bytes of registers spill, or if a program needs more shared memory than the GPU allows.
     Pointers and the arguments in ALIGNED are declared divisible by 16; an argument with neither type nor constant is an
     int32.
     """
@@ -79,7 +80,14 @@ def compiled(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
     def make(
-        kernel, capability: int, types: dict[str, str], num_warps=4, num_stages=3, maxnreg=None, **constants
+        kernel,
+        capability: int,
+        types: dict[str, str],
+        num_warps=4,
+        num_stages=3,
+        maxnreg=None,
+        spilled=SPILLED,
+        **constants,
     ) -> Compiled:
         names = kernel.arg_names
         constants = {name: value for name, value in ({"OVERLAP": False} | constants).items() if name in names}
@@ -99,7 +107,7 @@ def compiled(tmp_path, monkeypatch):
             for what in ("--dump-resource-usage", "--dump-sass")
         )
         stack, local = re.search(r"STACK:(\d+) .* LOCAL:(\d+) ", usage).groups()
-        assert int(stack) <= SPILLED, usage
+        assert int(stack) <= spilled, usage
         assert local == "0", usage
         return Compiled(built.asm["ptx"], sass)
 
@@ -161,7 +169,8 @@ def test_threads_do_not_exchange_weights(compiled, capability, bits, group, pair
     shape |= products.registers_of(warps, n_out // outputs, products.SMS) if rows == 1 else {}
     words = shape["WORDS"]
     one = {"rows": 1} if rows == 1 else {}  # Triton makes an argument of 1 a constant
-    code = compiled(products._multiply, capability, types, **shape, **absent, **one)
+    spilled = SPILLED_BY_TWO if (capability, pairs, rows) == (90, 8, 1) else SPILLED
+    code = compiled(products._multiply, capability, types, spilled=spilled, **shape, **absent, **one)
     ptx, turns = code.ptx, 4096 * bits // (32 * words) // (4 * warps)
     assert 32 * warps * code.issued(turns) < most * outputs * 4096
     assert len(re.findall(rf"ld\.global\.v{words}\.b32", ptx)) >= outputs // 8
@@ -245,7 +254,11 @@ def test_attention_runs_on_the_tensor_cores(compiled, capability, cached, heads,
     warps = 4 if rows <= 32 else 8
     for overlap in (False, True) if (capability, cached) == (90, "*bf16") else (False,):
         constants["OVERLAP"] = shape["OVERLAP"] = overlap
-        ptx = compiled(flash_decoding._attend_share, capability, types | scales, num_warps=warps, **constants).ptx
+        options = {
+            "num_warps": warps,
+            "spilled": SPILLED_BY_TWO if (capability, cached, D) == (86, "*i8", 256) else SPILLED,
+        }
+        ptx = compiled(flash_decoding._attend_share, capability, types | scales, **options, **constants).ptx
         joined = compiled(flash_decoding._join_shares, capability, {**found, "y_ptr": "*bf16"}, **shape).ptx
         assert "mma.sync" in ptx
         assert "cp.async" in ptx
