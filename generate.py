@@ -12,6 +12,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -46,11 +47,11 @@ from fast.sampling import COLDEST, Sampling
 from fast.speculative import (
     MAX_K,
     SPARE,
-    Acceptance,
+    DraftModel,
+    PromptLookup,
     SpeculativeSteps,
     StepResult,
-    candidate_steps,
-    choose_fastest,
+    build_speculative_steps,
     load_draft,
     speculate,
     warm_up_speculation,
@@ -99,7 +100,12 @@ def build_parser() -> Parser:
     add("--seed", type=int, default=1234, help="of the random draws")
     add("--num_samples", type=int, default=1, help="texts for each prompt, one after the other")
     add = parser.add_argument_group("speculative decoding", "with a draft model or --prompt_lookup").add_argument
-    add("--speculate_k", type=_number_or_auto, metavar="K", help=f"drafts per step, 1 to {MAX_K} or auto (default: 5)")
+    add(
+        "--speculate_k",
+        type=_number_or_auto,
+        metavar="K",
+        help=f"drafts per step, 1 to {MAX_K}, or auto: as many as pay (default)",
+    )
     add("--draft_checkpoint_path", type=Path, help="the model that drafts (demo/draft for the demo with --speculate_k)")
     add("--replicate_draft", action="store_true", help="under torchrun: keep the whole draft on every rank")
     add("--prompt_lookup", action="store_true", help="draft what followed in the text so far, without a model")
@@ -159,11 +165,9 @@ def check_speculation(args: argparse.Namespace) -> None:
             raise ValueError("--speculate_k needs --draft_checkpoint_path DRAFT or --prompt_lookup")
         args.draft_checkpoint_path = DEMO.parent / "draft"
     if args.speculate_k is None and (args.draft_checkpoint_path or args.prompt_lookup):
-        args.speculate_k = 5
+        args.speculate_k = "auto"
     if args.compare and args.speculate_k is None:
         raise ValueError("--compare needs speculative decoding: --draft_checkpoint_path DRAFT or --prompt_lookup")
-    if args.speculate_k == "auto" and args.interactive:
-        raise ValueError("--speculate_k auto measures on a prompt, --interactive has none yet: give a number")
     if isinstance(args.speculate_k, int) and not 1 <= args.speculate_k <= MAX_K:
         raise ValueError(f"--speculate_k {args.speculate_k} must be 1 to {MAX_K}, or auto")
 
@@ -185,8 +189,12 @@ def set_up(
     for part in (model, draft):
         if part is not None:
             part.setup_caches(max(map(len, batches)), room, spare, kv_dtype)
-    plain = build_steps(model, sampling, args.compile, args.compile_prefill)
-    all_steps = candidate_steps(args.speculate_k, plain, draft, sampling, args.compile) if args.speculate_k else []
+    steps = plain = build_steps(model, sampling, args.compile, args.compile_prefill)
+    if args.speculate_k:
+        vocab_size = model.args.vocab_size
+        drafter = PromptLookup() if draft is None else DraftModel(draft, sampling, vocab_size, args.compile)
+        agree = partial(ranks.agree, device=args.device)
+        steps = build_speculative_steps(plain, drafter, sampling, args.speculate_k, args.compile, agree=agree)
     seconds = 0.0
     if args.compile or args.compile_prefill:
         say("compiling ...")
@@ -194,14 +202,9 @@ def set_up(
             new_tokens = min(args.max_new_tokens or room, room + 1 - max(map(len, batch)))
             if args.speculate_k in (None, "auto") or args.compare:
                 seconds += warm_up(plain, batch, new_tokens)
-            seconds += sum(warm_up_speculation(steps, batch, new_tokens) for steps in all_steps)
-    if args.speculate_k != "auto":
-        return all_steps[0] if all_steps else plain, seconds
-    steps, words = choose_fastest(all_steps, batches[0], args.max_new_tokens)
-    say(words)
-    chosen = ranks.from_rank_0(lambda: str(steps.k if isinstance(steps, SpeculativeSteps) else 0))  # rank 0's choice
-    torch.manual_seed(args.seed)  # `choose_fastest` has used random numbers
-    return next((steps for steps in all_steps if steps.k == int(chosen)), plain), seconds
+            if isinstance(steps, SpeculativeSteps):
+                seconds += warm_up_speculation(steps, batch, new_tokens)
+    return steps, seconds
 
 
 def run_batch(
@@ -211,7 +214,6 @@ def run_batch(
     args: argparse.Namespace,
     beginnings: list[str],
     numbers: range | None,
-    acceptance: Acceptance | None,
 ) -> dict[str, Any]:
     """Generate one batch and print each row after its beginning; return the figures.
 
@@ -231,7 +233,7 @@ def run_batch(
             printed += 1
 
     try:
-        figures = run_rows(steps, rows, args.max_new_tokens, show, acceptance=acceptance)
+        figures = run_rows(steps, rows, args.max_new_tokens, show)
     except ValueError:  # to be said on a line of its own
         if printed:
             print(flush=True)
@@ -260,6 +262,19 @@ def plain_rate(plain: Steps, tokenizer: Tokenizer, prompts: list[list[int]], arg
     """Tokens per second of plain decoding of the same batch."""
     rows = [Row(tokenizer, prompt, args.max_new_tokens, args.stop) for prompt in prompts]
     return run_rows(plain, rows, args.max_new_tokens, show=lambda i, text: None)["decode_tokens_per_s"]
+
+
+def speculation_of(
+    steps: SpeculativeSteps, samples: list[dict[str, Any]], plain_rates: list[float | None]
+) -> dict[str, Any]:
+    """The entry in `--metrics_path`: the steps of each k, and how fast plain decoding was, if that was compared."""
+    rates = [sample["decode_tokens_per_s"] for sample in samples[: len(plain_rates)]]
+    compared = [(rate, plain) for rate, plain in zip(rates, plain_rates, strict=True) if rate and plain]
+    figures: dict[str, Any] = {"steps": steps.pace.figures()}
+    if compared:
+        figures["plain_decode_tokens_per_s"] = median(plain for _, plain in compared)
+        figures["speed_up"] = median(rate / plain for rate, plain in compared)
+    return figures
 
 
 def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Transformer, Transformer | None, Tokenizer, dict]:
@@ -322,21 +337,20 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         prompts = prompts * size
     batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     steps, compile_s = set_up(args, sampling, model, draft, batches, room, ranks)
-    acceptance = Acceptance(steps.k) if isinstance(steps, SpeculativeSteps) else None
     say()
-    samples = []
+    samples, plain_rates = [], []
     beginnings = [""] * len(prompts) if args.chat or made_up else [tokenizer.decode(prompt) for prompt in prompts]
     for n in range(args.num_samples):
         for i, batch in enumerate(batches):
             numbers = range(1 + i * size, 1 + i * size + len(batch)) if len(prompts) > 1 else None
             with profiled(args.profile if n == args.num_samples - 1 and ranks.rank == 0 else None):
                 shown = beginnings[i * size : i * size + len(batch)]
-                samples.append(run_batch(steps, tokenizer, batch, args, shown, numbers, acceptance))
-            if acceptance and args.compare:
-                rate = plain_rate(steps.plain, tokenizer, batch, args)
-                acceptance.compare(samples[-1]["decode_tokens_per_s"], rate)
+                samples.append(run_batch(steps, tokenizer, batch, args, shown, numbers))
+            if args.compare:
+                plain_rates.append(plain_rate(steps.plain, tokenizer, batch, args))
     seconds["compile_s"] = compile_s
-    figures = report(samples, seconds, device, acceptance and acceptance.figures())
+    speculation = speculation_of(steps, samples, plain_rates) if isinstance(steps, SpeculativeSteps) else None
+    figures = report(samples, seconds, device, speculation)
     figures["parallel"] = report_ranks(steps, batches[0], args.max_new_tokens, ranks) if ranks.world_size > 1 else None
     if args.metrics_path and ranks.rank == 0:
         header = {"model": dataclasses.asdict(model.args), "device": device, "dtype": str(dtype).removeprefix("torch.")}

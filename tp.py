@@ -280,6 +280,14 @@ class Ranks:
             sys.stdout.flush()
         os._exit(code)
 
+    def agree(self, numbers: list[float], device: str) -> list[float]:
+        """Return rank 0's numbers, on every rank, in the time of a collective."""
+        return (
+            broadcast(torch.tensor(numbers, device=device), self.world_size).tolist()
+            if self.world_size > 1
+            else numbers
+        )
+
     def from_rank_0(self, make: Callable[[], str | None]) -> str | None:
         """Return rank 0's `make()` on every rank. Waits as long as it takes, because a person may be typing."""
         if self.world_size == 1:

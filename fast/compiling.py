@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,19 +32,27 @@ Outputs = Tensor | tuple[Tensor, ...]
 def compile_step(step: Callable, dynamic_dims: tuple[Dims, ...], record: bool = False) -> Callable:
     """Compile `step` once for every size above 1 of its dynamic dimensions, one per argument (None: static).
 
-    record: on a GPU, replay it as a CUDA graph, see `recorded`; arguments with dynamic dimensions are read in place.
+    The last arguments may be left out. record: on a GPU, replay it as a CUDA graph, see `recorded`; arguments with
+    dynamic dimensions are read in place.
     """
     compiled = torch.compile(step, fullgraph=True)
 
     def run(*tensors: Tensor) -> Outputs:
-        for tensor, dims in zip(tensors, dynamic_dims, strict=True):
+        for tensor, dims in zip(tensors, dynamic_dims, strict=False):
             for dim in dims if isinstance(dims, tuple) else (dims,):
                 if dim is not None and dim < tensor.dim() and tensor.shape[dim] > 1:
                     torch._dynamo.mark_dynamic(tensor, dim)
+            if dims is None and tensor.is_cuda:  # kernels are chosen by it; a second size would make it dynamic
+                torch._dynamo.mark_static(tensor)
         return compiled(*tensors)
 
-    graphs = recorded(run, [dims is not None for dims in dynamic_dims], record_graph)
-    return lambda *tensors: (graphs if record and tensors[0].is_cuda else run)(*tensors)
+    return replayed(run, [dims is not None for dims in dynamic_dims]) if record else run
+
+
+def replayed(step: Callable[..., Outputs], in_place: Sequence[bool]) -> Callable[..., Outputs]:
+    """`step`, which a GPU replays as a CUDA graph, see `recorded`."""
+    graphs = recorded(step, in_place, record_graph)
+    return lambda *tensors: (graphs if tensors[0].is_cuda else step)(*tensors)
 
 
 @dataclass
@@ -56,7 +64,7 @@ class Recording:
     out: Outputs = ()
 
 
-def recorded(step: Callable[..., Outputs], in_place: list[bool], record: Callable) -> Callable[..., Outputs]:
+def recorded(step: Callable[..., Outputs], in_place: Sequence[bool], record: Callable) -> Callable[..., Outputs]:
     """`step`, recorded for every combination of sizes that its arguments take, and from then on replayed.
 
     The first call with new sizes runs it, so that it compiles; the second records. Each call copies its arguments to
@@ -65,7 +73,7 @@ def recorded(step: Callable[..., Outputs], in_place: list[bool], record: Callabl
     recordings: dict[tuple, Recording] = {}
 
     def run(*tensors: Tensor) -> Outputs:
-        each = list(zip(tensors, in_place, strict=True))
+        each = list(zip(tensors, in_place, strict=False))
         key = tuple((tensor.shape, stays and tensor.data_ptr()) for tensor, stays in each)
         if (found := recordings.get(key)) is None:
             found = recordings[key] = Recording([tensor if stays else tensor.clone() for tensor, stays in each])

@@ -8,12 +8,13 @@ A stop string may name special tokens ("<|im_end|>"), which are no part of the t
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from fast.decoding import Steps, stream
 from fast.metrics import bytes_per_step
-from fast.speculative import Acceptance, SpeculativeSteps, StepResult, speculate
+from fast.speculative import SpeculativeSteps, StepResult, speculate
 from fast.tokenizer import IncrementalDecoder, Tokenizer
 
 
@@ -89,23 +90,20 @@ def run_rows(
     max_new_tokens: int,
     show: Callable[[int, str], None],
     cached: int = 0,
-    acceptance: Acceptance | None = None,
 ) -> dict[str, Any]:
     """Generate until every row has ended, calling `show(row index, text)` with final text; `cached`: as in `stream`.
 
     Returns the figures that `metrics.describe` takes, and those of each row under "rows".
     """
-    prompts, start, passes = [row.prompt[cached:] for row in rows], time.perf_counter(), 0
+    prompts, start, passes = [row.prompt[cached:] for row in rows], time.perf_counter(), Counter()
     if isinstance(steps, SpeculativeSteps):
-        results = speculate(steps, prompts, max_new_tokens, cached)
+        results = speculate(steps, prompts, max_new_tokens, cached, lambda i: rows[i].finish_reason is None)
     else:
         results = (
             StepResult([[token] for token in tokens]) for tokens in stream(steps, prompts, max_new_tokens, cached)
         )
-    for n, step in enumerate(results):
-        passes = n
-        if acceptance is not None and n > 0:
-            acceptance.add(step, [row.finish_reason is None for row in rows])
+    for step in results:
+        passes[step.k] += 1
         for i, row in enumerate(rows):
             for token in step.ids[i]:
                 if row.finish_reason is None:  # drafts accepted after a row's end are dropped
@@ -115,15 +113,15 @@ def run_rows(
     seconds, ttft = time.perf_counter() - start, rows[0].times[0] - start
     n_steps = max(len(row.tokens) for row in rows) - 1  # that plain decoding would take
     positions = max(len(row.prompt) for row in rows) + n_steps / 2
-    is_speculative = isinstance(steps, SpeculativeSteps)
-    nbytes = bytes_per_step(steps.model, len(rows), positions, 1 + steps.drafter.k if is_speculative else 1)
-    if is_speculative and n_steps:
-        nbytes = (nbytes + steps.drafter.bytes_per_step(len(rows), positions)) * passes / n_steps
+    passes[0] -= 1  # the prefill
+    nbytes = sum(n * bytes_per_step(steps.model, len(rows), positions, 1 + k) for k, n in passes.items())
+    if isinstance(steps, SpeculativeSteps):
+        nbytes += sum(n * steps.drafter.bytes_per_step(k, len(rows), positions) for k, n in passes.items())
     return {
         "rows": [row.figures(start) for row in rows],
         "ttft_s": ttft,
         "prefill_tokens_per_s": sum(map(len, prompts)) / ttft,
         "decode_tokens_per_s": sum(len(row.tokens) - 1 for row in rows) / (seconds - ttft) if n_steps else None,
-        "bytes_per_token": nbytes,
-        "bandwidth_gb_s": n_steps * nbytes / (seconds - ttft) / 1e9 if n_steps else None,
+        "bytes_per_token": nbytes / max(1, n_steps),
+        "bandwidth_gb_s": nbytes / (seconds - ttft) / 1e9 if n_steps else None,
     }

@@ -1,6 +1,6 @@
 """Speculative decoding: a draft proposes k tokens, the target checks them in one pass, the output stays the target's.
 
-    steps = build_speculative_steps(build_steps(target, sampling), DraftModel(draft, sampling, k=5), sampling)
+    steps = build_speculative_steps(build_steps(target, sampling), DraftModel(draft, sampling), sampling, k="auto")
     for step in speculate(steps, [tokenizer.encode("Hello")], max_new_tokens=50): print(step.ids)
 
 Verifying k + 1 tokens reads the target's weights once, as decoding one token does, so every accepted draft saves a
@@ -10,16 +10,18 @@ norm(max(p - q, 0)), and after k acceptances one from p. Each row of a batch acc
 
 Worth knowing: the host can launch a step before it has read the result of the last one. A step has fixed shapes, writes
 k + 1 slots of the cache and advances a row by 1 to k + 1 positions; a rejected draft's keys and values lie beyond the
-row's position and are overwritten before a query reads them. On a GPU the host reads ids and counts one step late.
+row's position and are overwritten before a query reads them. On a GPU the host reads ids and counts one step late, so
+the choice of k (`pace.py`) lags by a step; only drafts by `lookup.py` wait for the last step's ids.
 """
 
+import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast.checkpoint import load_model
-from fast.compiling import compile_step
+from fast.compiling import compile_step, replayed
 from fast.decoding import (
     Steps,
     check_fit,
@@ -36,12 +38,13 @@ from fast.decoding import (
     lay_out,
     no_numbers,
     slots_to_read,
-    stream,
     time_kernels,
     wait,
 )
 from fast.layers import in_one_region
+from fast.lookup import PromptLookup
 from fast.metrics import bytes_per_step
+from fast.pace import Agree, Chances, Pace
 from fast.sampling import Sampling, draw
 from fast.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer
@@ -49,8 +52,8 @@ from tp import ALONE, Ranks
 
 MAX_K = 15  # with the token before them 16 rows, the most that the kernels for few rows take
 SPARE = MAX_K + 1  # extra cache slots, for drafts past `max_seq_length`
+LEARNERS = 4  # rows of a batch that a step's chances are learned from
 BAD_DRAFT = -2  # in place of a step's ids, if the draft model's logits are not numbers
-AUTO_K = (2, 4, 7)  # the k that `choose_fastest` times; each is compiled
 
 
 class DraftModel(nn.Module):
@@ -58,15 +61,35 @@ class DraftModel(nn.Module):
 
     vocab_size: the target's (default: the draft's own). Models of one tokenizer differ in it where their embeddings are
     padded, as Qwen 2.5's are, or where a fine-tune added tokens.
+    compile: one token's step; on a GPU the k steps are one CUDA graph.
     """
 
-    def __init__(self, model: Transformer, sampling: Sampling, k: int, vocab_size: int | None = None):
-        super().__init__()
-        self.model, self.sampling, self.k = model, sampling, k
-        self.vocab_size = vocab_size or model.args.vocab_size
+    ks, probes, waits = (2, 4, 7), True, False
+    prior = (0.7, 0.7, 0.7)  # for the first draft of a step, the second and third, and later ones
 
-    def prefill(self, idx: Tensor, input_pos: Tensor, kv_pos: Tensor, last: Tensor) -> None:
+    def __init__(self, model: Transformer, sampling: Sampling, vocab_size: int | None = None, compile: bool = False):
+        super().__init__()
+        self.model, self.sampling = model, sampling
+        self.vocab_size = vocab_size or model.args.vocab_size
+        self._unread: list[tuple[Tensor, Tensor]] = []  # tokens that the draft's cache lacks, positions of the next
+        any_length = None if model.slots.is_cuda else 1
+        self._step = compile_step(self._next, (any_length, any_length, 0)) if compile else self._next
+        self._is_compiled = compile
+        self._by_k: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
+
+    def begin(self, prompts: list[list[int]], cached: int, layout: tuple[Tensor, ...]) -> None:
+        """Read prompts that continue `cached` positions, laid out as `lay_out` does."""
+        idx, input_pos, kv_pos, last = layout
+        if cached:
+            self._read(self._unread, kv_pos)
+        self._unread = []
         self._logits(idx, input_pos, kv_pos, last[:, :0])
+
+    def _read(self, unread: list[tuple[Tensor, Tensor]], kv_pos: Tensor) -> None:
+        """Store the keys and values of tokens, each `[B, 1]` and with the position of the one after it."""
+        if unread:
+            tokens, following = (torch.cat(parts, 1) for parts in zip(*unread, strict=True))
+            self._logits(tokens, following - 1, kv_pos, tokens[:, :0])
 
     def _logits(self, idx: Tensor, input_pos: Tensor, kv_pos: Tensor, logits_at: Tensor) -> Tensor:
         """Logits for the target's vocabulary; a token that the draft does not have is -inf, and read as its last."""
@@ -75,63 +98,59 @@ class DraftModel(nn.Module):
         missing = self.vocab_size - own
         return F.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits[..., : self.vocab_size]
 
-    def forward(self, new_ids: Tensor, new_pos: Tensor, last_two: Tensor, input_pos: Tensor, kv_pos: Tensor):
-        """The drafts, int `[B, k]`, and the distributions they were drawn from, float32 `[B, k, V]`.
-
-        last_two `[B, 2]`: the text's last two tokens, the second at `input_pos [B, 1]`. new_ids `[B, k+1]`: the last
-        step's tokens, the first at `new_pos [B, 1]`; only PromptLookup uses them. At temperature 0 the distributions
-        are left out, `[B, k, 0]`. A draft is -1 where the logits are not numbers.
-        """
-        tokens, pos = last_two, torch.cat((input_pos - 1, input_pos), 1)  # draft k, if accepted, was not read yet
-        drafts, probs = [], []
-        for _ in range(self.k):
-            logits = self._logits(tokens, pos, kv_pos, torch.full_like(tokens[:, :1], tokens.shape[1] - 1))
-            q = logits[..., :0].float() if self.sampling.temperature == 0 else self.sampling.probs(logits)  # [B, 1, V]
-            tokens = self.sampling(logits) if self.sampling.temperature == 0 else draw(q)
-            pos = pos[:, -1:] + 1
-            drafts.append(tokens)
-            probs.append(q)
-        return torch.cat(drafts, 1), torch.cat(probs, 1)
-
-    def bytes_per_step(self, batch_size: int, positions: float) -> float:
-        """Bytes that drafting k tokens reads: weights and `positions` of KV cache, k times."""
-        return self.k * bytes_per_step(self.model, batch_size, positions)
-
-
-class PromptLookup(nn.Module):
-    """Without a model, drafts what followed the text's last 1 to 3 tokens where they last occurred (Saxena 2023)."""
-
-    def __init__(self, target: Transformer, sampling: Sampling, k: int, longest: int = 3):
-        super().__init__()
-        self.vocab_size, self.sampling, self.k, self.longest = target.args.vocab_size, sampling, k, longest
-        # history[b, i] is row b's token at position i. It has the size and the lifetime of the target's cache.
-        history = target.slots.new_zeros(target.max_batch_size, len(target.slots) + 1)
-        self.register_buffer("history", history, persistent=False)
-
-    def prefill(self, idx: Tensor, input_pos: Tensor, kv_pos: Tensor, last: Tensor) -> None:
-        self.history[: len(idx), input_pos] = idx
-
-    def forward(self, new_ids: Tensor, new_pos: Tensor, last_two: Tensor, input_pos: Tensor, kv_pos: Tensor):
-        """As `DraftModel.forward`; the distributions are one-hot."""
-        B, ahead = new_ids.shape[0], torch.arange(self.k + 1, device=new_ids.device)
-        self.history[torch.arange(B, device=new_ids.device)[:, None], new_pos + ahead] = new_ids
-        history = self.history[:B]
-        at = torch.arange(history.shape[1], device=new_ids.device)
-        same, length = at < input_pos, 0  # [B, C]: the tokens that end at `at` equal those that end at `input_pos`
-        for i in range(self.longest):
-            shifted = F.pad(history, (i, 0), value=-1)[:, : len(at)]
-            same = same & (shifted == history.gather(1, (input_pos - i).clamp(min=0)))
-            length = length + same.long()
-        score = (length * len(at) + at).masked_fill(at >= input_pos, -1)  # the longest match, of these the last
-        found = score.argmax(1, keepdim=True)  # [B, 1]
-        # Past the end of the text, drafts start over at the token after the match.
-        drafts = history.gather(1, found + 1 + ahead[:-1] % (input_pos - found).clamp(min=1))
+    def _next(self, tokens: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, ...]:
+        """The token after the last of `tokens`, `[B, 1]`, and the distribution it was drawn from, `[B, 1, V]`."""
+        logits = self._logits(tokens, input_pos, kv_pos, torch.full_like(tokens[:, :1], tokens.shape[1] - 1))
         if self.sampling.temperature == 0:
-            return drafts, torch.empty(B, self.k, 0, device=new_ids.device)
-        return drafts, F.one_hot(drafts, self.vocab_size).float()
+            return (self.sampling(logits),)
+        q = self.sampling.probs(logits)
+        return draw(q), q
 
-    def bytes_per_step(self, batch_size: int, positions: float) -> float:
-        return self.history[:batch_size].nbytes
+    def _drafts(self, k: int, tokens: Tensor, pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, ...]:
+        found = []
+        for _ in range(k):
+            found.append(self._step(tokens, pos, kv_pos))
+            tokens, pos = found[-1][0], pos[:, -1:] + 1
+        return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
+
+    def follow(self, previous: Tensor, input_pos: Tensor) -> None:
+        """Note the token `[B, 1]` before the one at `input_pos [B, 1]`: the draft may not have read it."""
+        self._unread.append((previous, input_pos))
+
+    def draft(self, k: int, token: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, ...]:
+        """The drafts, int `[B, k]`, and unless temperature is 0 the distributions they were drawn from, `[B, k, V]`.
+
+        token: the text's last, `[B, 1]` at `input_pos [B, 1]`. A draft is -1 where the logits are not numbers.
+        """
+        unread, self._unread = self._unread, []
+        # What is recorded takes two tokens, what is compiled as many as the kernels for few rows.
+        if 1 + len(unread) > (2 if token.is_cuda else max(2, SPARE // len(token))):
+            self._read(unread[:-1], kv_pos)
+            unread = unread[-1:]
+        before, following = zip(*unread, strict=True)
+        tokens, pos = torch.cat((*before, token), 1), torch.cat((*following, input_pos + 1), 1) - 1
+        if k not in self._by_k:
+            drafts = partial(self._drafts, k)
+            drafts = replayed(drafts, in_place=(False, False, True)) if self._is_compiled else drafts
+            self._by_k[k] = in_one_region(self.model, drafts)
+        return self._by_k[k](tokens, pos, kv_pos)
+
+    def take(self, ids: list[list[int]], k: int, behind: Sequence[int], chances: Chances) -> None:
+        """Let `chances` learn how many of a step's k drafts the rows that are `behind` accepted."""
+        for n in (len(ids[row]) - 1 for row in behind):
+            for place in range(1, min(n + 1, k) + 1):
+                chances.learn(place, place <= n)
+
+    def expected(self, k: int, behind: Sequence[int], chances: Chances) -> list[float]:
+        """How many of 0 to k drafts are accepted on average."""
+        return chances.expected(1, k)
+
+    def bytes_per_step(self, k: int, batch_size: int, positions: float) -> float:
+        """Bytes that drafting k tokens reads: weights and `positions` of KV cache, k times."""
+        return k * bytes_per_step(self.model, batch_size, positions)
+
+
+Drafter = DraftModel | PromptLookup
 
 
 def load_draft(
@@ -163,16 +182,18 @@ def load_draft(
     return draft
 
 
-def accept(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+def accept(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A step's tokens, int `[B, k+1]`, and n, the number of drafts accepted, int `[B, 1]`.
 
-    logits: the target's `[B, k+1, V]`; drafts `[B, k]`, drawn from q `[B, k, V]`. Only the first n + 1 tokens count: n
-    drafts and one from the target. They are distributed as if the target had drawn them one by one.
+    logits: the target's `[B, k+1, V]`; drafts `[B, k]`, drawn from q `[B, k, V]`, or without it not by chance. Only the
+    first n + 1 tokens count: n drafts and one from the target. They are distributed as if the target had drawn them one
+    by one.
     """
     if sampling.temperature == 0:
         best = sampling(logits)
         return best, (drafts == best[:, :-1]).long().cumprod(1).sum(1, keepdim=True)
     p, chosen = sampling.probs(logits), drafts[..., None]
+    q = F.one_hot(drafts, p.shape[-1]).float() if q is None else q
     p_chosen, q_chosen = p[:, :-1].gather(2, chosen)[..., 0], q.gather(2, chosen)[..., 0]  # [B, k]
     accepted = torch.rand_like(p_chosen) * q_chosen < p_chosen
     n = accepted.long().cumprod(1).sum(1, keepdim=True)
@@ -185,122 +206,159 @@ def accept(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor) -> tup
 
 @dataclass(frozen=True)
 class SpeculativeSteps:
-    """The target's plain steps, and the two functions of a speculative step.
+    """The target's plain steps, what drafts, the function that verifies, and what chooses between them.
 
-    draft(new_ids, new_pos, last_two, input_pos, kv_pos) -> (drafts, q), see `DraftModel.forward`
-    verify(last_two, input_pos, drafts, q, kv_pos, last_pos [B, 1])
-        -> (new_ids [B, k+1], n [B, 1], the next last_two and input_pos, clamped to last_pos)
+    verify(token [B, 1], input_pos [B, 1], kv_pos, last_pos [B, 1], drafts [B, k] and what else `drafter.draft` gives)
+        -> (new_ids [B, k+1], n [B, 1], the next previous and token, the next input_pos, clamped to last_pos)
     """
 
     plain: Steps
-    drafter: DraftModel | PromptLookup
-    draft: Callable[..., tuple[Tensor, Tensor]]
-    verify: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    drafter: Drafter
+    verify: Callable[..., tuple[Tensor, ...]]
+    pace: Pace
 
     @property
     def model(self) -> Transformer:
         return self.plain.model
 
-    @property
-    def k(self) -> int:
-        return self.drafter.k
-
 
 def build_speculative_steps(
     plain: Steps,
-    drafter: DraftModel | PromptLookup,
+    drafter: Drafter,
     sampling: Sampling,
+    k: int | str,
     compile: bool = False,
     accept: Callable = accept,
+    agree: Agree = list,
 ) -> SpeculativeSteps:
-    """Compile the steps as asked: the k steps of the draft are one graph, the target's pass and `accept` another.
+    """Steps that draft k tokens each, or for k "auto" as many as pays; the verifying pass compiled if asked.
 
     The caches of the target and of a draft model must be set up with `spare=SPARE`.
-    accept: the acceptance rule; a benchmark without trained weights passes its own. ValueError for k out of range.
+    accept: the acceptance rule; a benchmark without trained weights passes its own. agree: see `Pace`. ValueError for k
+    out of range.
     """
-    if not 1 <= drafter.k <= MAX_K:
-        raise ValueError(f"speculate_k {drafter.k} must be 1 to {MAX_K}")
+    if k != "auto" and not 1 <= k <= MAX_K:
+        raise ValueError(f"speculate_k {k} must be 1 to {MAX_K}")
     model = plain.model
-    ahead = torch.arange(drafter.k + 1, device=model.tok_embeddings.weight.device)
 
-    def verify(last_two: Tensor, input_pos: Tensor, drafts: Tensor, q: Tensor, kv_pos: Tensor, last_pos: Tensor):
-        idx = torch.cat((last_two[:, 1:], drafts), 1).clamp(min=0)  # [B, k+1]
-        new_ids, n = accept(sampling, model(idx, input_pos + ahead, kv_pos), idx[:, 1:], q)
+    def verify(token: Tensor, input_pos: Tensor, kv_pos: Tensor, last_pos: Tensor, drafts: Tensor, *q: Tensor):
+        idx = torch.cat((token, drafts), 1).clamp(min=0)  # [B, k+1]
+        ahead = torch.arange(idx.shape[1], device=idx.device)
+        new_ids, n = accept(sampling, model(idx, input_pos + ahead, kv_pos), idx[:, 1:], *q)
         new_ids = new_ids.masked_fill((drafts < 0).any(1, keepdim=True), BAD_DRAFT)
-        last_two = torch.cat((idx.gather(1, n), new_ids.gather(1, n)), 1)
-        return new_ids, n, last_two, torch.minimum(input_pos + n + 1, last_pos)
+        return new_ids, n, idx.gather(1, n), new_ids.gather(1, n), torch.minimum(input_pos + n + 1, last_pos)
 
-    draft = drafter.forward
     if compile:
-        draft = compile_step(draft, (None, None, None, None, 0), record=True)
-        verify = compile_step(verify, (None, None, None, None, 0, None), record=True)
-    drafting = drafter.model if isinstance(drafter, DraftModel) else model
-    return SpeculativeSteps(plain, drafter, in_one_region(drafting, draft), in_one_region(model, verify))
+        several = None if model.slots.is_cuda else 1  # on a CPU any k, on a GPU each k is compiled for itself
+        verify = compile_step(verify, (None, None, 0, None, several, several), record=True)
+    return SpeculativeSteps(plain, drafter, in_one_region(model, verify), pace_of(drafter, k, agree))
 
 
-def candidate_steps(
-    k: int | str, plain: Steps, draft: Transformer | None, sampling: Sampling, compile: bool
-) -> list[SpeculativeSteps]:
-    """Steps that draft `k` tokens with `draft`, or by prompt lookup if it is None; for "auto" one per k in AUTO_K."""
-    drafters = [
-        PromptLookup(plain.model, sampling, n)
-        if draft is None
-        else DraftModel(draft, sampling, n, plain.model.args.vocab_size)
-        for n in (AUTO_K if k == "auto" else (k,))
-    ]
-    return [build_speculative_steps(plain, drafter, sampling, compile) for drafter in drafters]
+def pace_of(drafter: Drafter, k: int | str, agree: Agree = list) -> Pace:
+    """A pace that has learned nothing yet: k drafts in each step, or for "auto" as many as pay."""
+    return Pace(drafter.ks if k == "auto" else (k,), drafter.prior, k == "auto", drafter.probes, agree)
 
 
 @dataclass
 class StepResult:
-    """Result of one step: each row's new ids, none once the row has `max_new_tokens`, and the seconds it took.
+    """Result of one step of k drafts: each row's new ids, none once it has `max_new_tokens`, and the seconds it took.
 
     The first step is the prefill, one id per row. A row's last ids may exceed `max_new_tokens`: the caller cuts them.
     """
 
     ids: list[list[int]]
+    k: int = 0
     draft_s: float = 0.0
     verify_s: float = 0.0
 
 
+@dataclass
+class Launched:
+    """A step whose ids the host has not read yet: `new_ids` and how many count, on their way to it, and time stamps."""
+
+    k: int
+    copy: tuple[Tensor, torch.cuda.Event | None]
+    marks: list[Any]
+
+
 def speculate(
-    steps: SpeculativeSteps, prompts: list[list[int]], max_new_tokens: int, cached: int = 0
+    steps: SpeculativeSteps,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    cached: int = 0,
+    is_live: Callable[[int], bool] = lambda row: True,
 ) -> Iterator[StepResult]:
-    """Yield steps until every row has `max_new_tokens` ids; leave the loop to stop. Otherwise as `decoding.stream`."""
-    model, k, on_gpu = steps.model, steps.k, steps.model.slots.is_cuda
+    """Yield steps until every row has `max_new_tokens` ids; leave the loop to stop. Otherwise as `decoding.stream`.
+
+    is_live: whether a row still runs.
+    """
+    model, drafter, pace, on_gpu = steps.model, steps.drafter, steps.pace, steps.model.slots.is_cuda
+    ahead = steps_ahead(model)
     check_fit(model, prompts, max_new_tokens, cached)
     layout = lay_out(model, prompts, cached)
     token, input_pos = steps.plain.prefill(*layout), cached + layout[-1] + 1
-    steps.drafter.prefill(*layout)
+    drafter.begin(prompts, cached, layout)
     last_pos = input_pos + max_new_tokens - 1  # a finished row stays there until all have finished
-    new_ids, n, new_pos = F.pad(token, (0, k)), torch.zeros_like(token), input_pos
-    last_two = torch.cat((layout[0].gather(1, layout[-1]), token), 1)
-    in_flight = deque([(copy_to_host(torch.cat((new_ids, n), 1)), [])])  # steps whose ids the host has not read yet
+    previous = layout[0].gather(1, layout[-1])
+    drafter.follow(previous, input_pos)
+    in_flight = deque([Launched(0, copy_to_host(token), [])])
     lengths, produced = [cached + len(prompt) for prompt in prompts], [0] * len(prompts)
+    end = None
+
+    def running() -> tuple[list[int], list[int]]:
+        """The rows that still run, and those of them with the fewest tokens, which set the pace."""
+        live = [row for row, done in enumerate(produced) if done < max_new_tokens and is_live(row)]
+        fewest = min((produced[row] for row in live), default=0)
+        return live, [row for row in live if produced[row] == fewest]
+
     while True:
-        # On a CPU the host reads a step before the next one begins; a GPU runs a step ahead.
-        while len(in_flight) < 1 + on_gpu and min(produced) + len(in_flight) < max_new_tokens:
+        while len(in_flight) < 1 + ahead and min(produced) + len(in_flight) < max_new_tokens:
+            k = pace.choose(drafter.expected(MAX_K, running()[1], pace.chances), len(prompts))
+            if k and drafter.waits and in_flight:
+                break  # these drafts need the ids of the last step
             known = max(length + min(done, max_new_tokens) for length, done in zip(lengths, produced, strict=True))
-            kv_pos = slots_to_read(model, known + len(in_flight) * (k + 1) + k)
-            marks = [_mark(on_gpu)]
-            drafts, q = steps.draft(new_ids, new_pos, last_two, input_pos, kv_pos)
+            kv_pos = slots_to_read(model, known + sum(1 + step.k for step in in_flight) + k)
+            marks = [end or _mark(on_gpu)]
+            if k:
+                drafts = drafter.draft(k, token, input_pos, kv_pos)
+                marks.append(_mark(on_gpu))
+                new_ids, n, previous, token, input_pos = steps.verify(token, input_pos, kv_pos, last_pos, *drafts)
+                out = torch.cat((new_ids, n), 1)
+            else:
+                marks.append(marks[0])
+                previous, (out, input_pos) = token, steps.plain.decode(token, input_pos, kv_pos)
+                token = out
+                if len(prompts) > 1:
+                    input_pos = torch.minimum(input_pos, last_pos)
+            drafter.follow(previous, input_pos)
             marks.append(_mark(on_gpu))
-            new_pos = input_pos + 1
-            new_ids, n, last_two, input_pos = steps.verify(last_two, input_pos, drafts, q, kv_pos, last_pos)
-            marks.append(_mark(on_gpu))
-            in_flight.append((copy_to_host(torch.cat((new_ids, n), 1)), marks))
+            end = marks[-1] if on_gpu else None  # a GPU's step includes what the GPU waited for it
+            in_flight.append(Launched(k, copy_to_host(out), marks))
         if not in_flight:
             return
-        copy, marks = in_flight.popleft()
-        rows = wait(*copy).tolist()
-        ids = [row[: row[-1] + 1] if done < max_new_tokens else [] for row, done in zip(rows, produced, strict=True)]
+        step = in_flight.popleft()
+        rows = wait(*step.copy).tolist()
+        counts = [row.pop() + 1 if step.k else 1 for row in rows]
+        ids = [row[:n] if done < max_new_tokens else [] for row, n, done in zip(rows, counts, produced, strict=True)]
         flat = [i for row in ids for i in row]
         if BAD_DRAFT in flat:
-            raise no_numbers(steps.drafter.model, f"a draft of new token {min(produced) + 1}", "the draft model's")
+            raise no_numbers(drafter.model, f"a draft of new token {min(produced) + 1}", "the draft model's")
         if min(flat, default=0) < 0:  # a GPU's last step may have been launched for nothing
             raise no_numbers(model, f"new token {min(produced) + 1}")
+        live, behind = running()
         produced = [done + len(row) for done, row in zip(produced, ids, strict=True)]
-        yield StepResult(ids, *(_seconds(*span) for span in pairwise(marks)))
+        result = StepResult(ids, step.k, *(_seconds(*span) for span in pairwise(step.marks)))
+        drafter.take(ids, step.k, behind[:LEARNERS], pace.chances)
+        if step.marks:
+            progress = sum(len(ids[row]) for row in behind) / max(1, len(behind))
+            brought = [len(ids[row]) for row in live]
+            pace.add(step.k, brought, progress, len(ids), result.draft_s, result.verify_s)
+        yield result
+
+
+def steps_ahead(model: Transformer) -> int:
+    """How many steps the host launches before it reads the one before: on a GPU one, so that it need not wait."""
+    return int(model.slots.is_cuda)
 
 
 def _mark(on_gpu: bool) -> Any:
@@ -317,100 +375,26 @@ def _seconds(start: Any, end: Any) -> float:
 
 
 def warm_up_speculation(steps: SpeculativeSteps, prompts: list[list[int]], max_new_tokens: int) -> float:
-    """Compile the step, and on a GPU time its kernels and record it for every cache size. Returns the seconds taken."""
-    start, model, k = time.perf_counter(), steps.model, steps.k
-    time_kernels(model, len(prompts), k + 1)
-    if isinstance(steps.drafter, DraftModel):
+    """Compile the steps, and on a GPU time their kernels and record them for every cache size. Returns the seconds
+    taken. The plain steps are `warm_up`'s.
+    """
+    start, model, drafter = time.perf_counter(), steps.model, steps.drafter
+    if isinstance(drafter, DraftModel):
         for n in (2, 1):  # two tokens first, then token by token
-            time_kernels(steps.drafter.model, len(prompts), n)
+            time_kernels(drafter.model, len(prompts), n)
     if not steps.plain.prefill_is_compiled and not model.slots.is_cuda:
         prompts = [prompt[:2] for prompt in prompts]  # a longer prompt would compile nothing more
-    deque(speculate(steps, prompts, min(2 * k + 3, max_new_tokens)), maxlen=0)  # two steps at least
-    if model.slots.is_cuda and max_new_tokens > 1:
-        zeros = torch.zeros(len(prompts), 1, dtype=torch.long, device=model.slots.device)
-        new_ids, longest = zeros.expand(-1, k + 1).clone(), max(map(len, prompts)) + k + 1
-        for kv_pos in every_size(model, range(longest, longest + max_new_tokens + k + 2)):
-            for _ in range(2):  # the first call compiles
-                drafts, q = steps.draft(new_ids, zeros, new_ids[:, :2].clone(), zeros + 1, kv_pos)
-                steps.verify(new_ids[:, :2].clone(), zeros + 1, drafts, q, kv_pos, zeros)
-        torch.cuda.synchronize()
+    for k in steps.pace.ks:
+        time_kernels(model, len(prompts), k + 1)
+        only = dataclasses.replace(steps, pace=pace_of(drafter, k))
+        deque(speculate(only, prompts, min(2 * k + 3, max_new_tokens)), maxlen=0)  # two steps at least
+        if model.slots.is_cuda and max_new_tokens > 1:
+            zeros = torch.zeros(len(prompts), 1, dtype=torch.long, device=model.slots.device)
+            longest = max(map(len, prompts)) + k + 1
+            for kv_pos in every_size(model, range(longest, longest + max_new_tokens + k + 2)):
+                for _ in range(2):  # the first call compiles
+                    drafter.follow(zeros, zeros + 1)
+                    drafts = drafter.draft(k, zeros, zeros + 1, kv_pos)
+                    steps.verify(zeros, zeros + 1, kv_pos, zeros.clone(), *drafts)
+            torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-# ---- Acceptance, and the choice of k.
-
-
-@dataclass
-class Acceptance:
-    """How often a step accepted n drafts, n = 0 to k, and what the steps cost."""
-
-    k: int
-    counts: list[int] = field(init=False)
-    draft_s: list[float] = field(default_factory=list)
-    verify_s: list[float] = field(default_factory=list)
-    compared: list[tuple[float, float]] = field(default_factory=list)  # tokens/s, speculative and plain
-
-    def __post_init__(self):
-        self.counts = [0] * (self.k + 1)
-
-    @property
-    def n_steps(self) -> int:
-        return len(self.verify_s)
-
-    def compare(self, rate: float | None, plain_rate: float | None) -> None:
-        """Record the tokens/s of one sample, and of plain decoding right after it."""
-        if rate and plain_rate:
-            self.compared.append((rate, plain_rate))
-
-    def add(self, step: StepResult, live: list[bool]) -> None:
-        """Count a step that is not the prefill, for the rows that had not ended before it."""
-        for ids, is_live in zip(step.ids, live, strict=True):
-            if is_live and ids:
-                self.counts[len(ids) - 1] += 1
-        self.draft_s.append(step.draft_s)
-        self.verify_s.append(step.verify_s)
-
-    def mean(self, k: int | None = None) -> float:
-        """Drafts accepted per step and row; with `k`, as if only the first k had been proposed."""
-        accepted = sum(min(n, k or n) * count for n, count in enumerate(self.counts))
-        return accepted / max(1, sum(self.counts))
-
-    def figures(self) -> dict[str, Any]:
-        """The entry in `--metrics_path`; times are medians per step."""
-        figures: dict[str, Any] = {"counts": self.counts, "mean": self.mean(), "k": self.k}
-        for name, seconds in (("draft_s", self.draft_s), ("verify_s", self.verify_s)):
-            figures[name] = median(seconds) if seconds else None
-        if self.compared:
-            figures["plain_decode_tokens_per_s"] = median(plain for _, plain in self.compared)
-            figures["speed_up"] = median(rate / plain for rate, plain in self.compared)
-        return figures
-
-
-def choose_fastest(
-    all_steps: list[SpeculativeSteps], prompts: list[list[int]], max_new_tokens: int
-) -> tuple[SpeculativeSteps | Steps, str]:
-    """Time all steps and plain decoding briefly on these prompts; return the fastest of them, and a report.
-
-    Acceptance is measured at the largest k alone: what a smaller one would have accepted follows from it.
-    """
-    n = min(64, max_new_tokens)
-    seconds, accepted = [], None
-    for steps in sorted(all_steps, key=lambda steps: steps.k, reverse=True):
-        measured = Acceptance(steps.k)
-        for step in islice(speculate(steps, prompts, n), 1, None if accepted is None else 9):
-            measured.add(step, [True] * len(prompts))
-        accepted = accepted or measured
-        figures = measured.figures()
-        seconds.append((steps, (figures["draft_s"] or 0) + (figures["verify_s"] or 0)))
-    times = []
-    for _ in stream(all_steps[0].plain, prompts, min(18, n)):
-        times.append(time.perf_counter())
-    plain_s = median(b - a for a, b in pairwise(times)) if len(times) > 1 else 0.0
-    report, best, best_s = [f"plain {plain_s * 1e3:.2f} ms/token"], all_steps[0].plain, plain_s
-    for steps, step_s in reversed(seconds):
-        token_s = step_s / (1 + accepted.mean(steps.k))
-        report.append(f"k={steps.k} {token_s * 1e3:.2f}")
-        if token_s < best_s:
-            best, best_s = steps, token_s
-    chosen = f"k={best.k}" if isinstance(best, SpeculativeSteps) else "plain decoding"
-    return best, f"--speculate_k auto: {', '.join(report)}: {chosen}"

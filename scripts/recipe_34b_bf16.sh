@@ -6,5 +6,5 @@ repo=${MODEL_REPO:-codellama/CodeLlama-34b-Python-hf} draft=${DRAFT_REPO:-codell
 scripts/prepare.sh "$repo" "$draft"
 python quantize.py --checkpoint_path "checkpoints/$draft/model.pth" --mode int4 --groupsize 32
 python generate.py --compile --checkpoint_path "checkpoints/$repo/model.pth" \
-    --draft_checkpoint_path "checkpoints/$draft/model_int4.g32.pth" --speculate_k 6 --compare \
+    --draft_checkpoint_path "checkpoints/$draft/model_int4.g32.pth" --compare \
     --prompt "def quicksort(arr):" --max_new_tokens 200 --temperature 0 "$@"

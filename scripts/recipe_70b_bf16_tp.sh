@@ -7,4 +7,4 @@ scripts/prepare.sh "$repo" "$draft"
 python quantize.py --checkpoint_path "checkpoints/$draft/model.pth" --mode int4 --groupsize 32
 torchrun --standalone --nproc_per_node "${N_GPUS:-8}" generate.py --compile --compile_prefill \
     --checkpoint_path "checkpoints/$repo/model.pth" \
-    --draft_checkpoint_path "checkpoints/$draft/model_int4.g32.pth" --speculate_k 5 --compare "$@"
+    --draft_checkpoint_path "checkpoints/$draft/model_int4.g32.pth" --compare "$@"

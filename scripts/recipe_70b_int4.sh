@@ -8,4 +8,4 @@ for each in "$repo" "$draft"; do
     python quantize.py --checkpoint_path "checkpoints/$each/model.pth" --mode int4 --groupsize 32
 done
 python generate.py --compile --checkpoint_path "checkpoints/$repo/model_int4.g32.pth" \
-    --draft_checkpoint_path "checkpoints/$draft/model_int4.g32.pth" --speculate_k 5 --compare "$@"
+    --draft_checkpoint_path "checkpoints/$draft/model_int4.g32.pth" --compare "$@"

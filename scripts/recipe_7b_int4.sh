@@ -5,4 +5,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 repo=${MODEL_REPO:-meta-llama/Llama-2-7b-chat-hf}
 scripts/prepare.sh "$repo"
 python quantize.py --checkpoint_path "checkpoints/$repo/model.pth" --mode int4 --groupsize 32
-python generate.py --compile --checkpoint_path "checkpoints/$repo/model_int4.g32.pth" --prompt_lookup --speculate_k 5 --compare "$@"
+python generate.py --compile --checkpoint_path "checkpoints/$repo/model_int4.g32.pth" --prompt_lookup --compare "$@"

@@ -1,4 +1,4 @@
-"""The benchmark of speculation as a user runs it, on the smallest shape. No test here looks at a speed.
+"""The benchmarks of speculation as a user runs them, on the smallest models. No test here looks at a speed.
 
 python -m pytest tests/test_bench_speculation.py
 """
@@ -14,15 +14,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def benchmark(*args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "scripts.bench.speculation", "--model", "stories-15m", "--device", "cpu", *args]
+def benchmark(*args: str, module: str = "speculation") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"scripts.bench.{module}", "--device", "cpu", *args]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
 
 def test_it_says_that_acceptance_is_forced_and_shows_the_model_of_the_speed_up():
     sizes = ["--prompt_length", "8", "--new_tokens", "9", "--repeats", "1", "--speculate_k", "3", "--accept", "0", "3"]
-    done = benchmark("--no-compile", "--batch_size", "2", *sizes)
+    done = benchmark("--model", "stories-15m", "--no-compile", "--batch_size", "2", *sizes)
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
     assert "how many drafts are accepted is FORCED" in lines[2]
@@ -49,5 +49,48 @@ def test_it_says_that_acceptance_is_forced_and_shows_the_model_of_the_speed_up()
     ],
 )
 def test_errors_are_one_line(args, message):
-    done = benchmark(*args)
+    done = benchmark("--model", "stories-15m", *args)
     assert (done.returncode, done.stdout, done.stderr.strip()) == (2, "", message)
+
+
+def test_real_text_gives_a_row_for_every_task_and_batch():
+    flags = (
+        "--prompt_lookup",
+        "--temperature",
+        "0",
+        "--max_new_tokens",
+        "12",
+        "--repeats",
+        "1",
+        "--batch_size",
+        "2",
+        "4",
+    )
+    done = benchmark(*flags, module="acceptance")
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    tasks = json.loads(last)["tasks"]
+    assert [(row["task"], row["rows"]) for row in tasks] == [
+        (task, n) for n in (2, 4) for task in ("summarise", "edit", "code", "free")
+    ]
+    for row in tasks:
+        assert 0 <= row["share_of_steps_that_draft"] < 1
+        assert 0 <= row["accepted_per_drafting_step"] <= 15
+        assert 0 < row["lowest_speed_up"] <= row["speed_up"]
+        assert any(line.startswith(f"| {row['task']} | {row['rows']} | ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "error: nothing speculates: give --prompt_lookup or --draft_checkpoint_path DRAFT"),
+        (["--prompt_lookup", "--batch_size", "5"], "error: --batch_size 5 must be 1 to 4, a task has four prompts"),
+        (["--prompt_lookup", "--max_new_tokens", "1"], "error: --max_new_tokens 1 must be at least 2"),
+        (["--prompt_lookup", "--text", str(ROOT / "LICENSE")], "error: --text has 0 lines of 500 to 1100 characters"),
+    ],
+)
+def test_errors_of_real_text_are_one_line(args, message):
+    done = benchmark(*args, module="acceptance")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1

@@ -52,6 +52,9 @@ ELSEWHERE = {
     "python -m scripts.bench.speed --model moe-8x300m --dense --mode bf16 int8 int4 --compile --repeats 7": (
         "tests/test_bench_speed.py::test_experts_take_turns_with_a_dense_model"
     ),
+    "python -m scripts.bench.acceptance --compile --checkpoint_path DIR --prompt_lookup --temperature 0 --text TEXT": (
+        "tests/test_bench_speculation.py::test_real_text_gives_a_row_for_every_task_and_batch"
+    ),
     "python -m fast.harness --model fast --model_args checkpoint_path=demo/target --tasks hellaswag": (
         "tests/test_eval.py::test_the_harness_runs_the_registered_model_itself"
     ),

@@ -239,6 +239,6 @@ def test_warming_up_times_the_kernels(ours, monkeypatch):
         decoding.warm_up(steps, prompts, 4)
         assert timed == [(target, 2, 1)]
         timed.clear()
-        drafter = speculative.DraftModel(draft, GREEDY, k=5)
-        speculative.warm_up_speculation(speculative.build_speculative_steps(steps, drafter, GREEDY), prompts, 4)
-    assert timed == [(target, 2, 6), (draft, 2, 2), (draft, 2, 1)]
+        drafter = speculative.DraftModel(draft, GREEDY)
+        speculative.warm_up_speculation(speculative.build_speculative_steps(steps, drafter, GREEDY, 5), prompts, 4)
+    assert timed == [(draft, 2, 2), (draft, 2, 1), (target, 2, 6)]

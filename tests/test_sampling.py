@@ -219,7 +219,7 @@ def test_a_sampler_is_added_by_its_probabilities(ours, compiled):
     model, sampling = ours("llama"), Cutoff(temperature=2.0, top_k=None)
     model.setup_caches(1, 64, SPARE)
     plain = build_steps(model, sampling, compiled)
-    steps = build_speculative_steps(plain, PromptLookup(model, sampling, 2), sampling, compiled)
+    steps = build_speculative_steps(plain, PromptLookup(), sampling, 2, compiled)
     torch.manual_seed(0)
     drawn = [token for (token,) in stream(plain, [[1, 2]], 40)]
     accepted = [token for step in speculate(steps, [[1, 2]], 40) for token in step.ids[0]][:40]

@@ -8,6 +8,7 @@ Every rank writes DIRECTORY/RANK.json: for each case the result of `generate`.
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,8 @@ def generate(case: dict, ranks: Ranks) -> dict:
         return {"tokens": tokens, "bytes": parameter_bytes(model)}
     draft = load_model(case["draft"], dtype=torch.float32, ranks=ranks, replicate=case["replicate"])
     draft.setup_caches(rows, 64, spare=SPARE)
-    steps = build_speculative_steps(steps, DraftModel(draft, sampling, 3), sampling)
+    agree = partial(ranks.agree, device="cpu")
+    steps = build_speculative_steps(steps, DraftModel(draft, sampling), sampling, case["k"], agree=agree)
     found = list(speculate(steps, case["prompts"], case["n"]))
     tokens = [[i for step in found for i in step.ids[row]][: case["n"]] for row in range(rows)]
     return {"tokens": tokens, "bytes": parameter_bytes(model), "steps": len(found)}

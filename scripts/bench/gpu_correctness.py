@@ -245,14 +245,14 @@ def greedy_rows(card: Card) -> Iterator[Row]:
     draft = load_model(DEMO.parent / "draft", card.device, card.dtype)
     draft.setup_caches(1, 256, spare=SPARE)
 
-    def speculating(drafter: DraftModel | PromptLookup) -> list[int]:
-        steps = build_speculative_steps(plain, drafter, greedy, card.compile)
+    def speculating(drafter: DraftModel | PromptLookup, k: int | str) -> list[int]:
+        steps = build_speculative_steps(plain, drafter, greedy, k, card.compile)
         return [token for step in speculate(steps, prompts, n) for token in step.ids[0]][:n]
 
     found = {
         "compiled as eager": lambda: [token for (token,) in stream(plain, prompts, n)],
-        "speculating as plain": lambda: speculating(PromptLookup(model, greedy, 5)),
-        "with a draft model as plain": lambda: speculating(DraftModel(draft, greedy, 5)),
+        "speculating as plain": lambda: speculating(PromptLookup(), "auto"),
+        "with a draft model as plain": lambda: speculating(DraftModel(draft, greedy, compile=card.compile), 5),
     }
     for name, generate in found.items():
         tokens = generate()

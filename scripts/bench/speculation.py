@@ -41,8 +41,8 @@ from scripts.bench.random_models import build_model, scheme_of
 def forcing(n: int):
     """A `speculative.accept` that does all its work, but always accepts the first `n` drafts."""
 
-    def forced(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        new, accepted = accept(sampling, logits, drafts, q)
+    def forced(sampling: Sampling, logits: Tensor, drafts: Tensor, *q: Tensor) -> tuple[Tensor, Tensor]:
+        new, accepted = accept(sampling, logits, drafts, *q)
         return new, torch.full_like(accepted, n)
 
     return forced
@@ -124,12 +124,12 @@ def run(args: argparse.Namespace) -> None:
     capacity, sampling = args.prompt_length + args.new_tokens - 1, Sampling()
     target = model_of(args.model, scheme_of(args.mode), args, capacity)
     drafter = (
-        PromptLookup(target, sampling, k)
+        PromptLookup()
         if args.prompt_lookup
-        else DraftModel(model_of(args.draft, None, args, capacity), sampling, k)
+        else DraftModel(model_of(args.draft, None, args, capacity), sampling, compile=args.compile)
     )
     plain = build_steps(target, sampling, args.compile)
-    by_n = {n: build_speculative_steps(plain, drafter, sampling, args.compile, forcing(n)) for n in args.accept}
+    by_n = {n: build_speculative_steps(plain, drafter, sampling, k, args.compile, forcing(n)) for n in args.accept}
     prompts = torch.randint(shapes[0], (args.batch_size, args.prompt_length)).tolist()
     warm_up(plain, prompts, args.new_tokens)
     for steps in by_n.values():

@@ -1,0 +1,161 @@
+"""Speculation that pays: before every step, the choice between a plain step and one of k drafts.
+
+    pace = Pace((2, 5, 15), prior=(0.5, 0.8))
+    k = pace.choose(pace.chances.expected(first=1, k=15), n_rows=1)  # 0: a plain step
+    pace.add(k, tokens=[3], progress=3, n_rows=1, draft_s=0.001, verify_s=0.02)
+
+A step of k drafts takes c(k) seconds and brings 1 + E(k) tokens, E(k) being the drafts accepted on average: the most
+tokens per second win. Of a batch's rows the one that is behind counts, since the batch ends with it. A cost is the
+least that such a step took lately. A small account bounds what a mistake can cost.
+Worth knowing: nothing here reads a clock. Tensor-parallel ranks, whose clocks differ, `agree` on costs now and then,
+and compute all else from the tokens, which they share.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+Agree = Callable[[list[float]], list[float]]  # rank 0's numbers, given each rank's own
+
+GAIN = 1.05  # drafting must promise this many times plain decoding's speed
+START, RESERVE = 2.0, 8.0  # plain steps that drafts may lose: at first, and at most, having gained them before
+ALLOWANCE = 0.01  # and as a share of all steps
+PROBE = 16  # plain steps before drafts are tried that promise no gain
+GUESS = 0.05  # what each drafted token adds to the cost of a step, in plain steps, before the first was timed
+REFRESH = 64  # steps after which a plain step is timed again
+FORGET = 256  # steps after which the costs of drafting are measured anew
+PLAIN_FIRST = 3  # plain steps before the first draft, to know their cost; the first after a prompt is slow
+
+
+class Chances:
+    """How often drafts are accepted, given that those before them in the step were, in classes of 1, 2-3, 4-7, ...
+
+    The class is that of a number >= 1, the better the higher, which grows by one with each draft of a step: the length
+    of the match that vouches for it, or its place. prior: of each class, and of all above the last; learned from about
+    the last 20 drafts of a class.
+    """
+
+    WEIGHT, DECAY = 4.0, 0.95
+
+    def __init__(self, prior: Sequence[float]):
+        self.hits, self.tries = [p * self.WEIGHT for p in prior], [self.WEIGHT] * len(prior)
+
+    def _class_of(self, number: int) -> int:
+        return min(number.bit_length(), len(self.tries)) - 1
+
+    def learn(self, number: int, is_hit: bool) -> None:
+        i = self._class_of(number)
+        self.hits[i] = self.hits[i] * self.DECAY + is_hit
+        self.tries[i] = self.tries[i] * self.DECAY + 1
+
+    def expected(self, first: int, k: int) -> list[float]:
+        """How many drafts are accepted on average of 0, 1, ... k, the first of which has the number `first`."""
+        chance, sums = 1.0, [0.0]
+        for number in range(first, first + k):
+            i = self._class_of(number)
+            chance *= self.hits[i] / self.tries[i]
+            sums.append(sums[-1] + chance)
+            if chance < 0.01:  # the rest is nothing
+                break
+        return sums + sums[-1:] * (k + 1 - len(sums))
+
+
+@dataclass
+class Tally:
+    """The steps of one k: how often a row accepted n = 0 to k drafts, and the seconds of each step."""
+
+    k: int
+    counts: list[int] = field(init=False)
+    draft_s: list[float] = field(default_factory=list)
+    verify_s: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.counts = [0] * (self.k + 1)
+
+    def mean(self) -> float:
+        """Drafts accepted per step and row."""
+        return sum(n * count for n, count in enumerate(self.counts)) / max(1, sum(self.counts))
+
+    def figures(self) -> dict[str, Any]:
+        """The entry in `--metrics_path`; times are medians per step."""
+        times = {"draft_s": median(self.draft_s), "verify_s": median(self.verify_s)}
+        return {"k": self.k, "steps": len(self.verify_s), "counts": self.counts, "mean": self.mean(), **times}
+
+
+class Pace:
+    """Chooses k before each step, of `ks` and 0, and tallies the steps.
+
+    prior: of `Chances`. adapts: False: every step drafts as many as `ks`, which is one number, says.
+    probes: whether only drafting shows what would be accepted; then a step that promises no gain is tried now and then.
+    """
+
+    def __init__(
+        self,
+        ks: tuple[int, ...],
+        prior: Sequence[float],
+        adapts: bool = True,
+        probes: bool = False,
+        agree: Agree = list,
+    ):
+        self.ks, self.adapts, self.probes, self.agree = ks, adapts, probes, agree
+        self.chances = Chances(prior)
+        self.tallies = {k: Tally(k) for k in (0, *ks)}
+        self._recent: dict[int, deque[float]] = {k: deque(maxlen=9) for k in self.tallies}
+        self._costs: dict[int, float] = {}
+        self._steps = self._since_plain = self._since_draft = 0
+        self._account = START  # plain steps that drafts may still lose
+
+    def choose(self, expected: Sequence[float], n_rows: int) -> int:
+        """How many drafts the next step takes. expected[k]: how many of k the row that is behind accepts on average."""
+        if not self.adapts:
+            return self.ks[0]
+        n_plain = len(self._recent[0])
+        if n_plain < PLAIN_FIRST or self._since_plain >= min(REFRESH, 4 * n_plain):
+            return 0
+        is_measured = any(self._costs[k] for k in self.ks)
+        costs = {k: self._cost(k, n_rows) for k in (self.ks if is_measured else self.ks[:1])}
+        affordable = [((1 + expected[k]) / cost, k) for k, cost in costs.items() if cost - 1 <= self._account]
+        gain, best = max(affordable, default=(0.0, 0))
+        if gain > GAIN:
+            return best
+        may_probe = self.probes and self._since_draft >= PROBE and self._account >= max(1, costs[self.ks[0]] - 1)
+        return self.ks[0] if may_probe else 0
+
+    def _cost(self, k: int, n_rows: int) -> float:
+        """In plain steps; before it was measured, what a draft costs at another k, times k."""
+        if self._costs[k]:
+            return self._costs[k] / self._costs[0]
+        each = [(self._costs[other] / self._costs[0] - 1) / other for other in self.ks if self._costs[other]]
+        return 1 + k * max(each, default=GUESS * n_rows)
+
+    def add(self, k: int, tokens: list[int], progress: float, n_rows: int, draft_s: float, verify_s: float) -> None:
+        """Count a step of `n_rows`: the tokens it brought each row that still runs, and its seconds.
+
+        progress: the tokens it brought the row that is behind.
+        """
+        tally = self.tallies[k]
+        for n in tokens:
+            tally.counts[n - 1] += 1
+        tally.draft_s.append(draft_s)
+        tally.verify_s.append(verify_s)
+        if not self.adapts or not tokens:
+            return
+        self._steps += 1
+        self._since_plain, self._since_draft = (self._since_plain + 1, 0) if k else (0, self._since_draft + 1)
+        if self._steps % FORGET == 0:
+            for other in self.ks:
+                self._recent[other].clear()
+        self._recent[k].append(draft_s + verify_s)
+        if self._steps % 16 == 0 or len(self._recent[k]) < 9:
+            costs = self.agree([min(recent, default=0.0) for recent in self._recent.values()])
+            self._costs = dict(zip(self._recent, costs, strict=True))
+        if k:
+            self._account = min(RESERVE, self._account + progress - self._cost(k, n_rows))
+        else:
+            self._account = max(self._account, min(START, self._account + ALLOWANCE))
+
+    def figures(self) -> list[dict[str, Any]]:
+        """The tallies of all k that occurred, plain steps first."""
+        return [tally.figures() for tally in self.tallies.values() if tally.verify_s]
