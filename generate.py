@@ -264,13 +264,13 @@ def plain_rate(plain: Steps, tokenizer: Tokenizer, prompts: list[list[int]], arg
     return run_rows(plain, rows, args.max_new_tokens, show=lambda i, text: None)["decode_tokens_per_s"]
 
 
-def speculation_of(
+def acceptance_of(
     steps: SpeculativeSteps, samples: list[dict[str, Any]], plain_rates: list[float | None]
 ) -> dict[str, Any]:
-    """The entry in `--metrics_path`: the steps of each k, and how fast plain decoding was, if that was compared."""
+    """The entry in `--metrics_path`: how the steps went, and how fast plain decoding was, if that was compared."""
     rates = [sample["decode_tokens_per_s"] for sample in samples[: len(plain_rates)]]
     compared = [(rate, plain) for rate, plain in zip(rates, plain_rates, strict=True) if rate and plain]
-    figures: dict[str, Any] = {"steps": steps.pace.figures()}
+    figures = steps.pace.figures()
     if compared:
         figures["plain_decode_tokens_per_s"] = median(plain for _, plain in compared)
         figures["speed_up"] = median(rate / plain for rate, plain in compared)
@@ -349,8 +349,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
             if args.compare:
                 plain_rates.append(plain_rate(steps.plain, tokenizer, batch, args))
     seconds["compile_s"] = compile_s
-    speculation = speculation_of(steps, samples, plain_rates) if isinstance(steps, SpeculativeSteps) else None
-    figures = report(samples, seconds, device, speculation)
+    acceptance = acceptance_of(steps, samples, plain_rates) if isinstance(steps, SpeculativeSteps) else None
+    figures = report(samples, seconds, device, acceptance)
     figures["parallel"] = report_ranks(steps, batches[0], args.max_new_tokens, ranks) if ranks.world_size > 1 else None
     if args.metrics_path and ranks.rank == 0:
         header = {"model": dataclasses.asdict(model.args), "device": device, "dtype": str(dtype).removeprefix("torch.")}

@@ -108,33 +108,33 @@ def describe(figures: dict[str, Any]) -> str:
     return line
 
 
-def describe_speculation(speculation: dict[str, Any]) -> str:
+def describe_acceptance(acceptance: dict[str, Any]) -> str:
     lines = []
-    for tally in speculation["steps"]:
+    for tally in acceptance["by_k"]:
         draft, verify = (f"{tally[name] * 1e3:.2f} ms" for name in ("draft_s", "verify_s"))
         if tally["k"] == 0:
             lines.append(f"{tally['steps']} plain steps of {verify}")
             continue
         accepted = f"{tally['k']} drafts, {tally['mean']:.2f} accepted"
         lines.append(f"{tally['steps']} steps of {accepted} · draft {draft} · verify {verify}")
-    if "speed_up" in speculation:
-        plain, speed_up = speculation["plain_decode_tokens_per_s"], speculation["speed_up"]
+    if "speed_up" in acceptance:
+        plain, speed_up = acceptance["plain_decode_tokens_per_s"], acceptance["speed_up"]
         lines.append(f"{speed_up:.2f} times plain decoding's {plain:.1f} tokens/s")
     return "\n".join(lines)
 
 
 def report(
-    samples: list[dict[str, Any]], seconds: dict[str, float], device: str, speculation: dict[str, Any] | None
+    samples: list[dict[str, Any]], seconds: dict[str, float], device: str, acceptance: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Print the medians over the samples on stderr; return the figures for `--metrics_path`, with those of each row.
 
     seconds: "build_s", of building or loading the CPU's kernels, "load_s" and "compile_s".
-    speculation: the steps of each k, from `Pace.figures()`, and what `--compare` found; None for plain decoding.
+    acceptance: `Pace.figures()` of speculative decoding, and what `--compare` found; None without it.
     """
     medians = {key: _median([s[key] for s in samples]) for key in samples[0] if key != "rows"}
     lines = [f"median of {len(samples)}: {describe(medians)}"] if len(samples) > 1 else []
-    if speculation is not None:
-        lines.append(describe_speculation(speculation))
+    if acceptance is not None:
+        lines.append(describe_acceptance(acceptance))
     peak, bandwidth = peak_memory(device), measure_bandwidth(device)  # in this order: the second allocates memory
     share = ""
     if medians["bandwidth_gb_s"] is not None:
@@ -153,7 +153,7 @@ def report(
         "bandwidth_gb_s": medians["bandwidth_gb_s"],
         "measured_bandwidth_gb_s": bandwidth / 1e9,
         "peak_memory_bytes": peak,
-        "speculation": speculation,
+        "acceptance": acceptance,
     }
 
 

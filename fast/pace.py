@@ -79,9 +79,10 @@ class Tally:
         return sum(n * count for n, count in enumerate(self.counts)) / max(1, sum(self.counts))
 
     def figures(self) -> dict[str, Any]:
-        """The entry in `--metrics_path`; times are medians per step."""
-        times = {"draft_s": median(self.draft_s), "verify_s": median(self.verify_s)}
-        return {"k": self.k, "steps": len(self.verify_s), "counts": self.counts, "mean": self.mean(), **times}
+        """The steps' number, counts, mean and times, which are medians per step and None without any."""
+        times = {"draft_s": self.draft_s, "verify_s": self.verify_s}
+        medians = {name: median(seconds) if seconds else None for name, seconds in times.items()}
+        return {"k": self.k, "steps": len(self.verify_s), "counts": self.counts, "mean": self.mean(), **medians}
 
 
 class Pace:
@@ -156,6 +157,13 @@ class Pace:
         else:
             self._account = max(self._account, min(START, self._account + ALLOWANCE))
 
-    def figures(self) -> list[dict[str, Any]]:
-        """The tallies of all k that occurred, plain steps first."""
-        return [tally.figures() for tally in self.tallies.values() if tally.verify_s]
+    def figures(self) -> dict[str, Any]:
+        """The entry in `--metrics_path`: of all steps that drafted, and under "by_k" of each k, plain steps first."""
+        drafting = Tally(max(self.ks))
+        for k in self.ks:
+            tally = self.tallies[k]
+            drafting.draft_s += tally.draft_s
+            drafting.verify_s += tally.verify_s
+            for n, count in enumerate(tally.counts):
+                drafting.counts[n] += count
+        return drafting.figures() | {"by_k": [t.figures() for t in self.tallies.values() if t.verify_s]}

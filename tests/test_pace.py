@@ -114,10 +114,17 @@ def test_the_tallies_count_every_row_and_step():
     pace.add(0, [1, 1], 1, 2, 0.0, 1.0)
     pace.add(2, [1, 3], 1, 2, 0.5, 1.0)
     pace.add(2, [3], 3, 2, 1.5, 3.0)
-    assert pace.figures() == [
-        {"k": 0, "steps": 1, "counts": [2], "mean": 0.0, "draft_s": 0.0, "verify_s": 1.0},
-        {"k": 2, "steps": 2, "counts": [1, 0, 2], "mean": 4 / 3, "draft_s": 1.0, "verify_s": 2.0},
-    ]
+    of_two = {"steps": 2, "mean": 4 / 3, "draft_s": 1.0, "verify_s": 2.0}
+    assert pace.figures() == of_two | {
+        "k": 5,
+        "counts": [1, 0, 2, 0, 0, 0],
+        "by_k": [
+            {"k": 0, "steps": 1, "counts": [2], "mean": 0.0, "draft_s": 0.0, "verify_s": 1.0},
+            of_two | {"k": 2, "counts": [1, 0, 2]},
+        ],
+    }
+    none = {"k": 5, "steps": 0, "counts": [0] * 6, "mean": 0.0, "draft_s": None, "verify_s": None, "by_k": []}
+    assert Pace((5,), (0.5,)).figures() == none
 
 
 def test_chances_are_learned_by_class_and_multiply():

@@ -377,15 +377,18 @@ def test_the_command_line_gives_the_plain_text(main, tmp_path, flags):
         code, _, err = main("--prompt_file", lines, "--stop", "which", "--metrics_path", tmp_path / name, *more)
         assert code == 0, err
     assert tokens_in(tmp_path / "speculative") == tokens_in(tmp_path / "plain")
-    speculation = json.loads((tmp_path / "speculative").read_text())["speculation"]
-    for tally in speculation["steps"]:
+    acceptance = json.loads((tmp_path / "speculative").read_text())["acceptance"]
+    for tally in acceptance["by_k"]:
         assert len(tally["counts"]) == tally["k"] + 1
         assert tally["mean"] == sum(n * count for n, count in enumerate(tally["counts"])) / sum(tally["counts"])
         assert tally["verify_s"] > 0
         how = f"steps of {tally['k']} drafts, {tally['mean']:.2f} accepted" if tally["k"] else "plain steps of"
         assert f"{tally['steps']} {how}" in err
-    assert ([tally["k"] for tally in speculation["steps"]] == [4]) == ("--speculate_k" in flags and 4 in flags)
-    assert ("times plain decoding's" in err) == ("--compare" in flags) == ("speed_up" in speculation)
+    drafting = [tally for tally in acceptance["by_k"] if tally["k"]]
+    assert ([4] == [tally["k"] for tally in acceptance["by_k"]]) == (4 in flags)
+    assert acceptance["steps"] == sum(tally["steps"] for tally in drafting)
+    assert sum(acceptance["counts"]) == sum(sum(tally["counts"]) for tally in drafting)
+    assert ("times plain decoding's" in err) == ("--compare" in flags) == ("speed_up" in acceptance)
 
 
 def test_a_stop_id_inside_an_accepted_run_ends_the_sample(main, monkeypatch, tmp_path):
