@@ -24,7 +24,7 @@ START, RESERVE = 2.0, 8.0  # plain steps that drafts may lose: at first, and at 
 ALLOWANCE = 0.01  # and as a share of all steps
 PROBE = 16  # plain steps before drafts are tried that promise no gain
 GUESS = 0.05  # what each drafted token adds to the cost of a step, in plain steps, before the first was timed
-REFRESH = 64  # steps after which a plain step is timed again
+REFRESH = 4  # drafting steps for each plain step timed lately (3 to 9), then one is timed again
 FORGET = 256  # steps after which the costs of drafting are measured anew
 PLAIN_FIRST = 3  # plain steps before the first draft, to know their cost; the first after a prompt is slow
 
@@ -113,7 +113,7 @@ class Pace:
         if not self.adapts:
             return self.ks[0]
         n_plain = len(self._recent[0])
-        if n_plain < PLAIN_FIRST or self._since_plain >= min(REFRESH, 4 * n_plain):
+        if n_plain < PLAIN_FIRST or self._since_plain >= REFRESH * n_plain:
             return 0
         is_measured = any(self._costs[k] for k in self.ks)
         costs = {k: self._cost(k, n_rows) for k in (self.ks if is_measured else self.ks[:1])}
