@@ -388,6 +388,9 @@ def test_the_command_line_gives_the_plain_text(main, tmp_path, flags):
     assert ([4] == [tally["k"] for tally in acceptance["by_k"]]) == (4 in flags)
     assert acceptance["steps"] == sum(tally["steps"] for tally in drafting)
     assert sum(acceptance["counts"]) == sum(sum(tally["counts"]) for tally in drafting)
+    total = sum(n * count for n, count in enumerate(acceptance["counts"]))
+    assert acceptance["mean"] == total / max(1, sum(acceptance["counts"]))
+    assert all(tally["draft_s"] > 0 for tally in drafting)
     assert ("times plain decoding's" in err) == ("--compare" in flags) == ("speed_up" in acceptance)
 
 
