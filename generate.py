@@ -39,19 +39,18 @@ from fast.cli import (
 )
 from fast.compiling import set_compile_flags
 from fast.decoding import Steps, build_steps, stream, warm_up
+from fast.drafting import MAX_K, SPARE
 from fast.layers import kernels_missing
 from fast.metrics import bytes_per_position, count_parameters, describe, free_memory, parameter_bytes, report
 from fast.prompts import DEFAULT, encode_prompts, read_prompts
 from fast.rows import Row, run_rows
 from fast.sampling import COLDEST, Sampling
 from fast.speculative import (
-    MAX_K,
-    SPARE,
-    DraftModel,
-    PromptLookup,
+    EagleHead,
     SpeculativeSteps,
     StepResult,
     build_speculative_steps,
+    drafter_for,
     load_draft,
     speculate,
     warm_up_speculation,
@@ -189,10 +188,9 @@ def set_up(
     for part in (model, draft):
         if part is not None:
             part.setup_caches(max(map(len, batches)), room, spare, kv_dtype)
-    steps = plain = build_steps(model, sampling, args.compile, args.compile_prefill)
-    if args.speculate_k:
-        vocab_size = model.args.vocab_size
-        drafter = PromptLookup() if draft is None else DraftModel(draft, sampling, vocab_size, args.compile)
+    drafter = drafter_for(draft, model, sampling, args.speculate_k, args.compile) if args.speculate_k else None
+    steps = plain = build_steps(model, sampling, args.compile, args.compile_prefill, drafter and drafter.run)
+    if drafter is not None:
         agree = partial(ranks.agree, device=args.device)
         steps = build_speculative_steps(plain, drafter, sampling, args.speculate_k, args.compile, agree=agree)
     seconds = 0.0
@@ -295,7 +293,8 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Transformer, Tr
     kind += f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""
     say(f"{args.checkpoint_path}: {count_parameters(model.args) / 1e6:.1f} M parameters, {kind}, {device}")
     if draft is not None:
-        say(f"{args.draft_checkpoint_path}: {count_parameters(draft.args) / 1e6:.1f} M parameters to draft")
+        count = draft.n_parameters if isinstance(draft, EagleHead) else count_parameters(draft.args)
+        say(f"{args.draft_checkpoint_path}: {count / 1e6:.1f} M parameters to draft")
     return model, draft, tokenizer, seconds
 
 

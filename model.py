@@ -371,10 +371,10 @@ class TransformerBlock(nn.Module):
         self.attention_post_norm = after(args.dim, args.norm_eps, args.norm_offset)
         self.ffn_post_norm = after(args.dim, args.norm_eps, args.norm_offset)
 
-    def forward(self, x, cos, sin, input_pos, n_slots, mask):
-        """`x [B, S, dim]` to `[B, S, dim]`; the other arguments as for `Attention.attend`."""
+    def forward(self, x, cos, sin, input_pos, n_slots, mask, residual=None):
+        """`x [B, S, dim]` to `[B, S, dim]`; `residual`: if not x; the other arguments as for `Attention.attend`."""
         y = self.attention(self.attention_norm(x), cos, sin, input_pos, n_slots, mask)
-        x = x + self.attention_post_norm(y)
+        x = (x if residual is None else residual) + self.attention_post_norm(y)
         return x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
 
 
@@ -428,7 +428,8 @@ class Transformer(nn.Module):
         input_pos: Tensor | None = None,
         kv_pos: Tensor | None = None,
         logits_at: Tensor | None = None,
-    ) -> Tensor:
+        hidden_at: tuple[int, ...] = (),
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of the next token, `[B, S, vocab_size]`, or `[B, N, vocab_size]` with `logits_at`.
 
         idx: token ids, int `[B, S]`.
@@ -438,28 +439,40 @@ class Transformer(nn.Module):
             nothing is checked. None: `input_pos` is checked (ValueError) and L computed from it, which waits for the
             device.
         logits_at: int `[B, N]`, indices along S for which the output projection is computed. None: all.
+        hidden_at: numbers of layers. What enters these (`n_layers`: what leaves the last) is returned as well, side by
+            side, `[B, S, len(hidden_at) * dim]`.
         """
-        B, S = idx.shape
+        if input_pos is not None and kv_pos is None:
+            n_slots = self._check_positions(idx, input_pos)
+            kv_pos = self.slots[:n_slots]
+        x, hidden = self.run_layers(self.tok_embeddings(idx), input_pos, kv_pos, hidden_at)
+        if logits_at is not None:
+            x = x.gather(1, logits_at[:, :, None].expand(-1, -1, x.shape[-1]))
+        logits = self.output(self.norm(x))
+        logits = logits if self.args.logits_scale == 1.0 else logits * self.args.logits_scale
+        return (logits, torch.cat(hidden, -1)) if hidden_at else logits
+
+    def run_layers(
+        self, x: Tensor, input_pos: Tensor | None, kv_pos: Tensor | None, hidden_at: tuple[int, ...] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What leaves the last layer if `x [B, S, dim]` enters the first, and what enters those `hidden_at`."""
+        B, S = x.shape[:2]
         if input_pos is None:
-            kv_pos = torch.arange(S, device=idx.device)
+            kv_pos = torch.arange(S, device=x.device)
             positions = kv_pos.expand(B, S)
             tables = [rope_table(kind, positions, S) for kind in self.kinds]
         else:
-            if kv_pos is None:
-                n_slots = self._check_positions(idx, input_pos)
-                kv_pos = self.slots[:n_slots]
             positions = input_pos.expand(B, S)
             tables = [(cos[positions], sin[positions]) for cos, sin in zip(self.cos, self.sin, strict=True)]
         n_slots = kv_pos.shape[0]  # read before the loop, or torch.compile would compile every layer separately
         masks = [attention_mask(kind, positions, kv_pos) for kind in self.kinds]
-        x = self.tok_embeddings(idx)
-        cached_at = None if input_pos is None else positions
-        for layer, kind in zip(self.layers, self.kind_of_layer, strict=True):
+        cached_at, hidden = None if input_pos is None else positions, {}
+        for i, (layer, kind) in enumerate(zip(self.layers, self.kind_of_layer, strict=True)):
+            if i in hidden_at:
+                hidden[i] = x
             x = layer(x, *tables[kind], cached_at, n_slots, masks[kind])
-        if logits_at is not None:
-            x = x.gather(1, logits_at[:, :, None].expand(-1, -1, x.shape[-1]))
-        logits = self.output(self.norm(x))
-        return logits if self.args.logits_scale == 1.0 else logits * self.args.logits_scale
+        hidden[len(self.layers)] = x
+        return x, [hidden[i] for i in hidden_at]
 
     def _check_positions(self, idx: Tensor, input_pos: Tensor) -> int:
         """The number of cache slots in use once `input_pos` is stored; ValueError if it does not fit the cache."""

@@ -94,7 +94,24 @@ def load_model(
         whole, model = model, model if replicate else _share_of_skeleton(checkpoint, ranks.world_size)
         shares = tp.connect(whole, model, ranks)
         tensors = {name: stored.share(shares[name]) if name in shares else stored for name, stored in tensors.items()}
-    state = {name: stored.load(device, checkpoint.fixed.get(name, dtype)) for name, stored in tensors.items()}
+    fill(model, tensors, checkpoint.fixed, device, dtype)
+    model.quantization = checkpoint.quantization
+    return model
+
+
+def fill(
+    model: Transformer,
+    tensors: dict[str, Stored],
+    fixed: dict[str, torch.dtype],
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> None:
+    """Give a model that has no weights its `tensors`, on `device` in `dtype` or what is `fixed`, and fast layers.
+
+    A tensor that is not on `meta` has its values already.
+    """
+    state = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    state |= {name: stored.load(device, fixed.get(name, dtype)) for name, stored in tensors.items()}
     if is_tied := "output.weight" not in state:
         state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, assign=True)
@@ -102,8 +119,6 @@ def load_model(
         model.output.weight = model.tok_embeddings.weight
     del state  # so that each weight is freed once it is packed
     speed_up(model.eval().requires_grad_(False), dtype)
-    model.quantization = checkpoint.quantization
-    return model
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -137,6 +152,8 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def _open_hf(path: Path, config: dict[str, Any], files: list[Path]) -> Checkpoint:
+    if families.is_eagle_head(config):
+        raise ValueError(f"{path} is an EAGLE-3 head, no model: give it, as it is, to --draft_checkpoint_path")
     args, naming, quantization = families.args_from_hf(config), families.family_of(config).naming, None
     parts, older = _read_hf(files), path / "quantize_config.json"  # AutoGPTQ's
     if not config.get("quantization_config") and any(name.endswith(published.PACKED) for name in parts):
@@ -242,7 +259,7 @@ def _share_of_skeleton(checkpoint: Checkpoint, world_size: int) -> Transformer:
 def _match(
     path: Path, args: ModelArgs, quantization: dict | None, parts: dict[str, Part], naming: families.Naming
 ) -> Checkpoint:
-    """Find the parts of every tensor of the model; ValueError lists, by the file's names, those that do not fit."""
+    """The checkpoint whose tensors have these parts, see `match`."""
     modules = naming.modules
     head, table = (modules.get(name, (name,))[0] + ".weight" for name in ("output", "tok_embeddings"))
     # As transformers does: an output projection of its own is used, even if the configuration says that it is tied.
@@ -250,14 +267,21 @@ def _match(
     if args.tie_embeddings and is_float and parts.keys() >= {head, table}:
         is_tied = parts[head].shape == parts[table].shape and parts[head].read().equal(parts[table].read())
         args = dataclasses.replace(args, tie_embeddings=is_tied)
-    order, head_dim = families.head_order(args, naming.pairs), args.head_dim
-    reordered = {"wqkv": (args.n_heads + args.n_kv_heads) * head_dim, "q_norm": head_dim, "k_norm": head_dim}
     model = _skeleton(args, quantization)
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    tensors = match(path, model, parts, naming)
+    return Checkpoint(args, quantization, tensors, {name: buffer.dtype for name, buffer in model.named_buffers()})
+
+
+def match(path: Path, model: Transformer, parts: dict[str, Part], naming: families.Naming) -> dict[str, Stored]:
+    """The parts of every tensor that is on `meta`; ValueError lists, by the file's names, those that do not fit."""
+    args, order = model.args, families.head_order(model.args, naming.pairs)
+    heads = args.n_heads + args.n_kv_heads
+    reordered = {"wqkv": heads * args.head_dim, "q_norm": args.head_dim, "k_norm": args.head_dim}
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items() if t.is_meta}
     ignored = IGNORED_TENSORS + naming.left_out
     if model.output.weight is model.tok_embeddings.weight:  # a quantised output projection is no longer tied
         del expected["output.weight"]
-        ignored += (head,)
+        ignored += tuple(f"{name}.weight" for name in naming.theirs("output"))
     matched, missing, wrong = {}, [], []
     unexpected = {name for name in parts if not any(fnmatch(name, pattern) for pattern in ignored)}
     for name, (n_rows, *width) in expected.items():
@@ -285,7 +309,7 @@ def _match(
         raise ValueError(f"{path}: {'; '.join(lines)}")
     if left_out := [name for name in parts if any(fnmatch(name, pattern) for pattern in naming.left_out)]:
         print(f"{path}: only its language model is used; left out: {_listing(left_out, 1)}", file=sys.stderr)
-    return Checkpoint(args, quantization, matched, {name: buffer.dtype for name, buffer in model.named_buffers()})
+    return matched
 
 
 def _reordered(parts: list[Part], order: list[int], n_rows: int) -> list[Part]:
@@ -332,6 +356,13 @@ def _hf_files(folder: Path) -> list[Path]:
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a Hugging Face or Meta directory's weights; ValueError if one of its index is missing."""
     return _hf_files(folder) or sorted(_meta_folder(folder).glob("consolidated*.pth"))
+
+
+def read_weights(folder: Path) -> dict[str, Part]:
+    """The tensors of a Hugging Face directory, by the files' names."""
+    if files := _hf_files(folder):
+        return _read_hf(files)
+    raise ValueError(f"{folder} has no *.safetensors and no pytorch_model*.bin")
 
 
 def _meta_folder(folder: Path) -> Path:

@@ -38,14 +38,24 @@ class Steps:
     prefill_is_compiled: bool
 
 
-def build_steps(model: Transformer, sampling: Sampling, compile: bool = False, compile_prefill: bool = False) -> Steps:
-    """Build the steps, compiled if asked: decode with CUDA graphs on a GPU or C++ on a CPU, prefill for any length."""
+def build_steps(
+    model: Transformer,
+    sampling: Sampling,
+    compile: bool = False,
+    compile_prefill: bool = False,
+    run: Callable[..., Tensor] | None = None,
+) -> Steps:
+    """Build the steps, compiled if asked: decode with CUDA graphs on a GPU or C++ on a CPU, prefill for any length.
+
+    run: called in the model's place, for a drafter that looks into it.
+    """
+    run = run or model
 
     def prefill(idx: Tensor, input_pos: Tensor, kv_pos: Tensor, last: Tensor) -> Tensor:
-        return sampling(model(idx, input_pos, kv_pos, logits_at=last))
+        return sampling(run(idx, input_pos, kv_pos, logits_at=last))
 
     def decode(tokens: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, Tensor]:
-        return sampling(model(tokens.clamp(min=0), input_pos, kv_pos)), input_pos + 1
+        return sampling(run(tokens.clamp(min=0), input_pos, kv_pos)), input_pos + 1
 
     prefill = compile_step(prefill, dynamic_dims=(1, 0, 0, None)) if compile_prefill else with_bar(model, prefill)
     if compile:

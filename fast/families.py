@@ -374,6 +374,12 @@ ALIASES = {"LLaMAForCausalLM": "LlamaForCausalLM", "Ernie4_5_ForCausalLM": "Erni
 NULL_IS_A_VALUE = ("num_key_value_heads", "head_dim", "sliding_window")  # elsewhere null is as good as absent
 
 
+def is_eagle_head(config: dict[str, Any]) -> bool:
+    """Whether this is the `config.json` of an EAGLE-3 head, see `eagle.py`; SafeAILab's have no name of their own."""
+    names = f"{config.get('architectures')} {config.get('speculators_model_type')}".lower()
+    return "eagle3" in names or ("draft_vocab_size" in config and "speculators_model_type" not in config)
+
+
 def family_of(config: dict[str, Any]) -> Family:
     """The family that `config.json` names. Raises ValueError for one that this Transformer does not compute."""
     by_type = {family.model_type: name for name, family in FAMILIES.items()}

@@ -215,20 +215,20 @@ class FastBlock(nn.Module):
 
     def __init__(self, block: TransformerBlock):
         super().__init__()
-        self.attention_norm, self.attention = block.attention_norm, block.attention
-        self.ffn_norm, self.feed_forward = block.ffn_norm, block.feed_forward
-        norms = block.attention_post_norm, block.ffn_post_norm
-        self.attention_post_norm, self.ffn_post_norm = (n if isinstance(n, RMSNorm) else None for n in norms)
+        self.attention, self.feed_forward, self.ffn_norm = block.attention, block.feed_forward, block.ffn_norm
+        norms = block.attention_norm, block.attention_post_norm, block.ffn_post_norm
+        norms = (norm if isinstance(norm, RMSNorm) else None for norm in norms)
+        self.attention_norm, self.attention_post_norm, self.ffn_post_norm = norms
 
     @torch.compiler.nested_compile_region  # the blocks are alike: torch.compile traces the first and reuses it
-    def forward(self, x, cos, sin, input_pos, n_slots, mask):
+    def forward(self, x, cos, sin, input_pos, n_slots, mask, residual=None):
         a, f = self.attention, self.feed_forward
         qkv = fused(a.wqkv, x, self.attention_norm)
         if input_pos is None or mask is None:  # there is no earlier text to attend to
             y = a.attend(qkv, cos, sin, input_pos, n_slots, mask)
         else:
             y = a.kv_cache.attend(a, qkv, cos, sin, input_pos, n_slots, mask)
-        x = fused(a.wo, y, residual=x, post_norm=self.attention_post_norm)
+        x = fused(a.wo, y, residual=x if residual is None else residual, post_norm=self.attention_post_norm)
         experts = weights = None
         if isinstance(f, MoEFeedForward):
             is_fast = isinstance(f.router, FastRouter)
@@ -285,15 +285,14 @@ def speed_up(model: Transformer, dtype: torch.dtype) -> None:
     for norm in model.modules():
         if isinstance(norm, RMSNorm) and norm.offset:  # kernels know no offset; the sum may need float32
             norm.weight, norm.offset = nn.Parameter(norm.weight.float() + norm.offset, requires_grad=False), 0.0
-    for i, block in enumerate(model.layers):
-        if type(block) is TransformerBlock:
-            model.layers[i] = FastBlock(block)
-        router = block.feed_forward.router if isinstance(block.feed_forward, MoEFeedForward) else None
-        if backend and type(router) is Router:
+    for name, module in list(model.named_modules()):
+        if type(module) is TransformerBlock:
+            model.set_submodule(name, FastBlock(module))
+        if backend and type(module) is MoEFeedForward and type(router := module.router) is Router:
             product = backend.router(router.weight, router.k, router.normalizes)
-            block.feed_forward.router = FastRouter(product) if product else router
+            module.router = FastRouter(product) if product else router
     replace_linears(model, backend)
-    if isinstance(model.output, FastLinear) and model.output.collective is None:
+    if isinstance(model.norm, RMSNorm) and isinstance(model.output, FastLinear) and model.output.collective is None:
         model.output, model.norm = NormedOutput(model.norm, model.output), nn.Identity()
     model.new_cache = partial(FastKVCache, backend and backend.attention)
 

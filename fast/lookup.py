@@ -65,14 +65,16 @@ class Matches:
 class PromptLookup:
     """Drafts for every row of a batch by `Matches` in its own text: prompt, answer, and a conversation's turns before.
 
-    The interface is that of `speculative.DraftModel`. The host drafts, so a step waits for the ids of the last one.
+    The interface is that of `drafting.DraftModel`. The host drafts, so a step waits for the ids of the last one.
     """
 
-    ks, probes, waits = (2, 5, 15), False, True
+    ks, probes, waits, run = (2, 5, 15), False, True, None
     prior = (0.15, 0.35, 0.5, 0.7, 0.85)  # for matches of 1, 2-3, 4-7, 8-15 and more tokens
 
     def __init__(self):
         self.texts: list[Matches] = []
+
+    def time_kernels(self, n_rows: int) -> None: ...
 
     def begin(self, prompts: list[list[int]], cached: int, layout: tuple[Tensor, ...]) -> None:
         if len(self.texts) != len(prompts):
@@ -95,7 +97,7 @@ class PromptLookup:
         longest = min((self.texts[row].longest() for row in behind), default=0)
         return chances.expected(longest, k) if longest else [0.0] * (k + 1)
 
-    def follow(self, previous: Tensor, input_pos: Tensor) -> None: ...
+    def follow(self, previous: Tensor, input_pos: Tensor, kv_pos: Tensor) -> None: ...
 
     def draft(self, k: int, token: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor]:
         """The drafts, int `[B, k]`: 0 where nothing matches."""

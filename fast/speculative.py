@@ -17,19 +17,18 @@ the choice of k (`pace.py`) lags by a step; only drafts by `lookup.py` wait for 
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fast.checkpoint import load_model
-from fast.compiling import compile_step, replayed
+from fast.checkpoint import load_model, read_json
+from fast.compiling import compile_step
 from fast.decoding import (
     Steps,
     check_fit,
@@ -41,116 +40,21 @@ from fast.decoding import (
     time_kernels,
     wait,
 )
+from fast.drafting import MAX_K, DraftModel
+from fast.eagle import EagleDraft, EagleHead, load_head
+from fast.families import is_eagle_head
 from fast.layers import in_one_region
 from fast.lookup import PromptLookup
-from fast.metrics import bytes_per_step
-from fast.pace import Agree, Chances, Pace
+from fast.pace import Agree, Pace
 from fast.sampling import Sampling, draw
 from fast.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer
 from tp import ALONE, Ranks
 
-MAX_K = 15  # with the token before them 16 rows, the most that the kernels for few rows take
-SPARE = MAX_K + 1  # extra cache slots, for drafts past `max_seq_length`
+Drafter = DraftModel | EagleDraft | PromptLookup
+
 LEARNERS = 4  # rows of a batch that a step's chances are learned from
 BAD_DRAFT = -2  # in place of a step's ids, if the draft model's logits are not numbers
-
-
-class DraftModel(nn.Module):
-    """Drafts k tokens by a smaller or quantised model of the same tokenizer, with a cache like the target's.
-
-    vocab_size: the target's (default: the draft's own). Models of one tokenizer differ in it where their embeddings are
-    padded, as Qwen 2.5's are, or where a fine-tune added tokens.
-    compile: one token's step; on a GPU the k steps are one CUDA graph.
-    """
-
-    ks, probes, waits = (2, 4, 7), True, False
-    prior = (0.7, 0.7, 0.7)  # for the first draft of a step, the second and third, and later ones
-
-    def __init__(self, model: Transformer, sampling: Sampling, vocab_size: int | None = None, compile: bool = False):
-        super().__init__()
-        self.model, self.sampling = model, sampling
-        self.vocab_size = vocab_size or model.args.vocab_size
-        self._unread: list[tuple[Tensor, Tensor]] = []  # tokens that the draft's cache lacks, positions of the next
-        any_length = None if model.slots.is_cuda else 1
-        self._step = compile_step(self._next, (any_length, any_length, 0)) if compile else self._next
-        self._is_compiled = compile
-        self._by_k: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
-
-    def begin(self, prompts: list[list[int]], cached: int, layout: tuple[Tensor, ...]) -> None:
-        """Read prompts that continue `cached` positions, laid out as `lay_out` does."""
-        idx, input_pos, kv_pos, last = layout
-        if cached:
-            self._read(self._unread, kv_pos)
-        self._unread = []
-        self._logits(idx, input_pos, kv_pos, last[:, :0])
-
-    def _read(self, unread: list[tuple[Tensor, Tensor]], kv_pos: Tensor) -> None:
-        """Store the keys and values of tokens, each `[B, 1]` and with the position of the one after it."""
-        if unread:
-            tokens, following = (torch.cat(parts, 1) for parts in zip(*unread, strict=True))
-            self._logits(tokens, following - 1, kv_pos, tokens[:, :0])
-
-    def _logits(self, idx: Tensor, input_pos: Tensor, kv_pos: Tensor, logits_at: Tensor) -> Tensor:
-        """Logits for the target's vocabulary; a token that the draft does not have is -inf, and read as its last."""
-        own = self.model.args.vocab_size
-        logits = self.model(idx.clamp(0, own - 1), input_pos, kv_pos, logits_at=logits_at)
-        missing = self.vocab_size - own
-        return F.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits[..., : self.vocab_size]
-
-    def _next(self, tokens: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, ...]:
-        """The token after the last of `tokens`, `[B, 1]`, and the distribution it was drawn from, `[B, 1, V]`."""
-        logits = self._logits(tokens, input_pos, kv_pos, torch.full_like(tokens[:, :1], tokens.shape[1] - 1))
-        if self.sampling.temperature == 0:
-            return (self.sampling(logits),)
-        q = self.sampling.probs(logits)
-        return draw(q), q
-
-    def _drafts(self, k: int, tokens: Tensor, pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, ...]:
-        found = []
-        for _ in range(k):
-            found.append(self._step(tokens, pos, kv_pos))
-            tokens, pos = found[-1][0], pos[:, -1:] + 1
-        return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
-
-    def follow(self, previous: Tensor, input_pos: Tensor) -> None:
-        """Note the token `[B, 1]` before the one at `input_pos [B, 1]`: the draft may not have read it."""
-        self._unread.append((previous, input_pos))
-
-    def draft(self, k: int, token: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, ...]:
-        """The drafts, int `[B, k]`, and unless temperature is 0 the distributions they were drawn from, `[B, k, V]`.
-
-        token: the text's last, `[B, 1]` at `input_pos [B, 1]`. A draft is -1 where the logits are not numbers.
-        """
-        unread, self._unread = self._unread, []
-        # What is recorded takes two tokens, what is compiled as many as the kernels for few rows.
-        if 1 + len(unread) > (2 if token.is_cuda else max(2, SPARE // len(token))):
-            self._read(unread[:-1], kv_pos)
-            unread = unread[-1:]
-        before, following = zip(*unread, strict=True)
-        tokens, pos = torch.cat((*before, token), 1), torch.cat((*following, input_pos + 1), 1) - 1
-        if k not in self._by_k:
-            drafts = partial(self._drafts, k)
-            drafts = replayed(drafts, in_place=(False, False, True)) if self._is_compiled else drafts
-            self._by_k[k] = in_one_region(self.model, drafts)
-        return self._by_k[k](tokens, pos, kv_pos)
-
-    def take(self, ids: list[list[int]], k: int, behind: Sequence[int], chances: Chances) -> None:
-        """Let `chances` learn how many of a step's k drafts the rows that are `behind` accepted."""
-        for n in (len(ids[row]) - 1 for row in behind):
-            for place in range(1, min(n + 1, k) + 1):
-                chances.learn(place, place <= n)
-
-    def expected(self, k: int, behind: Sequence[int], chances: Chances) -> list[float]:
-        """How many of 0 to k drafts are accepted on average."""
-        return chances.expected(1, k)
-
-    def bytes_per_step(self, k: int, batch_size: int, positions: float) -> float:
-        """Bytes that drafting k tokens reads: weights and `positions` of KV cache, k times."""
-        return k * bytes_per_step(self.model, batch_size, positions)
-
-
-Drafter = DraftModel | PromptLookup
 
 
 def load_draft(
@@ -162,12 +66,15 @@ def load_draft(
     ranks: Ranks = ALONE,
     replicate: bool = False,
 ) -> Transformer | None:
-    """The model at `path` that drafts for `target`. Raises ValueError if its tokenizer is not the target's.
+    """The model or EAGLE-3 head at `path` that drafts for `target`. Raises ValueError if it does not fit the target.
 
-    `replicate`: every rank holds all of it, and rank 0's logits are broadcast for each draft. Else `ranks` shard it.
+    A model must have the target's tokenizer. replicate: every rank holds all of it, and rank 0's logits are broadcast
+    for each draft; else `ranks` shard it. A head is always whole on every rank.
     """
     if path is None:
         return None
+    if (path / "config.json").is_file() and is_eagle_head(read_json(path / "config.json")):
+        return load_head(path, target, device, dtype, ranks)
     draft = load_model(path, device=device, dtype=dtype, ranks=ranks, replicate=replicate)
     ours, theirs = target.args.vocab_size, draft.args.vocab_size
     probe = "The quick brown fox: jumps_over(13) lazy dogs? \u00dcn\u00efcode, 42.\n"
@@ -180,6 +87,17 @@ def load_draft(
             counts = f"{path} has {theirs} embeddings, the target {ours}"
             raise ValueError(f"{counts}, and it has no tokenizer to compare: copy its tokenizer there") from None
     return draft
+
+
+def drafter_for(
+    draft: Transformer | None, target: Transformer, sampling: Sampling, k: int | str, compile: bool = False
+) -> Drafter:
+    """What drafts: the model or head `draft`, whose caches and the target's are set up, or without it prompt lookup."""
+    if draft is None:
+        return PromptLookup()
+    if isinstance(draft, EagleHead):
+        return EagleDraft(draft, target, sampling, k, compile)
+    return DraftModel(draft, sampling, target.args.vocab_size, compile)
 
 
 def accept(sampling: Sampling, logits: Tensor, drafts: Tensor, q: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -233,18 +151,18 @@ def build_speculative_steps(
 ) -> SpeculativeSteps:
     """Steps that draft k tokens each, or for k "auto" as many as pays; the verifying pass compiled if asked.
 
-    The caches of the target and of a draft model must be set up with `spare=SPARE`.
+    plain: built with the drafter's `run`. The caches of the target and of a draft must be set up with `spare=SPARE`.
     accept: the acceptance rule; a benchmark without trained weights passes its own. agree: see `Pace`. ValueError for k
     out of range.
     """
     if k != "auto" and not 1 <= k <= MAX_K:
         raise ValueError(f"speculate_k {k} must be 1 to {MAX_K}")
-    model = plain.model
+    model, run = plain.model, drafter.run or plain.model
 
     def verify(token: Tensor, input_pos: Tensor, kv_pos: Tensor, last_pos: Tensor, drafts: Tensor, *q: Tensor):
         idx = torch.cat((token, drafts), 1).clamp(min=0)  # [B, k+1]
         ahead = torch.arange(idx.shape[1], device=idx.device)
-        new_ids, n = accept(sampling, model(idx, input_pos + ahead, kv_pos), idx[:, 1:], *q)
+        new_ids, n = accept(sampling, run(idx, input_pos + ahead, kv_pos), idx[:, 1:], *q)
         new_ids = new_ids.masked_fill((drafts < 0).any(1, keepdim=True), BAD_DRAFT)
         return new_ids, n, idx.gather(1, n), new_ids.gather(1, n), torch.minimum(input_pos + n + 1, last_pos)
 
@@ -300,7 +218,7 @@ def speculate(
     drafter.begin(prompts, cached, layout)
     last_pos = input_pos + max_new_tokens - 1  # a finished row stays there until all have finished
     previous = layout[0].gather(1, layout[-1])
-    drafter.follow(previous, input_pos)
+    drafter.follow(previous, input_pos, layout[2])
     in_flight = deque([Launched(0, copy_to_host(token), [])])
     lengths, produced = [cached + len(prompt) for prompt in prompts], [0] * len(prompts)
     end = None
@@ -330,7 +248,7 @@ def speculate(
                 token = out
                 if len(prompts) > 1:
                     input_pos = torch.minimum(input_pos, last_pos)
-            drafter.follow(previous, input_pos)
+            drafter.follow(previous, input_pos, kv_pos)
             marks.append(_mark(on_gpu))
             end = marks[-1] if on_gpu else None  # a GPU's step includes what the GPU waited for it
             in_flight.append(Launched(k, copy_to_host(out), marks))
@@ -379,9 +297,7 @@ def warm_up_speculation(steps: SpeculativeSteps, prompts: list[list[int]], max_n
     taken. The plain steps are `warm_up`'s.
     """
     start, model, drafter = time.perf_counter(), steps.model, steps.drafter
-    if isinstance(drafter, DraftModel):
-        for n in (2, 1):  # two tokens first, then token by token
-            time_kernels(drafter.model, len(prompts), n)
+    drafter.time_kernels(len(prompts))
     if not steps.plain.prefill_is_compiled and not model.slots.is_cuda:
         prompts = [prompt[:2] for prompt in prompts]  # a longer prompt would compile nothing more
     for k in steps.pace.ks:
@@ -393,7 +309,7 @@ def warm_up_speculation(steps: SpeculativeSteps, prompts: list[list[int]], max_n
             longest = max(map(len, prompts)) + k + 1
             for kv_pos in every_size(model, range(longest, longest + max_new_tokens + k + 2)):
                 for _ in range(2):  # the first call compiles
-                    drafter.follow(zeros, zeros + 1)
+                    drafter.follow(zeros, zeros + 1, kv_pos)
                     drafts = drafter.draft(k, zeros, zeros + 1, kv_pos)
                     steps.verify(zeros, zeros + 1, kv_pos, zeros.clone(), *drafts)
             torch.cuda.synchronize()

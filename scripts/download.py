@@ -74,11 +74,13 @@ def shards_of(index_text: str, names: list[str]) -> list[str]:
 
 
 def check_config(path: Path) -> None:
-    """Raise ValueError if `load_model` would refuse the `config.json` or `params.json` at `path`."""
-    from fast import checkpoint, families, meta, published
+    """Raise ValueError if `load_model` or `load_head` would refuse the `config.json` or `params.json` at `path`."""
+    from fast import checkpoint, eagle, families, meta, published
 
     config = checkpoint.read_json(path)
-    if path.name == "config.json":
+    if path.name == "config.json" and families.is_eagle_head(config):
+        eagle.args_of_head(config)
+    elif path.name == "config.json":
         families.args_from_hf(config)
         published.check(config)
     else:

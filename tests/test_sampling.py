@@ -10,8 +10,9 @@ import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from fast.decoding import build_steps, stream
+from fast.drafting import SPARE
 from fast.sampling import Sampling, draw, min_p, top_k, top_p
-from fast.speculative import SPARE, PromptLookup, build_speculative_steps, speculate
+from fast.speculative import PromptLookup, build_speculative_steps, speculate
 
 VOCAB = 50
 

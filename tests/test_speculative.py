@@ -18,23 +18,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GREEDY, make_tiny, prompt_of, tokens_of
+from heads import make_head, save
 
 import generate
 from fast import chat, cli, speculative
 from fast.checkpoint import load_model, open_checkpoint, save_checkpoint
 from fast.cli import DEMO
 from fast.decoding import build_steps, warm_up
+from fast.drafting import SPARE, DraftModel
+from fast.eagle import load_head
 from fast.pace import Pace
 from fast.sampling import Sampling
-from fast.speculative import (
-    SPARE,
-    DraftModel,
-    PromptLookup,
-    SpeculativeSteps,
-    build_speculative_steps,
-    speculate,
-    warm_up_speculation,
-)
+from fast.speculative import SpeculativeSteps, build_speculative_steps, drafter_for, speculate, warm_up_speculation
 from fast.tokenizer import load_tokenizer
 from model import Transformer
 
@@ -63,18 +58,41 @@ def stranger(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def head(ours, tmp_path_factory) -> Path:
+    """An EAGLE-3 head that often knows what the tiny model says after PROMPTS, and not after other texts."""
+    target, untrained, path = ours(), make_head(), tmp_path_factory.mktemp("head")
+    with torch.no_grad():
+        texts = [prompt + tokens_of(build_steps(target, GREEDY), [prompt], 30)[0] for prompt in PROMPTS]
+        loaded, xs = load_head(save(untrained, path, "speculators"), target, dtype=torch.float32), []
+        for text in texts:
+            idx = torch.tensor([text])
+            hidden = loaded.fuse(target(idx, hidden_at=loaded.hidden_at)[1])
+            xs.append(loaded.norm(loaded(idx[:, 1:-1], hidden[:, :-2]))[0])
+        following = torch.cat([torch.tensor(text[2:]) for text in texts])
+        own = following.unique()
+        trained = make_head(own_vocab=own.tolist())
+        wanted = (following[:, None] == own).float()
+        trained.lm_head.weight.copy_(10 * torch.linalg.lstsq(torch.cat(xs), wanted, driver="gelsd").solution.T)
+    return save(trained, path, "speculators")
+
+
 @pytest.fixture
-def drafted(ours, stranger):
-    """`drafted(by, k)`: speculative steps for the tiny model, drafted by itself, a stranger or prompt lookup."""
+def drafted(ours, stranger, head):
+    """`drafted(by, k)`: speculative steps for the tiny model, drafted by itself, a stranger, a head or lookup."""
 
     def make(by: str, k, sampling=GREEDY, rows=1, capacity=64, family="llama", compile=False) -> SpeculativeSteps:
         target = with_cache(ours(family, capacity=capacity), rows, capacity)
         if by == "lookup":
-            drafter = PromptLookup()
+            draft = None
+        elif by == "head":
+            draft = with_cache(load_head(head, target, dtype=torch.float32), rows, capacity)
         else:
             draft = ours(family, capacity=capacity) if by == "itself" else load_model(stranger, dtype=torch.float32)
-            drafter = DraftModel(with_cache(draft, rows, capacity), sampling, compile=compile)
-        return build_speculative_steps(build_steps(target, sampling, compile), drafter, sampling, k, compile)
+            draft = with_cache(draft, rows, capacity)
+        drafter = drafter_for(draft, target, sampling, k, compile)
+        plain = build_steps(target, sampling, compile, run=drafter.run)
+        return build_speculative_steps(plain, drafter, sampling, k, compile)
 
     return make
 
@@ -92,7 +110,7 @@ def rows_of(steps: SpeculativeSteps, prompts: list[list[int]], n: int, cached: i
 # --- greedy: token for token -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", ["itself", "stranger", "lookup"])
+@pytest.mark.parametrize("by", ["itself", "stranger", "head", "lookup"])
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
 def test_greedy_tokens_are_plain_decoding_s(ours, drafted, by, k):
     plain, steps = build_steps(ours(), GREEDY), drafted(by, k)
@@ -111,11 +129,11 @@ def test_greedy_tokens_over_a_quantized_cache(ours, drafted):
 @pytest.mark.parametrize("family", ["mistral-window", "qwen3", "qwen3-moe"])
 def test_greedy_tokens_of_other_families(ours, drafted, family):
     expected = tokens_of(build_steps(ours(family), GREEDY), [PROMPTS[2]], 24)
-    for by in ("itself", "lookup"):
+    for by in ("itself", "head", "lookup"):
         assert rows_of(drafted(by, 4, family=family), [PROMPTS[2]], 24) == expected
 
 
-@pytest.mark.parametrize("by", ["itself", "stranger", "lookup"])
+@pytest.mark.parametrize("by", ["itself", "stranger", "head", "lookup"])
 def test_rows_of_a_batch_accept_on_their_own(ours, drafted, by):
     expected = [tokens_of(build_steps(ours(), GREEDY), [prompt], 20)[0] for prompt in PROMPTS]
     steps = drafted(by, 3, rows=5)
@@ -160,13 +178,14 @@ def test_a_draft_may_have_fewer_or_more_embeddings(ours, tmp_path, n):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, 20), Sampling(0.8, None)])
-@pytest.mark.parametrize("by", ["itself", "lookup"])
+@pytest.mark.parametrize("by", ["itself", "head", "lookup"])
 def test_numbers_that_are_none_end_a_text(drafted, by, sampling):
     steps = drafted(by, 3, sampling, rows=2)
-    for model in [steps.model] + ([steps.drafter.model] if by == "itself" else []):
+    for model in [steps.model] + ([] if by == "lookup" else [steps.drafter.model]):
         found = speculate(steps, [PROMPTS[2]] * 2, 50)
         n = sum(len(next(found).ids[0]) for _ in range(3))
-        norm = model.layers[1].ffn_norm.weight.data
+        last = model.layers[-1]
+        norm = (last.block if by == "head" and model is not steps.model else last).ffn_norm.weight.data
         kept, norm[7] = norm[7].item(), torch.nan
         whose = "the model's logits for new" if model is steps.model else "the draft model's logits for a draft of new"
         with pytest.raises(ValueError, match=f"{whose} token [0-9]+ are NaN or infinite"):
@@ -190,8 +209,8 @@ class Mixed(Pace):
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-@pytest.mark.parametrize("by", ["itself", "stranger", "lookup"])
-@pytest.mark.parametrize("pace", [None, (0, 3), (2, 0, 0, 0, 15, 1, 0, 7), (0,), *((k,) for k in range(1, 16, 2))])
+@pytest.mark.parametrize("by", ["itself", "stranger", "head", "lookup"])
+@pytest.mark.parametrize("pace", [None, (0, 3), (2, 0, 0, 0, 15, 1, 0, 7), (0,), tuple(range(1, 16)), (15,)])
 def test_greedy_tokens_with_plain_steps_in_between(ours, drafted, monkeypatch, by, pace, ahead):
     """ahead: how many steps are launched before the last one is read, as on a GPU."""
     monkeypatch.setattr(speculative, "steps_ahead", lambda model: ahead)
@@ -214,6 +233,29 @@ def test_a_draft_model_reads_what_plain_steps_brought(drafted, monkeypatch, ahea
     for k in (3, 5):
         assert sum(mixed.pace.tallies[k].counts) > 0
         assert mixed.pace.tallies[k].mean() == k
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_head_reads_every_position_once_it_is_known(drafted, monkeypatch, ahead):
+    """Its cache before a draft is that of a head that reads the whole text at once."""
+    monkeypatch.setattr(speculative, "steps_ahead", lambda model: ahead)
+    steps, whole = (drafted("head", "auto", rows=2, capacity=96) for _ in range(2))
+    mixed = dataclasses.replace(steps, pace=Mixed(*[0] * 20, 3, 7, 0, 0, 2))
+    texts, lengths = [list(PROMPTS[1]), list(PROMPTS[3])], []
+    for step in speculate(mixed, list(texts), 50):
+        if step.k:  # the head had read what was known before this step
+            lengths = [len(text) for text in texts]
+        for text, ids in zip(texts, step.ids, strict=True):
+            text += ids
+    assert {3, 7} <= {k for k, tally in mixed.pace.tallies.items() if tally.mean() > 0}
+    drafter = whole.drafter
+    for row, (text, n) in enumerate(zip(texts, lengths, strict=True)):
+        slots = drafter.target.slots[:n]
+        drafter.run(torch.tensor([text[:n]]), slots, slots, torch.tensor([[n - 1]]))
+        drafter.draft(1, torch.tensor([[text[n]]]), torch.tensor([[n]]), drafter.target.slots[: n + 1])
+        caches = (part.drafter.model.layers[0].attention.kv_cache for part in (steps, whole))
+        found, expected = (cache.k[i, :, : n - 1] for cache, i in zip(caches, (row, 0), strict=True))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 # --- acceptance, and the caches afterwards ---------------------------------------------------------------------------
@@ -261,7 +303,7 @@ def continuation_probabilities(model: Transformer, prompt: list[int], sampling: 
     return table
 
 
-@pytest.mark.parametrize("by", ["model", "lookup"])
+@pytest.mark.parametrize("by", ["model", "head", "lookup"])
 @pytest.mark.parametrize("sampling", [Sampling(1.0, top_k=None), Sampling(0.8, top_k=5, top_p=0.9)])
 def test_the_first_three_tokens_are_distributed_as_the_target_s(tmp_path, by, sampling):
     V, n_samples, prompt = 7, 6000, [1, 2, 3, 1, 2]
@@ -270,12 +312,18 @@ def test_the_first_three_tokens_are_distributed_as_the_target_s(tmp_path, by, sa
     hf.lm_head.weight.mul_(0.5)
     hf.save_pretrained(tmp_path / "draft")
     rows = 1000
-    target, draft = (
-        with_cache(load_model(tmp_path / name, dtype=torch.float32), rows, 16) for name in ("target", "draft")
-    )
+    target = with_cache(load_model(tmp_path / "target", dtype=torch.float32), rows, 16)
     expected = continuation_probabilities(target, prompt, sampling, 3) * n_samples
-    drafter = DraftModel(draft, sampling) if by == "model" else PromptLookup()
-    steps = build_speculative_steps(build_steps(target, sampling), drafter, sampling, 2)
+    head = make_head(vocab_size=V, own_vocab=(0, 1, 3, 4, 6), own_embeddings=False)  # 2 and 5 it never proposes
+    head.lm_head.weight.mul_(0.5)
+    draft = {
+        "model": lambda: load_model(tmp_path / "draft", dtype=torch.float32),
+        "head": lambda: load_head(save(head, tmp_path / "head", "speculators"), target, dtype=torch.float32),
+        "lookup": lambda: None,
+    }[by]()
+    drafter = drafter_for(draft and with_cache(draft, rows, 16), target, sampling, 2)
+    plain = build_steps(target, sampling, run=drafter.run)
+    steps = build_speculative_steps(plain, drafter, sampling, 2)
     torch.manual_seed(1)
     counts = torch.zeros(V**3)
     for _ in range(n_samples // rows):
@@ -303,10 +351,10 @@ def test_the_first_three_tokens_are_distributed_as_the_target_s(tmp_path, by, sa
 # --- compiled --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_compiled_is_eager_for_any_length_and_k_without_recompilation(drafted, rows):
+@pytest.mark.parametrize(("by", "rows"), [("stranger", 1), ("stranger", 2), ("head", 2)])
+def test_compiled_is_eager_for_any_length_and_k_without_recompilation(drafted, by, rows):
     torch._dynamo.reset()
-    eager, compiled = (drafted("stranger", "auto", rows=rows, capacity=300, compile=on) for on in (False, True))
+    eager, compiled = (drafted(by, "auto", rows=rows, capacity=300, compile=on) for on in (False, True))
     warm_up(compiled.plain, [prompt_of(3), prompt_of(9)][:rows], 30)
     warm_up_speculation(compiled, [prompt_of(3), prompt_of(9)][:rows], 30)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -323,15 +371,18 @@ def test_compiled_is_eager_for_any_length_and_k_without_recompilation(drafted, r
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("by", ["model", "lookup"])
-def test_on_a_gpu_a_step_never_waits_and_equals_plain(ours, by):
+@pytest.mark.parametrize("by", ["model", "head", "lookup"])
+def test_on_a_gpu_a_step_never_waits_and_equals_plain(ours, head, by):
     torch._dynamo.reset()
-    target, draft = (ours(rows=2, capacity=300, device="cuda") for _ in range(2))
-    for model in (target, draft):
-        with_cache(model, 2, 300)
-    plain, prompts = build_steps(target, GREEDY), [prompt_of(100), prompt_of(3)]
+    target = with_cache(ours(rows=2, capacity=300, device="cuda"), 2, 300)
+    draft = {
+        "model": lambda: ours(rows=2, capacity=300, device="cuda"),
+        "head": lambda: load_head(head, target, "cuda", torch.float32),
+        "lookup": lambda: None,
+    }[by]()
+    drafter = drafter_for(draft and with_cache(draft, 2, 300), target, GREEDY, 4, compile=True)
+    plain, prompts = build_steps(target, GREEDY, run=drafter.run), [prompt_of(100), prompt_of(3)]
     expected = tokens_of(plain, prompts, 60)
-    drafter = DraftModel(draft, GREEDY, compile=True) if by == "model" else PromptLookup()
     steps = build_speculative_steps(plain, drafter, GREEDY, 4, compile=True)
     warm_up_speculation(steps, prompts, 60)
     brought, rows = speculate(steps, prompts, 60), [[], []]

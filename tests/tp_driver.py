@@ -18,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fast.checkpoint import load_model
 from fast.compiling import set_compile_flags
 from fast.decoding import build_steps, stream
+from fast.drafting import SPARE
+from fast.eagle import load_head
 from fast.metrics import parameter_bytes
 from fast.sampling import Sampling
-from fast.speculative import SPARE, DraftModel, build_speculative_steps, speculate
+from fast.speculative import build_speculative_steps, drafter_for, speculate
 from tp import Ranks
 
 
@@ -29,15 +31,23 @@ def generate(case: dict, ranks: Ranks) -> dict:
     sampling, rows = Sampling(case["temperature"], top_k=None), len(case["prompts"])
     model = load_model(case["path"], dtype=torch.float32, ranks=ranks)
     model.setup_caches(rows, 64, spare=SPARE)
-    steps = build_steps(model, sampling, case["compile"])
+    if "head" in case:
+        draft = load_head(case["head"], model, dtype=torch.float32, ranks=ranks)
+    elif "draft" in case:
+        draft = load_model(case["draft"], dtype=torch.float32, ranks=ranks, replicate=case["replicate"])
+    else:
+        draft = None
+    drafter = None
+    if draft is not None:
+        draft.setup_caches(rows, 64, spare=SPARE)
+        drafter = drafter_for(draft, model, sampling, case["k"])
+    steps = build_steps(model, sampling, case["compile"], run=drafter and drafter.run)
     torch.manual_seed(0)
-    if "draft" not in case:
+    if drafter is None:
         tokens = list(zip(*stream(steps, case["prompts"], case["n"]), strict=True))
         return {"tokens": tokens, "bytes": parameter_bytes(model)}
-    draft = load_model(case["draft"], dtype=torch.float32, ranks=ranks, replicate=case["replicate"])
-    draft.setup_caches(rows, 64, spare=SPARE)
     agree = partial(ranks.agree, device="cpu")
-    steps = build_speculative_steps(steps, DraftModel(draft, sampling), sampling, case["k"], agree=agree)
+    steps = build_speculative_steps(steps, drafter, sampling, case["k"], agree=agree)
     found = list(speculate(steps, case["prompts"], case["n"]))
     tokens = [[i for step in found for i in step.ids[row]][: case["n"]] for row in range(rows)]
     return {"tokens": tokens, "bytes": parameter_bytes(model), "steps": len(found)}

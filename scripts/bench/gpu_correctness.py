@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from fast.checkpoint import load_model
 from fast.cli import DEMO
 from fast.decoding import build_steps, stream
+from fast.drafting import SPARE, DraftModel
 from fast.layers import FastKVCache, fast_linear, fused, kernels_missing, speed_up
 from fast.quantized import KV_DTYPES, LINEARS, QuantizedLinear, quantized_linears
 from fast.sampling import Sampling
-from fast.speculative import SPARE, DraftModel, PromptLookup, build_speculative_steps, speculate
+from fast.speculative import PromptLookup, build_speculative_steps, speculate
 from fast.tokenizer import load_tokenizer
 from kernels import gpu
 from model import (

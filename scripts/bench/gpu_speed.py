@@ -30,9 +30,10 @@ from fast.checkpoint import load_model
 from fast.cli import DEMO, profiled
 from fast.compiling import compile_step
 from fast.decoding import Steps, build_steps, record, slots_to_read, stream, time_kernels, warm_up
+from fast.drafting import SPARE
 from fast.metrics import bytes_per_step
 from fast.sampling import Sampling
-from fast.speculative import SPARE, PromptLookup, build_speculative_steps, speculate, warm_up_speculation
+from fast.speculative import PromptLookup, build_speculative_steps, speculate, warm_up_speculation
 from fast.tokenizer import load_tokenizer
 from kernels import gpu
 from model import Transformer

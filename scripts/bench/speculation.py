@@ -19,10 +19,9 @@ from torch import Tensor
 from fast.cli import check_at_least, drop_compile, exit_code, resolve_device
 from fast.compiling import set_compile_flags
 from fast.decoding import Steps, build_steps, stream, warm_up
+from fast.drafting import SPARE, DraftModel
 from fast.sampling import Sampling
 from fast.speculative import (
-    SPARE,
-    DraftModel,
     PromptLookup,
     SpeculativeSteps,
     accept,
