@@ -14,6 +14,7 @@ many positions as the longest step brings, wherever a row stands: shapes stay th
 
 import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def load_head(
     """
     path = Path(path)
     config, parts = read_json(path / "config.json"), read_weights(path)
-    args = args_of_head(config)
+    args = replace(args_of_head(config), context_length=target.args.context_length)  # beyond its own it accepts less
     if args.vocab_size != target.args.vocab_size:
         sizes = f"{args.vocab_size} embeddings, this one has {target.args.vocab_size}"
         raise ValueError(f"{path} is a head for a model with {sizes}: a head serves only the model it was trained for")

@@ -32,6 +32,7 @@ from fast.sampling import Sampling
 from fast.speculative import SpeculativeSteps, build_speculative_steps, drafter_for, speculate, warm_up_speculation
 from fast.tokenizer import load_tokenizer
 from model import Transformer
+from quantize import quantize
 
 ROOT = Path(generate.__file__).parent
 PROMPTS = [prompt_of(length) for length in (1, 2, 9, 30)]
@@ -119,11 +120,22 @@ def test_greedy_tokens_are_plain_decoding_s(ours, drafted, by, k):
             assert rows_of(steps, [prompt], n) == tokens_of(plain, [prompt], n)
 
 
-def test_greedy_tokens_over_a_quantized_cache(ours, drafted):
-    model, steps = ours("llama"), drafted("itself", 4)
+@pytest.mark.parametrize("by", ["itself", "head"])
+def test_greedy_tokens_over_a_quantized_cache(ours, drafted, by):
+    model, steps = ours("llama"), drafted(by, 4)
     for part, spare in ((model, 0), (steps.model, SPARE), (steps.drafter.model, SPARE)):
         part.setup_caches(1, 64, spare, torch.int8)
     assert rows_of(steps, [PROMPTS[2]], 24) == tokens_of(build_steps(model, GREEDY), [PROMPTS[2]], 24)
+
+
+@pytest.mark.parametrize("scheme", [{"mode": "int8"}, {"mode": "int4", "groupsize": 32}], ids=lambda s: s["mode"])
+def test_greedy_tokens_of_a_quantised_target(tiny, head, tmp_path, scheme):
+    quantize(open_checkpoint(tiny("llama-head-dim")[1]), scheme, tmp_path / "model.pth", "cpu")
+    target = with_cache(load_model(tmp_path / "model.pth", dtype=torch.float32))
+    expected = tokens_of(build_steps(target, GREEDY), [PROMPTS[2]], 24)
+    drafter = drafter_for(with_cache(load_head(head, target, dtype=torch.float32)), target, GREEDY, 4)
+    steps = build_speculative_steps(build_steps(target, GREEDY, run=drafter.run), drafter, GREEDY, 4)
+    assert rows_of(steps, [PROMPTS[2]], 24) == expected
 
 
 @pytest.mark.parametrize("family", ["mistral-window", "qwen3", "qwen3-moe"])
@@ -414,14 +426,26 @@ def main(capsys):
     torch._inductor.config.load_config(settings)
 
 
+@pytest.fixture
+def demo_head(tmp_path) -> Path:
+    """A random head for the demo."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 2, "vocab_size": 2048, "own_embeddings": False}
+    return save(make_head(256, (2, 3, 4), **sizes), tmp_path / "head", "specforge")
+
+
 def tokens_in(path: Path) -> list[list[int]]:
     return [sample["tokens"] for sample in json.loads(path.read_text())["samples"]]
 
 
 @pytest.mark.parametrize(
-    "flags", [("--speculate_k", 4), ("--prompt_lookup",), ("--speculate_k", "auto"), ("--prompt_lookup", "--compare")]
-)
-def test_the_command_line_gives_the_plain_text(main, tmp_path, flags):
+    "flags",
+    [
+        ("--speculate_k", 4), ("--prompt_lookup",), ("--speculate_k", "auto"), ("--prompt_lookup", "--compare"),
+        ("--draft_checkpoint_path", "HEAD"), ("--draft_checkpoint_path", "HEAD", "--speculate_k", 4, "--compare"),
+    ],
+)  # fmt: skip
+def test_the_command_line_gives_the_plain_text(main, tmp_path, demo_head, flags):
+    flags = [demo_head if flag == "HEAD" else flag for flag in flags]
     lines = tmp_path / "prompts.txt"
     lines.write_text("She could not\nThe name of the house\nA\n")
     for name, more in (("plain", ()), ("speculative", flags)):
@@ -466,9 +490,10 @@ def test_a_stop_id_inside_an_accepted_run_ends_the_sample(main, monkeypatch, tmp
     assert (code, sample["tokens"], sample["finish_reason"]) == (0, tokens[: at + 1], "stop")
 
 
-def test_a_conversation_may_speculate(main, monkeypatch):
-    answers = []
-    for flags in ((), ("--speculate_k", 3), ("--speculate_k", "auto"), ("--prompt_lookup",)):
+def test_a_conversation_may_speculate(main, monkeypatch, demo_head):
+    answers, by_head = [], ("--draft_checkpoint_path", demo_head)
+    ways = [(), ("--speculate_k", 3), ("--speculate_k", "auto"), ("--prompt_lookup",)]
+    for flags in [*ways, by_head, (*by_head, "--speculate_k", 3)]:
         lines = iter(["The list of", " names", " and the"])
         monkeypatch.setattr(chat, "ask", lambda _, lines=lines: next(lines, None))
         code, out, err = main("--interactive", *flags)
