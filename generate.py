@@ -105,7 +105,11 @@ def build_parser() -> Parser:
         metavar="K",
         help=f"drafts per step, 1 to {MAX_K}, or auto: as many as pay (default)",
     )
-    add("--draft_checkpoint_path", type=Path, help="the model that drafts (demo/draft for the demo with --speculate_k)")
+    add(
+        "--draft_checkpoint_path",
+        type=Path,
+        help="the model or EAGLE-3 head that drafts (demo/draft for the demo with --speculate_k)",
+    )
     add("--replicate_draft", action="store_true", help="under torchrun: keep the whole draft on every rank")
     add("--prompt_lookup", action="store_true", help="draft what followed in the text so far, without a model")
     add("--compare", action="store_true", help="also time plain decoding")

