@@ -274,7 +274,7 @@ def _match(
 
 def match(path: Path, model: Transformer, parts: dict[str, Part], naming: families.Naming) -> dict[str, Stored]:
     """The parts of every tensor that is on `meta`; ValueError lists, by the file's names, those that do not fit."""
-    args, order = model.args, families.head_order(model.args, naming.pairs)
+    args = model.args
     heads = args.n_heads + args.n_kv_heads
     reordered = {"wqkv": heads * args.head_dim, "q_norm": args.head_dim, "k_norm": args.head_dim}
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items() if t.is_meta}
@@ -296,8 +296,9 @@ def match(path: Path, model: Transformer, parts: dict[str, Part], naming: famili
                 wrong.append(f"{part} is {list(parts[part].shape)}, expected {list(shape)}")
         unexpected.difference_update(theirs)
         found = [parts[part] for part in theirs if part in parts]
-        if order and kind != "order" and (n := reordered.get(module.rpartition(".")[2])):
-            found = _reordered(found, order, n)
+        if kind != "order" and not (missing or wrong) and (n := reordered.get(module.rpartition(".")[2])):
+            order = families.head_order(args, naming.pairs)
+            found = _reordered(found, order, n) if order else found
         matched[name] = Stored((n_rows, *width), tuple(found))
     problems = {
         "missing tensors": missing,
@@ -421,8 +422,10 @@ def _tensors(path: Path, content: Any = None) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(foreign(path) or f"{path}: not a whole safetensors file: {error}") from error
     content = _load_torch(path) if content is None else content
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise ValueError(f"{path}: expected a dict of tensors")
+    if not isinstance(content, dict) or not all(
+        isinstance(n, str) and isinstance(t, Tensor) for n, t in content.items()
+    ):
+        raise ValueError(f"{path}: expected a dict of tensors by name")
     return content
 
 

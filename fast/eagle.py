@@ -4,15 +4,14 @@
     drafter = EagleDraft(head, target, sampling)
     steps = build_steps(target, sampling, run=drafter.run)
 
-A head is one layer of a Llama. At each position it takes what three of the target's layers hold there, and the token
-after it, and predicts the token after that one; to draft on, it takes what leaves its own layer in the states' place.
-Its vocabulary is the target's most frequent tokens. Here it drafts a chain, not a tree.
+A head is one layer of a Llama. At each position it takes what some of the target's layers hold there, three as a rule,
+and the token after it, and predicts the token after that one; to draft on, it takes what leaves its own layer in the
+states' place. Its vocabulary is the target's most frequent tokens. Here it drafts a chain, not a tree.
 
 Worth knowing: `EagleDraft` keeps the states of the last positions alone, in a ring. Before it drafts, the head reads as
-many positions as the longest step brings, wherever a row stands: shapes stay the same, and nothing waits.
+many positions as the longest step brings, whatever a row accepted: so shapes stay the same, and the host need not know.
 """
 
-import copy
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from fast.drafting import Chain
 from fast.families import HF_MODULES, Naming, args_from_hf
 from fast.metrics import bytes_per_step
 from fast.sampling import Sampling, draw
+from fast.stored import Part
 from kernels.gpu import choice
 from model import Linear, ModelArgs, RMSNorm, Sharding, Transformer, TransformerBlock
 
@@ -120,31 +120,22 @@ def load_head(
     configuration in `transformer_layer_config`). Raises ValueError if it is not complete, or not for such a target.
     """
     path = Path(path)
-    config = read_json(path / "config.json")
-    parts = {name.removeprefix("model."): part for name, part in read_weights(path).items()}
-    args = replace(args_of_head(config), context_length=target.args.context_length)  # beyond its own it accepts less
-    if args.vocab_size != target.args.vocab_size:
-        sizes = f"{args.vocab_size} embeddings, this one has {target.args.vocab_size}"
-        raise ValueError(f"{path} is a head for a model with {sizes}: a head serves only the model it was trained for")
-    hidden_at = _hidden_at(config, target.args.n_layers)
-    n_fc_norms = len(hidden_at) if read(config, "fc_norm", bool, False) else 0
-    with torch.device("meta"):
-        head = EagleHead(
-            args,
-            target.args.dim,
-            hidden_at,
-            read(config, "draft_vocab_size", int, args.vocab_size),
-            read(config, "norm_before_residual", bool, False),
-            read(config, "norm_output", bool, False),
-            1 if read(config, "norm_before_fc", bool, False) else n_fc_norms,
-        )
+    try:
+        head = _skeleton(read_json(path / "config.json"), target)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    found = read_weights(path)
+    parts = {name.removeprefix("model."): part for name, part in found.items()}
+    if len(parts) < len(found):
+        raise ValueError(f"{path}: it has tensors with and without `model.` before the same name")
     if "embed_tokens.weight" not in parts:
-        if args.dim != target.args.dim:
-            raise ValueError(f"{path} has no embed_tokens, and is {args.dim} wide, its target {target.args.dim}")
-        head.tok_embeddings = copy.copy(target.tok_embeddings)
-        head.tok_embeddings.scale = 1.0  # the head was trained without the target's
+        if head.args.dim != target.args.dim:
+            sizes = f"{head.args.dim} wide, its target {target.args.dim}"
+            raise ValueError(f"{path} has no embed_tokens.weight, and the target's do not fit: it is {sizes}")
+        shared, own = target.tok_embeddings, head.tok_embeddings  # without the target's scale, as it was trained
+        own.weight, own.lookup = shared.weight, shared.lookup
     ids = _target_ids(path, parts, head)
-    first = "midlayer" if "midlayer.hidden_norm.weight" in parts else "layers.0"
+    first = "midlayer" if any(name.startswith("midlayer.") for name in parts) else "layers.0"
     tensors = match(path, head, parts, _naming(first, len(head.fc_norm) == 1))
     if ranks.world_size > 1:
         tp.connect(head, head, ranks)  # rank 0's logits are broadcast
@@ -154,34 +145,73 @@ def load_head(
     return head
 
 
+def _skeleton(config: dict[str, Any], target: Transformer) -> EagleHead:
+    """The head without its weights."""
+    args = args_of_head(config)
+    if args.vocab_size != target.args.vocab_size:
+        sizes = f"{args.vocab_size} embeddings, this one has {target.args.vocab_size}"
+        raise ValueError(f"a head for a model with {sizes}; a head serves only the model it was trained for")
+    if target.args.logits_scale != 1.0:
+        raise ValueError("no head can serve a Granite model here: its hidden states have another scale")
+    hidden_at = _hidden_at(config, target.args.n_layers)
+    norms = {name: read(config, name, bool, False) for name in ("norm_before_fc", "fc_norm")}
+    if all(norms.values()):
+        raise ValueError("config.json: norm_before_fc and fc_norm are both true; expected one of them")
+    with torch.device("meta"):
+        return EagleHead(
+            replace(args, context_length=target.args.context_length),  # beyond its own it accepts less
+            target.args.dim,
+            hidden_at,
+            read(config, "draft_vocab_size", int, args.vocab_size),
+            read(config, "norm_before_residual", bool, False),
+            read(config, "norm_output", bool, False),
+            norms["norm_before_fc"] + norms["fc_norm"] * len(hidden_at),
+        )
+
+
 def args_of_head(config: dict[str, Any]) -> ModelArgs:
     """The arguments of a head's layers, whose `vocab_size` is the target's. Raises ValueError as `args_from_hf`."""
     inner = config.get("transformer_layer_config", config)
-    if not isinstance(inner, dict):
-        raise ValueError(f"config.json: transformer_layer_config is {inner!r:.80}; expected an object")
-    return args_from_hf({**inner, "architectures": None, "tie_word_embeddings": False})
+    if not isinstance(inner, dict) or inner.get("model_type") not in ("llama", "qwen3"):
+        found = inner.get("model_type") if isinstance(inner, dict) else inner
+        raise ValueError(f"config.json: the head's layers are of type {found!r:.80}; supported: llama, qwen3")
+    if config.get("quantization_config"):
+        raise ValueError("config.json: a quantised head (quantization_config) is not supported")
+    args = args_from_hf({**inner, "architectures": None, "tie_word_embeddings": False})
+    types = inner.get("layer_types") or []  # of llama, too: `speculators` makes it slide
+    if sliding := tuple(i for i, kind in enumerate(types) if kind == "sliding_attention"):
+        window = read(inner, "sliding_window", int)
+        args = replace(args, sliding_window=window, sliding_layers=sliding if len(sliding) < len(types) else None)
+    return args
 
 
 def _hidden_at(config: dict[str, Any], n_layers: int) -> tuple[int, ...]:
     """The layers of the target whose inputs the head takes; SpecForge names those before them, by their outputs."""
-    key, offset, among = "eagle_aux_hidden_state_layer_ids", 0, config
-    if isinstance(config.get("eagle_config"), dict):
-        among, offset = config["eagle_config"], 1
-    found = among.get(key) or [i - offset for i in (2, n_layers // 2, n_layers - 3)]
-    if not isinstance(found, list) or not all(type(i) is int and 0 <= i + offset <= n_layers for i in found):
-        raise ValueError(f"config.json: {key} is {found!r:.80}; expected numbers of the target's {n_layers} layers")
+    key, eagle = "eagle_aux_hidden_state_layer_ids", config.get("eagle_config") or {}
+    if not isinstance(eagle, dict):
+        raise ValueError(f"config.json: eagle_config is {eagle!r:.80}; expected an object")
+    found, offset = (eagle[key], 1) if eagle.get(key) is not None else (config.get(key), 0)
+    found = [2, n_layers // 2, n_layers - 3] if found is None else found
+    fits = isinstance(found, list) and found and all(type(i) is int and 0 <= i + offset <= n_layers for i in found)
+    if not fits or found != sorted(set(found)):
+        wanted = f"ascending numbers of the target's {n_layers} layers"
+        raise ValueError(f"config.json: {key} is {found!r:.80}; expected {wanted}")
     return tuple(i + offset for i in found)
 
 
-def _target_ids(path: Path, parts: dict[str, Any], head: EagleHead) -> Tensor:
+def _target_ids(path: Path, parts: dict[str, Part], head: EagleHead) -> Tensor:
     """The target's ids of the head's own tokens: `d2t` holds how much each differs."""
+    own, target = head.output.out_features, head.args.vocab_size
     parts.pop("t2d", None)
-    ids = torch.arange(head.output.out_features)
-    if "d2t" in parts:
-        offsets = parts.pop("d2t").read().long()
-        ids = ids + offsets if offsets.shape == ids.shape else ids - len(ids)
-    if ids.amin() < 0 or ids.amax() >= head.args.vocab_size:
-        raise ValueError(f"{path}: d2t does not lead from {len(ids)} tokens to the target's {head.args.vocab_size}")
+    d2t = parts.pop("d2t", None)
+    if d2t is None and own == target:
+        return torch.arange(target)
+    if d2t is None or d2t.shape != (own,) or d2t.dtype not in (torch.int64, torch.int32):
+        found = "no d2t" if d2t is None else f"a d2t of {list(d2t.shape)} in {d2t.dtype}"
+        raise ValueError(f"{path} has {found}; expected integers, one for each of its {own} tokens")
+    ids = torch.arange(own) + d2t.read()
+    if ids.amin() < 0 or ids.amax() >= target or len(ids.unique()) < own:
+        raise ValueError(f"{path}: d2t does not lead to {own} different tokens of the target's {target}")
     return ids
 
 
@@ -212,26 +242,28 @@ class EagleDraft(Chain):
         self.size, slots = 2 * self.window, target.slots  # of the ring: drafts that were rejected are in it, too
         shape, weight = (target.max_batch_size, self.size), target.tok_embeddings.weight
         width = len(head.hidden_at) * target.args.dim
-        self.register_buffer("text", slots.new_zeros(shape))
+        self.register_buffer("text", slots.new_full((*shape, 2), -1))  # ids and their positions
         self.register_buffer("hidden", torch.zeros(*shape, width, device=weight.device, dtype=weight.dtype))
-        self._unread = 0  # positions, at most, whose states the head has not read
+        self._unread = 0  # positions whose states the head may not have read
         self._first, self._next = self._first_draft, self._next_draft
         if compile:
             self._first = compile_step(self._first_draft, (None, None, 0))
             self._next = compile_step(self._next_draft, (None, None, None, 0))
 
     def run(self, idx: Tensor, input_pos: Tensor, kv_pos: Tensor, logits_at: Tensor | None = None) -> Tensor:
-        """The target's logits. Its hidden states are noted; those of a prompt (`logits_at`) are read at once."""
+        """The target's logits. Its hidden states are noted; those of a prompt (`logits_at`) are read at once.
+
+        The last position's token is not known yet: it is read again.
+        """
         logits, hidden = self.target(idx, input_pos, kv_pos, logits_at, self.model.hidden_at)
         positions = input_pos.expand_as(idx)
         if logits_at is not None:
-            if idx.shape[1] > 1:
-                self.model(idx[:, 1:], self.model.fuse(hidden[:, :-1]), positions[:, :-1], kv_pos[:-1])
+            self.model(idx.roll(-1, 1), self.model.fuse(hidden), positions, kv_pos)
             last = logits_at + torch.arange(1 - self.window, 1, device=idx.device)
             last = last.clamp(min=0)
             idx, positions, hidden = idx.gather(1, last), positions.gather(1, last), _at(hidden, last)
         rows = torch.arange(len(idx), device=idx.device)[:, None]
-        self.text[rows, positions % self.size] = idx
+        self.text[rows, positions % self.size] = torch.stack((idx, positions), -1)
         self.hidden[rows, positions % self.size] = hidden
         return logits
 
@@ -245,7 +277,11 @@ class EagleDraft(Chain):
                 choice.measure(self._next_draft, zeros, x, zeros + 1, slots)
 
     def begin(self, prompts: list[list[int]], cached: int, layout: tuple[Tensor, ...]) -> None:
-        """`run` has read the prompts."""
+        """Read the last positions before `cached`, if the ring holds them; `run` reads the prompts."""
+        idx, _, kv_pos, _ = layout
+        positions = torch.arange(max(0, cached - self.window), cached, device=idx.device)
+        if cached and self.text[: len(idx), positions % self.size, 1].eq(positions).all():
+            self._read(idx[:, :1], torch.full_like(idx[:, :1], cached), kv_pos)
         self._unread = 0
 
     def follow(self, previous: Tensor, input_pos: Tensor, kv_pos: Tensor) -> None:
@@ -268,13 +304,17 @@ class EagleDraft(Chain):
             found.append(drawn)
         return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
 
-    def _first_draft(self, token: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, ...]:
-        """Read the positions before the text's last `token`, then draft as `_next_draft` does."""
+    def _read(self, token: Tensor, input_pos: Tensor, kv_pos: Tensor) -> Tensor:
+        """Read the positions before `token [B, 1]`; what leaves the head at the last of them, `[B, 1, dim]`."""
         positions = (input_pos - self.window).clamp(min=0) + torch.arange(self.window, device=token.device)
         rows = torch.arange(len(token), device=token.device)[:, None]
-        idx = torch.where(positions + 1 == input_pos, token, self.text[rows, (positions + 1) % self.size])
+        idx = torch.where(positions + 1 == input_pos, token, self.text[rows, (positions + 1) % self.size, 0])
         x = self.model(idx, self.model.fuse(self.hidden[rows, positions % self.size]), positions, kv_pos)
-        return self._drawn(_at(x, input_pos - 1 - positions[:, :1]))
+        return _at(x, input_pos - 1 - positions[:, :1])
+
+    def _first_draft(self, token: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, ...]:
+        """Read up to the text's last `token`, then draft as `_next_draft` does."""
+        return self._drawn(self._read(token, input_pos, kv_pos))
 
     def _next_draft(self, draft: Tensor, x: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, ...]:
         """What left the head, `[B, 1, dim]`, the next draft, `[B, 1]`, and its distribution, `[B, 1, V]`."""

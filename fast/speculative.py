@@ -214,8 +214,8 @@ def speculate(
     ahead = steps_ahead(model)
     check_fit(model, prompts, max_new_tokens, cached)
     layout = lay_out(model, prompts, cached)
-    token, input_pos = steps.plain.prefill(*layout), cached + layout[-1] + 1
     drafter.begin(prompts, cached, layout)
+    token, input_pos = steps.plain.prefill(*layout), cached + layout[-1] + 1
     last_pos = input_pos + max_new_tokens - 1  # a finished row stays there until all have finished
     previous = layout[0].gather(1, layout[-1])
     drafter.follow(previous, input_pos, layout[2])

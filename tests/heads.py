@@ -65,7 +65,9 @@ class Head(nn.Module):
         hidden, found = self.fc(states), []
         for _ in range(n):
             S = len(hidden)
-            mask = torch.full((S, S), -torch.inf).triu(1)[None, None]
+            distance = torch.arange(S)[:, None] - torch.arange(S)
+            seen = (distance >= 0) & (distance < (getattr(self.config, "sliding_window", None) or S))
+            mask = torch.zeros(S, S).masked_fill(~seen, -torch.inf)[None, None]
             rope = self.rotary(hidden, torch.arange(S)[None])
             first, *others = self.layers
             normed = first.hidden_norm(hidden)

@@ -30,21 +30,22 @@ def no_grad():
 
 
 KINDS = {
-    "safeailab": ("safeailab", {"hidden_at": (2, 3, 3), "own_embeddings": False}),
-    "specforge": ("specforge", {"hidden_at": (2, 3, 6)}),
+    "safeailab": ("safeailab", {"hidden_at": (2, 4, 5), "own_embeddings": False}),
+    "specforge": ("specforge", {"hidden_at": (2, 3, 8)}),
     "speculators": ("speculators", {"norm_before_residual": True}),
     "norms": ("speculators", {"fc_norm": True, "norm_output": True, "own_embeddings": False}),
     "one-norm": ("specforge", {"hidden_at": (1, 2), "norm_before_fc": True}),
     "narrow": ("specforge", {"hidden_at": (1, 2), "hidden_size": 32, "attention_bias": True}),
     "qwen3": ("speculators", {"kind": "qwen3"}),
     "two-layers": ("speculators", {"num_hidden_layers": 2, "norm_before_residual": True}),
+    "window": ("speculators", {"sliding_window": 3, "layer_types": ["sliding_attention"]}),
 }
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory) -> tuple[PreTrainedModel, Path]:
-    """A target of six layers."""
-    hf, path = make_tiny("llama", num_hidden_layers=6), tmp_path_factory.mktemp("deep")
+    """A target of eight layers."""
+    hf, path = make_tiny("llama", num_hidden_layers=8), tmp_path_factory.mktemp("deep")
     hf.save_pretrained(path)
     return hf, path
 
@@ -60,8 +61,8 @@ def test_logits_are_those_of_transformers(deep, tmp_path, kind):
     text = prompt_of(12)
     states = hf(torch.tensor([text]), output_hidden_states=True).hidden_states
     before_the_norm = target.run_layers(target.tok_embeddings(torch.tensor([text])), None, None)[0]
-    torch.testing.assert_close(target.norm(before_the_norm), states[6])
-    states = torch.cat([(*states[:6], before_the_norm)[i] for i in reference.hidden_at], -1)
+    torch.testing.assert_close(target.norm(before_the_norm), states[8])
+    states = torch.cat([(*states[:8], before_the_norm)[i] for i in reference.hidden_at], -1)
     expected = reference.drafts(states[0, :8], torch.tensor(text[1:]), 4, hf.model.embed_tokens)
     assert relative_error(forced(head, target, text), expected) < 1e-4
     assert (head.ids - torch.arange(len(head.ids))).equal(reference.d2t)
@@ -105,7 +106,7 @@ def forced(head: EagleHead, target: Transformer, text: list[int]) -> torch.Tenso
 
 
 SPECULATORS = {
-    "plain": {"eagle_aux_hidden_state_layer_ids": [2, 3, 6]},
+    "plain": {"eagle_aux_hidden_state_layer_ids": [2, 3, 8]},
     "residual": {"norm_before_residual": True, "eagle_aux_hidden_state_layer_ids": [1, 4]},
     "norms": {"fc_norm": True, "norm_output": True},
     "one-norm": {"norm_before_fc": True},
@@ -119,7 +120,7 @@ def test_logits_are_those_of_speculators(deep, tmp_path, kind):
     from speculators.config import SpeculatorsConfig, VerifierConfig
     from speculators.proposals.greedy import GreedyTokenProposalConfig
 
-    options = {"eagle_aux_hidden_state_layer_ids": [2, 3, 3], **SPECULATORS[kind]}
+    options = {"eagle_aux_hidden_state_layer_ids": [2, 4, 5], **SPECULATORS[kind]}
     config_class = Qwen3Config if kind == "qwen3" else LlamaConfig
     layer = config_class(**{**SIZES, "num_hidden_layers": 1, "head_dim": 16})
     layer._attn_implementation = "eager"
@@ -162,21 +163,30 @@ def test_a_head_is_fetched_but_is_no_model(tmp_path):
 
 
 BAD_CONFIGS = [
-    ({"vocab_size": 130}, "is a head for a model with 130 embeddings, this one has 128: a head serves only the model"),
+    (
+        {"vocab_size": 130},
+        "a head for a model with 130 embeddings, this one has 128; a head serves only the model it was",
+    ),
     (
         {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 3]}},
-        r"is \[0, 2, 3\]; expected numbers of the targe",
+        r"is \[0, 2, 3\]; expected ascending numbers of the",
     ),
-    ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": "all"}}, "ids is 'all'; expected numbers of the targe"),
+    ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 0]}}, r"is \[1, 0\]; expected ascending numbers of the"),
+    ({"eagle_config": 5}, "eagle_config is 5; expected an object"),
+    ({"fc_norm": True, "norm_before_fc": True}, "norm_before_fc and fc_norm are both true; expected one of them"),
+    ({"quantization_config": {"bits": 4}}, "a quantised head .* is not supported"),
+    ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": "all"}}, "ids is 'all'; expected ascending number"),
     ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0]}}, r"fc.weight is \[64, 192\], expected \[64, 64\]"),
-    ({"eagle_config": None}, r"layer_ids is \[2, 1, -1\]; expected numbers of the target's 2 layers"),
-    ({"draft_vocab_size": 60}, "d2t does not lead from 60 tokens to the target's 128"),
+    ({"eagle_config": None}, r"layer_ids is \[2, 1, -1\]; expected ascending numbers of the target's 2 layers"),
+    ({"draft_vocab_size": 60}, r"has a d2t of \[64\] in torch.int64; expected integers, one for each of its 60 tokens"),
+    ({"draft_vocab_size": 2**31}, "expected integers, one for each of its 2147483648 tokens"),
+    ({"head_dim": 2**31}, r"q_proj.weight is \[64, 128\], expected \[8589934592, 128\]"),
     ({"draft_vocab_size": "many"}, "draft_vocab_size is 'many'; expected a whole number"),
     ({"norm_before_residual": 1}, "norm_before_residual is 1; expected true or false"),
     ({"fc_norm": True}, "missing tensors: fc_norm.0.weight"),
     ({"num_hidden_layers": 2}, "missing tensors: layers.1.input_layernorm.weight"),
-    ({"transformer_layer_config": [1]}, r"transformer_layer_config is \[1\]; expected an object"),
-    ({"model_type": "bert"}, "architecture 'bert' is not supported"),
+    ({"transformer_layer_config": [1]}, r"the head's layers are of type \[1\]; supported: llama, qwen3"),
+    ({"model_type": "mistral"}, "the head's layers are of type 'mistral'; supported: llama, qwen3"),
 ]
 
 
@@ -194,19 +204,37 @@ def test_a_bad_configuration_is_one_line(ours, tmp_path, changes, message):
     ("change", "message"),
     [
         (lambda t: t.pop("fc.weight"), r"missing tensors: fc.weight \[64, 192\]"),
-        (lambda t: t.pop("embed_tokens.weight"), "has no embed_tokens, and is 32 wide, its target 64"),
+        (lambda t: t.pop("embed_tokens.weight"), "the target's do not fit: it is 32 wide, its target 64"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(64)}), "has tensors with and without `model.` before"),
         (lambda t: t.update(extra=torch.ones(1)), "unexpected tensors: extra"),
-        (lambda t: t["d2t"].add_(1000), "d2t does not lead from 64 tokens to the target's 128"),
+        (lambda t: t.pop("d2t"), "has no d2t; expected integers, one for each of its 64 tokens"),
+        (lambda t: t.update(d2t=t["d2t"].float()), r"has a d2t of \[64\] in torch.float32; expected integers"),
+        (lambda t: t.update(d2t=torch.tensor(1)), r"has a d2t of \[\] in torch.int64; expected integers"),
+        (lambda t: t["d2t"].add_(1000), "d2t does not lead to 64 different tokens of the target's 128"),
+        (lambda t: t["d2t"][:2].copy_(torch.tensor([1, 0])), "d2t does not lead to 64 different tokens of the target"),
     ],
 )
 def test_bad_tensors_are_one_line(ours, tmp_path, change, message):
-    narrow = {"hidden_size": 32} if "wide" in message else {}
+    narrow = {"hidden_size": 32} if " wide" in message else {}
     path = save(make_head(**narrow), tmp_path, "specforge")
     tensors = load_file(path / "model.safetensors")
     change(tensors)
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         load_head(path, ours(), dtype=torch.float32)
+
+
+def test_a_head_for_granite_is_refused(ours, tmp_path):
+    with pytest.raises(ValueError, match="no head can serve a Granite model here"):
+        load_head(save(make_head(), tmp_path, "specforge"), ours("granite"))
+
+
+def test_the_target_keeps_its_embeddings(ours, tmp_path):
+    target = ours("llama-tied")
+    weight = target.tok_embeddings.weight
+    head = load_head(save(make_head(own_embeddings=False), tmp_path, "specforge"), target, dtype=torch.float32)
+    assert target.tok_embeddings.weight is weight
+    assert head.tok_embeddings.weight.data_ptr() == weight.data_ptr()
 
 
 def test_a_directory_without_weights_is_one_line(ours, tmp_path):

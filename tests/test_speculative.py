@@ -11,6 +11,7 @@ import itertools
 import json
 import shutil
 import subprocess
+from collections import deque
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -270,6 +271,22 @@ def test_a_head_reads_every_position_once_it_is_known(drafted, monkeypatch, ahea
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_head_reads_on_where_the_last_turn_ended(drafted):
+    """At a later turn its cache is that of a head that reads the whole text at once, the last position apart."""
+    steps, whole = (drafted("head", 3) for _ in range(2))
+    mixed, prompt = dataclasses.replace(steps, pace=Mixed(3, 0, 0)), PROMPTS[2]
+    text = prompt + rows_of(mixed, [prompt], 14)[0]
+    cached = len(text) - 1
+    text += PROMPTS[3][:12]
+    deque(speculate(mixed, [text[cached:]], 1, cached), maxlen=0)
+    slots = whole.model.slots[: len(text)]
+    whole.plain.prefill(torch.tensor([text]), slots, slots, torch.tensor([[len(text) - 1]]))
+    for name in ("k", "v"):
+        caches = (getattr(part.drafter.model.layers[0].attention.kv_cache, name) for part in (steps, whole))
+        found, expected = (cache[:, :, : len(text) - 1] for cache in caches)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 # --- acceptance, and the caches afterwards ---------------------------------------------------------------------------
 
 
@@ -379,6 +396,18 @@ def test_compiled_is_eager_for_any_length_and_k_without_recompilation(drafted, b
         for layers in zip(one.layers, other.layers, strict=True):
             caches = (layer.attention.kv_cache.k[:, :, :280] for layer in layers)
             torch.testing.assert_close(*caches, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_prefill_of_any_length_is_read_by_a_head(ours, head):
+    torch._dynamo.reset()
+    rows = []
+    for compile in (False, True):
+        target = with_cache(ours())
+        drafter = drafter_for(with_cache(load_head(head, target, dtype=torch.float32)), target, GREEDY, 2)
+        plain = build_steps(target, GREEDY, compile_prefill=compile, run=drafter.run)
+        steps = build_speculative_steps(plain, drafter, GREEDY, 2)
+        rows.append([rows_of(steps, [prompt], 8) for prompt in PROMPTS] + steps.pace.tallies[2].counts)
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.cuda
