@@ -272,7 +272,7 @@ class EagleDraft(Chain):
         if self.text.is_cuda:
             zeros, slots = self.text.new_zeros(n_rows, 1), self.model.slots
             with torch.cuda.device_of(zeros):
-                x = self._first_draft(zeros, zeros + 1, slots)[0]
+                x = self.hidden.new_zeros(n_rows, 1, self.model.args.dim)
                 choice.measure(self._first_draft, zeros, zeros + 1, slots)
                 choice.measure(self._next_draft, zeros, x, zeros + 1, slots)
 
