@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GREEDY, prompt_of
+from heads import make_head, save
 
-from fast import decoding, speculative
+from fast import decoding, drafting, speculative
 from fast.decoding import time_kernels
+from fast.drafting import SPARE
+from fast.eagle import EagleDraft, load_head
 from kernels.gpu import choice
 
 pytest.importorskip("triton", reason="needs the package triton")
@@ -231,14 +234,29 @@ def test_warming_up_times_the_kernels(ours, monkeypatch):
     """For every number of rows and positions that the steps will have."""
     timed, (target, draft) = [], (ours(rows=2) for _ in range(2))
     for model in (target, draft):
-        model.setup_caches(2, 64, spare=speculative.SPARE)
-    for module in (decoding, speculative):
+        model.setup_caches(2, 64, spare=SPARE)
+    for module in (decoding, drafting, speculative):
         monkeypatch.setattr(module, "time_kernels", lambda model, *sizes: timed.append((model, *sizes)))
     steps, prompts = decoding.build_steps(target, GREEDY), [prompt_of(5), prompt_of(3)]
     with torch.no_grad():
         decoding.warm_up(steps, prompts, 4)
         assert timed == [(target, 2, 1)]
         timed.clear()
-        drafter = speculative.DraftModel(draft, GREEDY)
+        drafter = drafting.DraftModel(draft, GREEDY)
         speculative.warm_up_speculation(speculative.build_speculative_steps(steps, drafter, GREEDY, 5), prompts, 4)
     assert timed == [(draft, 2, 2), (draft, 2, 1), (target, 2, 6)]
+
+
+def test_a_head_s_first_draft_and_the_next_are_timed(ours, tmp_path, monkeypatch):
+    target, measured = ours(), []
+    target.setup_caches(3, 64, spare=SPARE)
+    head = load_head(save(make_head(), tmp_path, "specforge"), target, dtype=torch.float32)
+    head.setup_caches(3, 64, spare=SPARE)
+    monkeypatch.setattr(choice, "measure", lambda step, *args: measured.append([part.shape for part in step(*args)]))
+    with torch.no_grad():
+        drafter = EagleDraft(head, target, GREEDY, 4)
+        drafter.time_kernels(2)
+        assert measured == []
+        drafter.text = drafter.text.as_subclass(OnGpu)
+        drafter.time_kernels(2)
+    assert measured == [[(2, 1, 64), (2, 1)]] * 2
