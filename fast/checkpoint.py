@@ -155,7 +155,7 @@ def _open_hf(path: Path, config: dict[str, Any], files: list[Path]) -> Checkpoin
     if families.is_eagle_head(config):
         raise ValueError(f"{path} is an EAGLE-3 head, no model: give it, as it is, to --draft_checkpoint_path")
     args, naming, quantization = families.args_from_hf(config), families.family_of(config).naming, None
-    parts, older = _read_hf(files), path / "quantize_config.json"  # AutoGPTQ's
+    parts, older = read_hf(files), path / "quantize_config.json"  # AutoGPTQ's
     if not config.get("quantization_config") and any(name.endswith(published.PACKED) for name in parts):
         if not older.is_file():
             raise ValueError(f"{path}: its weights are quantised, but config.json has no quantization_config")
@@ -359,13 +359,6 @@ def weight_files(folder: Path) -> list[Path]:
     return _hf_files(folder) or sorted(_meta_folder(folder).glob("consolidated*.pth"))
 
 
-def read_weights(folder: Path) -> dict[str, Part]:
-    """The tensors of a Hugging Face directory, by the files' names."""
-    if files := _hf_files(folder):
-        return _read_hf(files)
-    raise ValueError(f"{folder} has no *.safetensors and no pytorch_model*.bin")
-
-
 def _meta_folder(folder: Path) -> Path:
     return folder if (folder / "params.json").exists() else folder / "original"
 
@@ -374,7 +367,8 @@ def _parts(tensors: dict[str, Tensor]) -> dict[str, Part]:
     return {name: part_of(tensor.detach()) for name, tensor in tensors.items()}
 
 
-def _read_hf(files: list[Path]) -> dict[str, Part]:
+def read_hf(files: list[Path]) -> dict[str, Part]:
+    """The tensors of a Hugging Face directory's `weight_files`. ValueError for a damaged file, or a name in two."""
     parts: dict[str, Part] = {}
     for file in files:
         found = _parts(_tensors(file))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import tp
-from fast.checkpoint import fill, match, read_json, read_weights
+from fast.checkpoint import fill, match, read_hf, read_json, weight_files
 from fast.compiling import compile_step
 from fast.config import read
 from fast.drafting import Chain
@@ -124,7 +124,9 @@ def load_head(
         head = _skeleton(read_json(path / "config.json"), target)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    found = read_weights(path)
+    if not (files := weight_files(path)):
+        raise ValueError(f"{path} has no *.safetensors and no pytorch_model*.bin")
+    found = read_hf(files)
     parts = {name.removeprefix("model."): part for name, part in found.items()}
     if len(parts) < len(found):
         raise ValueError(f"{path}: it has tensors with and without `model.` before the same name")
