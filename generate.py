@@ -131,6 +131,8 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that are out of range or exclude each other, before anything is loaded."""
     no_use = partial(refuse, args, build_parser())
     check_at_least(args, 1, "batch_size", "num_samples", "max_new_tokens", "max_seq_length")
+    if args.num_samples > 10**6:
+        raise ValueError(f"--num_samples {args.num_samples} must be at most {10**6}")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed} must be 0 to 2**63 - 1")
     if args.interactive:

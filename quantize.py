@@ -45,7 +45,8 @@ from fast.cli import (
 from fast.gptq import check_finite, gptq_linears, read_weight
 from fast.metrics import count_parameters
 from fast.quantized import GROUP_SIZES, LINEARS, quantized_linears, swap_linears
-from fast.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, read_text
+from fast.reading import read_text
+from fast.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from model import ModelArgs, Transformer
 
 

@@ -9,7 +9,6 @@ in the requested dtype is not copied: it *is* the mapped pages.
 
 import contextlib
 import dataclasses
-import json
 import mmap
 import os
 import re
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,14 +27,16 @@ from torch import Tensor
 
 import tp
 from fast import families, gguf, meta, published
-from fast.config import args_from_dict
+from fast.config import make_args
 from fast.layers import speed_up
-from fast.quantized import swap_linears
+from fast.quantized import Scheme, swap_linears
+from fast.reading import check, read_json, reading
 from fast.stored import Part, Stored, part_of
 from model import ModelArgs, Transformer
 
 FORMAT = 1
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of weights that are not quantised
 IGNORED_TENSORS = ("*.rotary_emb.*", "rope.freqs")  # computed, not learned; older files hold them
 
 # In order of preference: the single file, the index of shards, and a pattern if there is neither.
@@ -57,6 +58,12 @@ FOREIGN_FILES = {
     "*.gguf": "to be given by name",
     "*.pth": "to be given by name",
 }
+
+
+class Index(TypedDict):
+    """What lists the shards of a Hugging Face directory: the file of every tensor."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,11 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     Raises ValueError, one line, for a damaged or missing shard, an unsupported setting, or tensors that do not fit.
     """
     path = Path(path)
+    with reading(path):
+        return _open(path)
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_file() and not foreign(path) and gguf.is_gguf(path):
         args, parts, packed, naming = gguf.read_gguf(path)
         quantization, parts = published.assign("gguf", packed, parts, _skeleton(args, None), naming)
@@ -140,8 +152,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         content = _load_torch(path)
         if content.get("format") != FORMAT or not content.keys() >= {"config", "quantization", "model"}:
             raise ValueError(f"{path}: not a checkpoint in this project's format {FORMAT}, and no directory of another")
-        args, quantization = args_from_dict(content["config"]), content["quantization"]
-        return _match(path, args, quantization, _parts(_tensors(path, content["model"])), families.OURS)
+        check(content["quantization"], Scheme | None, "quantization")
+        args, parts = make_args(content["config"]), _parts(_tensors(path, content["model"]))
+        return _match(path, args, content["quantization"], parts, families.OURS)
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
     if files := _hf_files(path):
         if config is None:
@@ -154,18 +167,19 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 def _open_hf(path: Path, config: dict[str, Any], files: list[Path]) -> Checkpoint:
     if families.is_eagle_head(config):
         raise ValueError(f"{path} is an EAGLE-3 head, no model: give it, as it is, to --draft_checkpoint_path")
-    args, naming, quantization = families.args_from_hf(config), families.family_of(config).naming, None
+    with reading(path / "config.json"):
+        args, naming, method = families.args_from_hf(config), families.family_of(config).naming, published.check(config)
+    quantization = None
     parts, older = read_hf(files), path / "quantize_config.json"  # AutoGPTQ's
-    if not config.get("quantization_config") and any(name.endswith(published.PACKED) for name in parts):
+    if method is None and any(name.endswith(published.PACKED) for name in parts):
         if not older.is_file():
             raise ValueError(f"{path}: its weights are quantised, but config.json has no quantization_config")
-        config = {**config, "quantization_config": {"quant_method": "gptq", **read_json(older)}}
-    if method := published.check(config):
+        config = {"quantization_config": {"quant_method": "gptq", **read_json(older)}}
+        with reading(older):
+            method = published.check(config)
+    if method is not None:
         given = config["quantization_config"]
-        try:
-            quantization, parts = published.read(method, given, parts, _skeleton(args, None), naming)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        quantization, parts = published.read(method, given, parts, _skeleton(args, None), naming)
     return _match(path, args, quantization, parts, naming)
 
 
@@ -273,7 +287,10 @@ def _match(
 
 
 def match(path: Path, model: Transformer, parts: dict[str, Part], naming: families.Naming) -> dict[str, Stored]:
-    """The parts of every tensor that is on `meta`; ValueError lists, by the file's names, those that do not fit."""
+    """The parts of every tensor that is on `meta`; ValueError lists, by the file's names, those that do not fit.
+
+    Any float does for a weight; the tensors of a quantised Linear have one type each.
+    """
     args = model.args
     heads = args.n_heads + args.n_kv_heads
     reordered = {"wqkv": heads * args.head_dim, "q_norm": args.head_dim, "k_norm": args.head_dim}
@@ -282,7 +299,8 @@ def match(path: Path, model: Transformer, parts: dict[str, Part], naming: famili
     if model.output.weight is model.tok_embeddings.weight:  # a quantised output projection is no longer tied
         del expected["output.weight"]
         ignored += tuple(f"{name}.weight" for name in naming.theirs("output"))
-    matched, missing, wrong = {}, [], []
+    types = {name: (buffer.dtype,) for name, buffer in model.named_buffers()}
+    matched, missing, wrong, other = {}, [], [], []
     unexpected = {name for name in parts if not any(fnmatch(name, pattern) for pattern in ignored)}
     for name, (n_rows, *width) in expected.items():
         module, _, kind = name.rpartition(".")
@@ -294,9 +312,11 @@ def match(path: Path, model: Transformer, parts: dict[str, Part], naming: famili
                 missing.append(f"{part} {list(shape)}")
             elif parts[part].shape != shape:
                 wrong.append(f"{part} is {list(parts[part].shape)}, expected {list(shape)}")
+            elif parts[part].dtype not in (wanted := types.get(name, FLOATS)):
+                other.append(f"{part} is {parts[part].dtype}, expected {' or '.join(map(str, wanted))}")
         unexpected.difference_update(theirs)
         found = [parts[part] for part in theirs if part in parts]
-        if kind != "order" and not (missing or wrong) and (n := reordered.get(module.rpartition(".")[2])):
+        if kind != "order" and not (missing or wrong or other) and (n := reordered.get(module.rpartition(".")[2])):
             order = families.head_order(args, naming.pairs)
             found = _reordered(found, order, n) if order else found
         matched[name] = Stored((n_rows, *width), tuple(found))
@@ -304,6 +324,7 @@ def match(path: Path, model: Transformer, parts: dict[str, Part], naming: famili
         "missing tensors": missing,
         "unexpected tensors": [f"{name} {list(parts[name].shape)}" for name in sorted(unexpected)],
         "wrongly shaped tensors": wrong,
+        "tensors of another type": other,
     }
     if any(problems.values()):
         lines = [f"{kind}: {_listing(names)}" for kind, names in problems.items() if names]
@@ -339,10 +360,7 @@ def _hf_files(folder: Path) -> list[Path]:
         if (folder / single).exists():
             return [folder / single]
         if (folder / index).exists():
-            weight_map = read_json(folder / index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise ValueError(f"{folder / index}: no weight_map from tensor names to file names")
-            shards = sorted(set(weight_map.values()))
+            shards = sorted(set(read_json(folder / index, Index)["weight_map"].values()))
             for name in shards:
                 if Path(name).is_absolute() or ".." in Path(name).parts:
                     raise ValueError(f"{folder / index} names {name!r}, which is outside of its folder")
@@ -388,7 +406,8 @@ def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, 
     params = read_json(origin / "params.json")
     meta.check_params(params, origin / "params.json")
     shards = [_tensors(file) for file in files]
-    if any(shard.keys() != shards[0].keys() for shard in shards):
+    types = [{name: tensor.dtype for name, tensor in shard.items()} for shard in shards]
+    if any(found != types[0] for found in types):
         raise ValueError(f"{origin}: the consolidated.*.pth hold different tensors")
     parts = {}
     for name, first in shards[0].items():
@@ -409,17 +428,22 @@ def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, 
 
 def _tensors(path: Path, content: Any = None) -> dict[str, Tensor]:
     """The tensors of a weight file, mapped, not read (or `content`, if it is already loaded)."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path}: not a file")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except SafetensorError as error:
             raise ValueError(foreign(path) or f"{path}: not a whole safetensors file: {error}") from error
     content = _load_torch(path) if content is None else content
-    if not isinstance(content, dict) or not all(
-        isinstance(n, str) and isinstance(t, Tensor) for n, t in content.items()
-    ):
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ValueError(f"{path}: expected a dict of tensors by name")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not name.isprintable():
+            raise ValueError(f"{path}: a tensor has the name {name!r:.80}")
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise ValueError(f"{path}: {name} is sparse, without values, or quantised by torch; expected plain numbers")
     return content
 
 
@@ -441,15 +465,4 @@ def _load_torch(path: Path) -> dict[str, Any]:
         raise ValueError(foreign(path) or f"{path}: not a whole torch file: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors")
-    return content
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file at `path`. Raises ValueError naming it if it holds anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object")
     return content

@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message}; --help lists the flags\n")
+        self.exit(2, f"error: {one_line(message)}; --help lists the flags\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -94,6 +94,12 @@ def template_args(text: str) -> dict[str, Any]:
         if isinstance(value := json.loads(text), dict) and not value.keys() & {"messages", "add_generation_prompt"}:
             return value
     raise argparse.ArgumentTypeError(f'{text!r} is no JSON object of variables, like {{"enable_thinking": false}}')
+
+
+def one_line(text: str) -> str:
+    """`text`, which may quote a file or a flag, without what moves a terminal's cursor, and not endless."""
+    text = text if len(text) < 2000 else f"{text[:1000]} ... {text[-500:]}"
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def say(*words: object) -> None:
@@ -340,6 +346,8 @@ def exit_code(work: Callable[[], Any], ranks: Ranks = ALONE, stopped: str = "sto
     ends_python = signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # see fast/startup.py
     if ends_python:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):  # an ASCII terminal shows no middle dot, and that is no reason to fail
+        sys.stdout.reconfigure(errors="replace")
     if sys.stderr is None:  # closed: what is printed there would go to stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     try:
@@ -350,7 +358,7 @@ def exit_code(work: Callable[[], Any], ranks: Ranks = ALONE, stopped: str = "sto
         ranks.report_error("")
         return ranks.exit(141) if ranks.world_size > 1 else 0  # exiting with 0 would not end the other ranks
     except (ValueError, OSError, ImportError) as error:
-        ranks.report_error(f"error: {error}")
+        ranks.report_error(f"error: {one_line(str(error))}")
         return ranks.exit(2)
     except torch.OutOfMemoryError as error:
         found = ". ".join(str(error).split(". ")[:2])  # what was asked for; more is about the allocator

@@ -5,42 +5,99 @@
 Every error is a ValueError of one line: the key, what was found, and what is expected.
 """
 
-import dataclasses
 import math
 from collections.abc import Container
-from typing import Any
+from typing import Any, TypedDict
 
-from model import ModelArgs, RopeScaling
+from fast.reading import check
+from model import ACTIVATIONS, ModelArgs, RopeScaling
 
 LAYER_TYPES = ("full_attention", "attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+# Field of ModelArgs -> what it must be above, and the most it can be: far more than any model has.
+_SIZE, _FACTOR = (0, 1e7), (1e-20, 1e20)
+LIMITS: dict[str, tuple[float, float]] = {
+    "dim": _SIZE,
+    "n_layers": (0, 1000), "n_heads": (0, 1e4), "n_kv_heads": (0, 1e4), "head_dim": (1, 1e4),
+    "hidden_dim": _SIZE, "vocab_size": _SIZE, "context_length": (0, 2**24), "norm_eps": (0, 1e3),
+    "rope_theta": (1, 1e20), "sliding_rope_theta": (1, 1e20), "expert_dim": (-1, 1e7), "norm_offset": (-1, 1),
+    "sliding_window": (0, 2**31), "rotary_dim": (-1, 1e4),
+    "attention_scale": _FACTOR, "embedding_scale": _FACTOR, "logits_scale": _FACTOR,
+}  # fmt: skip
 
 
-def read(config: dict[str, Any], key: str, kind: type, default: Any = None, above: int = 0) -> Any:
-    """`config[key]`, a number above `above` or a bool, as `kind` says; `default` if it is absent or null.
+class HfConfig(TypedDict, total=False):
+    """What a config.json holds beside numbers and switches, as far as it is read here."""
+
+    architectures: list[str] | str | None
+    text_config: dict[str, Any] | None
+    layer_types: list[str] | None
+    rope_parameters: dict[str, Any] | None
+    rope_scaling: dict[str, Any] | None
+    no_rope_layers: list[int] | None
+    mlp_only_layers: list[int] | None
+    eagle_config: dict[str, Any] | None
+    transformer_layer_config: dict[str, Any]
+
+
+def make_args(fields: dict[str, Any]) -> ModelArgs:
+    """ModelArgs of these fields, whatever they hold; `rope_scaling` may be the dict of its own.
+
+    Raises ValueError for a field that is missing, unknown, of another type, out of LIMITS, or does not fit the others.
+    """
+    check(fields, ModelArgs)
+    for name, (above, most) in LIMITS.items():
+        if (value := fields.get(name)) is not None and not above < value <= most:
+            raise ValueError(f"{name} is {value!r:.80}; expected a number above {above}, up to {most:g}")
+    scaling = fields.get("rope_scaling")
+    scaling = RopeScaling(**scaling) if isinstance(scaling, dict) else scaling
+    args = ModelArgs(**{**fields, "rope_scaling": scaling})
+    for name in ("sliding_layers", "unrotated_layers", "dense_layers"):
+        if not set(range(args.n_layers)) >= set(getattr(args, name) or ()):
+            raise ValueError(f"{name} is {getattr(args, name)!r:.80}; expected numbers of the {args.n_layers} layers")
+    n_rotated = args.head_dim if args.rotary_dim is None else args.rotary_dim
+    if n_rotated > args.head_dim:
+        raise ValueError(f"rotary_dim is {n_rotated}; expected at most head_dim, {args.head_dim}")
+    for factors in (scaling.factors, scaling.long_factors) if scaling else ():
+        if factors is not None and (len(factors) != n_rotated // 2 or not all(1e-20 < x < 1e20 for x in factors)):
+            raise ValueError(f"rope_scaling has {factors!r:.80}; expected {n_rotated // 2} numbers above 0")
+    n_experts, k = args.n_experts, args.experts_per_token
+    if n_experts and not 1 < n_experts <= 4096:
+        raise ValueError(f"a layer has {n_experts} experts; expected 2 to 4096")
+    if n_experts and not 1 <= k <= n_experts:
+        raise ValueError(f"experts_per_token is {k}; expected at most the {n_experts} experts there are")
+    if args.activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {args.activation!r:.80}; expected {' or '.join(ACTIVATIONS)}")
+    return args
+
+
+def read(
+    config: dict[str, Any], key: str, kind: type, default: Any = None, above: float = 0, most: float | None = None
+) -> Any:
+    """`config[key]`, a number above `above` up to `most`, or a bool, as `kind` says; `default` if absent or null.
 
     Raises ValueError for any other value, or without a value and a default.
     """
     value = default if config.get(key) is None else config[key]
     if value is None:
-        raise ValueError(f"config.json has no {key}")
+        raise ValueError(f"it has no {key}")
     if kind is bool:
         fits, wanted = isinstance(value, bool), "true or false"
     else:
-        least, most = (above, 2**31) if kind is int else (max(above, 1e-20), 1e20)  # what can be computed with
+        least, limit = (above, 2**31) if kind is int else (max(above, 1e-20), 1e20)  # what can be computed with
+        most = limit if most is None else most
         fits = isinstance(value, (int, kind)) and not isinstance(value, bool) and least < value <= most
-        wanted = f"a {'whole ' if kind is int else ''}number above {above}, up to {most:.0e}"
+        wanted = f"a {'whole ' if kind is int else ''}number above {above}, up to {most:g}"
     if not fits:
-        raise ValueError(f"config.json: {key} is {value!r:.80}; expected {wanted}")
+        raise ValueError(f"{key} is {value!r:.80}; expected {wanted}")
     return kind(value)
 
 
 def text_config(config: dict[str, Any], model_type: str) -> dict[str, Any]:
     """The configuration of the language model in that of one that also sees."""
     inner = config.get("text_config")
-    if not isinstance(inner, dict) or inner.get("model_type", model_type) != model_type:
-        found = inner.get("model_type") if isinstance(inner, dict) else inner
-        raise ValueError(f"config.json: text_config of {found!r:.80} is not supported; supported: {model_type}")
+    if not inner or (found := inner.get("model_type", model_type)) != model_type:
+        raise ValueError(f"text_config of {inner and found!r:.80} is not supported; supported: {model_type}")
     types = {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
     outer = config.get("tie_word_embeddings")  # which applies, not the inner one
     return {**inner, **types, "tie_word_embeddings": outer}
@@ -64,12 +121,9 @@ def read_rope(
         sliding["rope_theta"] = read(config, "rope_local_base_freq", float, above=1)
     for name in ("rope_parameters", "rope_scaling"):  # where both are there, someone has added the second
         found = {} if config.get(name) is None else config[name]
-        if not isinstance(found, dict):
-            raise ValueError(f"config.json: {name} is {found!r:.80}; expected an object with rope_type and factor")
         if found.keys() & set(LAYER_TYPES):  # for every type of layer
             for kind in sorted(set(types)):
-                if not isinstance(value := found.get(kind), dict):
-                    raise ValueError(f"config.json: {name} for {kind} is {value!r:.80}; expected an object")
+                check(found.get(kind), dict, f"{name} for {kind}")
             of_sliding, others = found.get("sliding_attention", {}), set(types) - {"sliding_attention"}
             found = found[others.pop()] if others else of_sliding
             sliding = {**sliding, **of_sliding} if sliding or of_sliding != found else {}
@@ -80,14 +134,14 @@ def read_rope(
     rope = {**outer, **rope, **{key: outer[key] for key in beside[2:] if key in outer}}
     share = read(rope, "partial_rotary_factor", float, 1.0)
     if share > 1 or (share < 1 and not partial_rotary):
-        raise ValueError(f"config.json: partial_rotary_factor {share} is not supported")
+        raise ValueError(f"partial_rotary_factor {share} is not supported")
     rotary_dim = int(head_dim * share)
     theta, sliding_theta = read(rope, "rope_theta", float, 10000.0, above=1), None
     scaling, context_length = read_rope_scaling(rope, context_length, other_names, theta, rotary_dim)
     if sliding and "sliding_attention" in types:
         sliding_theta = read(sliding, "rope_theta", float, theta, above=1)
         if (kind := sliding.get("rope_type", sliding.get("type", "default"))) != "default":
-            raise ValueError(f"config.json: RoPE of type {kind!r:.80} is not supported in layers with a sliding window")
+            raise ValueError(f"RoPE of type {kind!r:.80} is not supported in layers with a sliding window")
     return {
         "rope_theta": theta,
         "sliding_rope_theta": None if sliding_theta == theta and scaling is None else sliding_theta,
@@ -107,7 +161,7 @@ def read_rope_scaling(
     kind = rope.get("rope_type", "default")
     kind = names.get(str(kind), kind)
     if kind not in ROPE_TYPES:
-        raise ValueError(f"config.json: rope type {kind!r:.80} is not supported; supported: {', '.join(ROPE_TYPES)}")
+        raise ValueError(f"rope type {kind!r:.80} is not supported; supported: {', '.join(ROPE_TYPES)}")
     if kind == "default":
         return None, context_length
     original = read(rope, "original_max_position_embeddings", int, context_length, above=1)
@@ -117,7 +171,7 @@ def read_rope_scaling(
     if kind == "llama3":
         low, high = (read(rope, key, float) for key in ("low_freq_factor", "high_freq_factor"))
         if low >= high:
-            raise ValueError(f"config.json: low_freq_factor {low} is not less than high_freq_factor {high}")
+            raise ValueError(f"low_freq_factor {low} is not less than high_freq_factor {high}")
         return RopeScaling(rope_factors(kind, factor, theta, rotary_dim, low, high, original)), context_length
     log = math.log(max(factor, 1.0))
     if kind == "longrope":
@@ -169,9 +223,9 @@ def rope_factors(
 def read_numbers(config: dict[str, Any], key: str, n: int) -> tuple[float, ...]:
     """`config[key]`, a list of `n` numbers above 0."""
     values = config.get(key)
-    if not isinstance(values, list) or len(values) != n:
-        found = f"{len(values)} numbers" if isinstance(values, list) else f"{values!r:.80}"
-        raise ValueError(f"config.json: {key} is {found}; expected {n} numbers, one for each pair that RoPE rotates")
+    check(values, list, key)
+    if len(values) != n:
+        raise ValueError(f"{key} is {len(values)} numbers; expected {n} numbers, one for each pair that RoPE rotates")
     return tuple(read({key: value}, key, float) for value in values)
 
 
@@ -198,36 +252,9 @@ def read_layer_types(config: dict[str, Any], n_layers: int, window: int | None, 
             every = read(config, "sliding_window_pattern", int)
         slides = [i >= n_full and (i + 1) % every != 0 for i in range(n_layers)]
         types = ["sliding_attention" if sliding else "full_attention" for sliding in slides]
-    if not isinstance(types, list) or len(types) != n_layers:
-        raise ValueError(f"config.json: layer_types is {types!r:.80}; expected a list of {n_layers}, one per layer")
+    if len(types) != n_layers:
+        raise ValueError(f"layer_types is {types!r:.80}; expected a list of {n_layers}, one per layer")
     if unknown := [kind for kind in types if kind not in LAYER_TYPES]:
         supported = ", ".join(LAYER_TYPES)
-        raise ValueError(f"config.json: layers of type {unknown[0]!r:.80} are not supported; supported: {supported}")
+        raise ValueError(f"layers of type {unknown[0]!r:.80} are not supported; supported: {supported}")
     return types
-
-
-def args_from_dict(config: dict[str, Any]) -> ModelArgs:
-    """The inverse of `dataclasses.asdict`, for the configuration in a `.pth` of ours.
-
-    Raises ValueError for missing or unknown fields.
-    """
-    fields = {field.name: field for field in dataclasses.fields(ModelArgs)}
-    unknown = sorted(config.keys() - fields)
-    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in config]
-    if unknown or missing:
-        raise ValueError(f"model config: unknown fields {unknown}, missing fields {missing}")
-    args = ModelArgs(**{**config, "rope_scaling": None})
-    if scaling := config.get("rope_scaling"):
-        scaling = RopeScaling(**scaling) if "factors" in scaling else _old_scaling(args, **scaling)
-    return dataclasses.replace(args, rope_scaling=scaling or None)
-
-
-def _old_scaling(args: ModelArgs, type: str, factor: float, **old: Any) -> RopeScaling:
-    """What files had before they had factors."""
-    original, attention = old.get("original_context_length", 8192), old.get("attention_factor", 1.0)
-    if type == "longrope":
-        return RopeScaling(old["short_factors"], attention, old["long_factors"], original)
-    turns = old.get("low_freq_factor", 1.0), old.get("high_freq_factor", 4.0)
-    rotary_dim = args.head_dim if args.rotary_dim is None else args.rotary_dim
-    factors = rope_factors(type, factor, args.rope_theta, rotary_dim, *turns, original, old.get("truncate", True))
-    return RopeScaling(factors, attention)

@@ -21,14 +21,15 @@ import torch
 from torch import Tensor, nn
 
 import tp
-from fast.checkpoint import fill, match, read_hf, read_json, weight_files
+from fast.checkpoint import fill, match, read_hf, weight_files
 from fast.compiling import compile_step
-from fast.config import read
+from fast.config import HfConfig, read
 from fast.drafting import Chain
 from fast.families import HF_MODULES, Naming, args_from_hf
 from fast.metrics import bytes_per_step
+from fast.reading import check, read_json, reading
 from fast.sampling import Sampling, draw
-from fast.stored import Part
+from fast.stored import Part, Stored
 from kernels.gpu import choice
 from model import Linear, ModelArgs, RMSNorm, Sharding, Transformer, TransformerBlock
 
@@ -120,10 +121,20 @@ def load_head(
     configuration in `transformer_layer_config`). Raises ValueError if it is not complete, or not for such a target.
     """
     path = Path(path)
-    try:
+    with reading(path):
+        head, ids, tensors = _open_head(path, target)
+    if ranks.world_size > 1:
+        tp.connect(head, head, ranks)  # rank 0's logits are broadcast
+    fill(head, tensors, {}, device, dtype)
+    head.ids = ids.to(device)
+    head.n_parameters = sum(torch.Size(stored.shape).numel() for stored in tensors.values())
+    return head
+
+
+def _open_head(path: Path, target: Transformer) -> tuple[EagleHead, Tensor, dict[str, Stored]]:
+    """The head without its weights, the target's ids of its tokens, and the weights."""
+    with reading(path / "config.json"):
         head = _skeleton(read_json(path / "config.json"), target)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     if not (files := weight_files(path)):
         raise ValueError(f"{path} has no *.safetensors and no pytorch_model*.bin")
     found = read_hf(files)
@@ -138,13 +149,7 @@ def load_head(
         own.weight, own.lookup = shared.weight, shared.lookup
     ids = _target_ids(path, parts, head)
     first = "midlayer" if any(name.startswith("midlayer.") for name in parts) else "layers.0"
-    tensors = match(path, head, parts, _naming(first, len(head.fc_norm) == 1))
-    if ranks.world_size > 1:
-        tp.connect(head, head, ranks)  # rank 0's logits are broadcast
-    fill(head, tensors, {}, device, dtype)
-    head.ids = ids.to(device)
-    head.n_parameters = sum(torch.Size(stored.shape).numel() for stored in tensors.values())
-    return head
+    return head, ids, match(path, head, parts, _naming(first, len(head.fc_norm) == 1))
 
 
 def _skeleton(config: dict[str, Any], target: Transformer) -> EagleHead:
@@ -158,7 +163,7 @@ def _skeleton(config: dict[str, Any], target: Transformer) -> EagleHead:
     hidden_at = _hidden_at(config, target.args.n_layers)
     norms = {name: read(config, name, bool, False) for name in ("norm_before_fc", "fc_norm")}
     if all(norms.values()):
-        raise ValueError("config.json: norm_before_fc and fc_norm are both true; expected one of them")
+        raise ValueError("norm_before_fc and fc_norm are both true; expected one of them")
     with torch.device("meta"):
         return EagleHead(
             replace(args, context_length=target.args.context_length),  # beyond its own it accepts less
@@ -173,12 +178,12 @@ def _skeleton(config: dict[str, Any], target: Transformer) -> EagleHead:
 
 def args_of_head(config: dict[str, Any]) -> ModelArgs:
     """The arguments of a head's layers, whose `vocab_size` is the target's. Raises ValueError as `args_from_hf`."""
+    check(config, HfConfig)
     inner = config.get("transformer_layer_config", config)
-    if not isinstance(inner, dict) or inner.get("model_type") not in ("llama", "qwen3"):
-        found = inner.get("model_type") if isinstance(inner, dict) else inner
-        raise ValueError(f"config.json: the head's layers are of type {found!r:.80}; supported: llama, qwen3")
+    if (found := inner.get("model_type")) not in ("llama", "qwen3"):
+        raise ValueError(f"the head's layers are of type {found!r:.80}; supported: llama, qwen3")
     if config.get("quantization_config"):
-        raise ValueError("config.json: a quantised head (quantization_config) is not supported")
+        raise ValueError("a quantised head (quantization_config) is not supported")
     args = args_from_hf({**inner, "architectures": None, "tie_word_embeddings": False})
     types = inner.get("layer_types") or []  # of llama, too: `speculators` makes it slide
     if sliding := tuple(i for i, kind in enumerate(types) if kind == "sliding_attention"):
@@ -190,14 +195,12 @@ def args_of_head(config: dict[str, Any]) -> ModelArgs:
 def _hidden_at(config: dict[str, Any], n_layers: int) -> tuple[int, ...]:
     """The layers of the target whose inputs the head takes; SpecForge names those before them, by their outputs."""
     key, eagle = "eagle_aux_hidden_state_layer_ids", config.get("eagle_config") or {}
-    if not isinstance(eagle, dict):
-        raise ValueError(f"config.json: eagle_config is {eagle!r:.80}; expected an object")
     found, offset = (eagle[key], 1) if eagle.get(key) is not None else (config.get(key), 0)
     found = [2, n_layers // 2, n_layers - 3] if found is None else found
     fits = isinstance(found, list) and found and all(type(i) is int and 0 <= i + offset <= n_layers for i in found)
     if not fits or found != sorted(set(found)):
         wanted = f"ascending numbers of the target's {n_layers} layers"
-        raise ValueError(f"config.json: {key} is {found!r:.80}; expected {wanted}")
+        raise ValueError(f"{key} is {found!r:.80}; expected {wanted}")
     return tuple(i + offset for i in found)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.config import read, read_layer_types, read_rope, read_window, text_config
+from fast.config import LIMITS, HfConfig, make_args, read, read_layer_types, read_rope, read_window, text_config
+from fast.reading import check
 from model import ModelArgs, Transformer
 
 # Our module -> the file's modules whose weights (and biases) are stacked in it. `{}` is the layer's number.
@@ -140,8 +141,8 @@ def _smollm3(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
     if rotated is None:
         interval = read(config, "no_rope_layer_interval", int)
         rotated = [int((i + 1) % interval != 0) for i in range(n_layers)]
-    if not isinstance(rotated, list) or len(rotated) < n_layers or any(rotates not in (0, 1) for rotates in rotated):
-        raise ValueError(f"config.json: no_rope_layers is {rotated!r:.80}; expected {n_layers} of 1 and 0")
+    if len(rotated) < n_layers or not {0, 1} >= set(rotated):
+        raise ValueError(f"no_rope_layers is {rotated!r:.80}; expected {n_layers} of 1 and 0")
     unrotated = tuple(i for i in range(n_layers) if not rotated[i])
     slides = args.get("sliding_window") and config.get("layer_types") is None
     return {"unrotated_layers": unrotated, **({"sliding_layers": unrotated} if slides else {})}
@@ -164,9 +165,9 @@ def _granite(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
 def _granite_hybrid(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
     n_experts = read(config, "num_local_experts", int, above=-1)
     if n_experts or not config.get("layer_types"):  # by default its layers have no attention
-        raise ValueError("config.json: layers with experts (num_local_experts) or without attention are not supported")
+        raise ValueError("layers with experts (num_local_experts) or without attention are not supported")
     if (kind := config.get("position_embedding_type")) not in ("rope", "nope", None):
-        raise ValueError(f"config.json: position_embedding_type is {kind!r:.80}; expected rope or nope")
+        raise ValueError(f"position_embedding_type is {kind!r:.80}; expected rope or nope")
     unrotated = () if kind == "rope" else tuple(range(args["n_layers"]))
     return {**_granite(config, args), "unrotated_layers": unrotated}
 
@@ -174,7 +175,7 @@ def _granite_hybrid(config: dict[str, Any], args: dict[str, Any]) -> dict[str, A
 def _gemma3(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
     for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
         if config.get(key):
-            raise ValueError(f"config.json: {key} is {config[key]!r:.80}, which is not supported")
+            raise ValueError(f"{key} is {config[key]!r:.80}, which is not supported")
     # Its code rounds the embeddings' scale to the weights' type, by up to 0.4 % in bfloat16, and it was trained so.
     is_bfloat16 = (config.get("dtype") or config.get("torch_dtype")) == "bfloat16"
     scale = torch.tensor(args["dim"] ** 0.5, dtype=torch.bfloat16 if is_bfloat16 else torch.float32)
@@ -183,18 +184,11 @@ def _gemma3(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _experts(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
-    n_experts, k = read(config, "num_local_experts", int, args["n_experts"]), args["experts_per_token"]
-    if not 1 < n_experts <= 4096:
-        raise ValueError(f"config.json: a layer has {n_experts} experts; expected 2 to 4096")
-    if k > n_experts:
-        raise ValueError(f"config.json: num_experts_per_tok is {k}; expected at most the {n_experts} experts there are")
-    return {"n_experts": n_experts}
+    return {"n_experts": read(config, "num_local_experts", int, args["n_experts"])}
 
 
 def _qwen3_moe(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
     dense, step = config.get("mlp_only_layers", []), read(config, "decoder_sparse_step", int, 1)
-    if not isinstance(dense, list) or not all(type(i) is int for i in dense):
-        raise ValueError(f"config.json: mlp_only_layers is {dense!r:.80}; expected a list of numbers of layers")
     dense = tuple(i for i in range(args["n_layers"]) if i in dense or (i + 1) % step)
     return {**_experts(config, args), "dense_layers": dense}
 
@@ -385,7 +379,7 @@ def family_of(config: dict[str, Any]) -> Family:
     by_type = {family.model_type: name for name, family in FAMILIES.items()}
     model_type = str(config.get("model_type"))
     names = config.get("architectures") or [by_type.get(model_type, model_type)]
-    name = str(names[0] if isinstance(names, list) else names)
+    name = names if isinstance(names, str) else names[0]
     name = ALIASES.get(name, name)
     if name not in FAMILIES:
         raise ValueError(f"architecture {name!r:.80} is not supported; supported: {', '.join(FAMILIES)}")
@@ -398,9 +392,11 @@ def args_from_hf(config: dict[str, Any]) -> ModelArgs:
     Reads what transformers 4 wrote (`rope_theta`, `rope_scaling`) and what 5 writes (`rope_parameters`).
     Raises ValueError for an architecture or a setting that this Transformer does not compute.
     """
+    check(config, HfConfig)
     family = family_of(config)
     if family.text_model:
         config = text_config(config, family.text_model)
+        check(config, HfConfig, "text_config")
     given = {key: value for key, value in config.items() if value is not None or key in NULL_IS_A_VALUE}
     config = {**family.assumed, **given}
     kinds = {field.name: field.type for field in fields(ModelArgs)}
@@ -409,11 +405,11 @@ def args_from_hf(config: dict[str, Any]) -> ModelArgs:
         default = False if kinds[name] is bool else None
         if name in ("n_kv_heads", "head_dim"):
             default = args["n_heads"] if name == "n_kv_heads" else args["dim"] // args["n_heads"]
-        args[name] = read(config, key, kinds[name], default)
+        args[name] = read(config, key, kinds[name], default, *LIMITS.get(name, ()))
     name = config.get(family.activation_key, "silu")
     if str(name) not in HF_ACTIVATIONS:
         key, supported = family.activation_key, ", ".join(HF_ACTIVATIONS)
-        raise ValueError(f"config.json: {key} {name!r:.80} is not supported; supported: {supported}")
+        raise ValueError(f"{key} {name!r:.80} is not supported; supported: {supported}")
     args["activation"] = HF_ACTIVATIONS[name]
     window = read_window(config, family.window_switch)
     types = read_layer_types(config, args["n_layers"], window, family.assumed)
@@ -425,7 +421,7 @@ def args_from_hf(config: dict[str, Any]) -> ModelArgs:
         args["sliding_layers"] = sliding
     if family.particular:
         args |= family.particular(config, args)
-    return ModelArgs(**{**args, **family.fixed})
+    return make_args({**args, **family.fixed})
 
 
 def head_order(args: ModelArgs, pairs: str) -> list[int] | None:

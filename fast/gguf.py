@@ -22,8 +22,8 @@ from fast.config import read
 from fast.families import Naming, args_from_hf
 from fast.published import Packed
 from fast.quantized import pack_nibbles
+from fast.reading import require
 from fast.stored import Part, part_of
-from fast.tokenizer import require
 from model import ModelArgs, RopeScaling
 
 MAGIC = b"GGUF"
@@ -153,7 +153,7 @@ def read_gguf(path: str | Path) -> tuple[ModelArgs, dict[str, Part], dict[str, P
         args = _args(architecture, metadata, tensors)
     except ValueError as error:  # which names the keys of config.json
         theirs = {key: f"{architecture}.{name}" for key, name in KEYS.items()}
-        message = re.sub(r"\w+", lambda word: theirs.get(word[0], word[0]), re.sub(r"^config.json:? ", "", str(error)))
+        message = re.sub(r"\w+", lambda word: theirs.get(word[0], word[0]), str(error))
         raise ValueError(f"{path}: {message}") from error
     factors = (LLAMA3_FACTORS, *LONGROPE_FACTORS.values())
     parts, packed = {}, {}

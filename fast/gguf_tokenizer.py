@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from fast.gguf import read_header
 from fast.ranks import LLAMA3_SPLIT
-from fast.tokenizer import require
+from fast.reading import require
 
 # Names of pre-tokenizers -> the patterns that split a text into words, one after the other.
 # https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp names the models.

@@ -7,7 +7,7 @@ args = args_from_params(params, shapes)
 from pathlib import Path
 from typing import Any
 
-from fast.config import rope_factors
+from fast.config import make_args, read, rope_factors
 from fast.families import Naming
 from model import ModelArgs, RopeScaling
 
@@ -44,22 +44,25 @@ def args_from_params(params: dict[str, Any], shapes: dict[str, tuple[int, ...]])
     """
     if missing := {"layers.0.feed_forward.w1.weight", "tok_embeddings.weight"} - shapes.keys():
         raise ValueError(f"consolidated.*.pth: missing tensors: {', '.join(sorted(missing))}")
-    theta, scaled = float(params.get("rope_theta", 1e4)), params.get("use_scaled_rope", False)
-    head_dim = params.get("head_dim") or params["dim"] // params["n_heads"]
+    dim, n_heads = read(params, "dim", int), read(params, "n_heads", int)
+    theta, scaled = read(params, "rope_theta", float, 1e4, above=1), read(params, "use_scaled_rope", bool, False)
+    head_dim = read(params, "head_dim", int, dim // n_heads, above=1)
     context = {1e6: 16384, 5e5: 8192}.get(theta, 4096)  # CodeLlama, Llama 3, Llama 2
-    factor = 32.0 if params["dim"] < 4096 else 8.0  # Llama 3.2 (1B and 3B); 3.1 and 3.3
-    return ModelArgs(
-        dim=params["dim"],
-        n_layers=params["n_layers"],
-        n_heads=params["n_heads"],
-        n_kv_heads=params.get("n_kv_heads") or params["n_heads"],
-        head_dim=head_dim,
-        hidden_dim=shapes["layers.0.feed_forward.w1.weight"][0],
-        vocab_size=shapes["tok_embeddings.weight"][0],
-        context_length=params.get("max_seq_len") or (131072 if scaled else context),
-        norm_eps=params["norm_eps"],
-        rope_theta=theta,
-        rope_scaling=RopeScaling(rope_factors("llama3", factor, theta, head_dim)) if scaled else None,
-        tie_embeddings="output.weight" not in shapes,
-        sliding_window=params.get("sliding_window"),
+    factor = 32.0 if dim < 4096 else 8.0  # Llama 3.2 (1B and 3B); 3.1 and 3.3
+    return make_args(
+        {
+            "dim": dim,
+            "n_layers": params["n_layers"],
+            "n_heads": n_heads,
+            "n_kv_heads": params.get("n_kv_heads") or n_heads,
+            "head_dim": head_dim,
+            "hidden_dim": shapes["layers.0.feed_forward.w1.weight"][0],
+            "vocab_size": shapes["tok_embeddings.weight"][0],
+            "context_length": params.get("max_seq_len") or (131072 if scaled else context),
+            "norm_eps": params["norm_eps"],
+            "rope_theta": theta,
+            "rope_scaling": RopeScaling(rope_factors("llama3", factor, theta, head_dim)) if scaled else None,
+            "tie_embeddings": "output.weight" not in shapes,
+            "sliding_window": params.get("sliding_window"),
+        }
     )

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from fast.cli import say
-from fast.tokenizer import Tokenizer, read_text
+from fast.reading import read_text
+from fast.tokenizer import Tokenizer
 from tp import Ranks
 
 DEFAULT = "Emma could not"  # for the demo

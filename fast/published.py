@@ -72,7 +72,7 @@ def check(config: dict[str, Any]) -> str | None:
         return None
     method = given.get("quant_method") if isinstance(given, dict) else given
     if not isinstance(given, dict) or method not in ("gptq", "awq", "compressed-tensors", "fp8"):
-        raise ValueError(f"config.json: weights quantised by {method!r:.80} are not supported; supported: {SUPPORTED}")
+        raise ValueError(f"weights quantised by {method!r:.80} are not supported; supported: {SUPPORTED}")
     for settings in _settings(given, method):
         _block(settings)
         kind = "float-quantized" if settings.get("format") == "float-quantized" else method
@@ -80,7 +80,7 @@ def check(config: dict[str, Any]) -> str | None:
             value = settings.get(key)
             if not any(value == one and type(value) is type(one) for one in allowed):
                 found = f"{method} with {key} {value!r:.80}"
-                raise ValueError(f"config.json: {found} is not supported; supported: {SUPPORTED}")
+                raise ValueError(f"{found} is not supported; supported: {SUPPORTED}")
     return method
 
 
@@ -93,7 +93,7 @@ def _settings(given: dict[str, Any], method: str) -> Iterator[dict[str, Any]]:
     for group in groups.values() if groups and isinstance(groups, dict) else [groups]:
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
-            raise ValueError(f"config.json: config_groups has {group!r:.80}; expected an object with weights")
+            raise ValueError(f"config_groups has {group!r:.80}; expected an object with weights")
         yield {**given, **{key: value for key, value in group.items() if value is not None}, **weights}
 
 
@@ -103,7 +103,7 @@ def _block(settings: dict[str, Any]) -> tuple[int, int] | None:
         if (block := settings.get(key)) is not None:
             sizes = block.split("x") if isinstance(block, str) else block
             if not isinstance(sizes, list) or not re.fullmatch(r"[1-9]\d* [1-9]\d*", " ".join(map(str, sizes))):
-                raise ValueError(f"config.json: {key} is {block!r:.80}; expected two sizes, such as [128, 128]")
+                raise ValueError(f"{key} is {block!r:.80}; expected two sizes, such as [128, 128]")
             return int(sizes[0]), int(sizes[1])
     return None
 

@@ -21,7 +21,7 @@ multiply by dequantised weights in plain PyTorch; `layers.speed_up` replaces the
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -179,6 +179,19 @@ SETTINGS: dict[str, tuple] = {
 }
 # The modes of checkpoints that others quantised (`fast/published.py`, `fast/gguf.py`).
 PUBLISHED = ("gptq", "awq", "compressed-tensors", "fp8", "gguf")
+
+
+class Scheme(TypedDict, total=False):
+    """What a checkpoint records of its quantisation, see `swap_linears`."""
+
+    mode: Required[str]
+    skip: list[str]
+    groupsize: int
+    bits: int | str
+    scales: str
+    zeros: str
+    ordered: list[str]
+    others: dict[str, dict[str, Any]]
 
 
 def quantized_linears(model: nn.Module, scheme: dict[str, Any]) -> Iterator[tuple[str, nn.Linear]]:

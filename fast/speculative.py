@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fast.checkpoint import load_model, read_json
+from fast.checkpoint import load_model
 from fast.compiling import compile_step
 from fast.decoding import (
     Steps,
@@ -46,6 +46,7 @@ from fast.families import is_eagle_head
 from fast.layers import in_one_region
 from fast.lookup import PromptLookup
 from fast.pace import Agree, Pace
+from fast.reading import read_json
 from fast.sampling import Sampling, draw
 from fast.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer

@@ -11,16 +11,15 @@ however long the text is, and a list is decoded as a stream.
 
 import codecs
 import contextlib
-import importlib
 import json
 import re
 from collections.abc import Iterable
-from datetime import datetime
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 from fast.ranks import CHAR_TO_BYTE, from_tekken, from_tiktoken
+from fast.reading import check, read_json, read_text, reading, require
+from fast.template import render
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json")  # the first of them that is there is used
 # The codec error handler "surrogateescape" turns an undecodable byte into one of these characters.
@@ -28,6 +27,43 @@ _ESCAPED_TO_REPLACEMENT = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
 # The tokenizer classes of transformers 4 that replace a tokenizer.json's post-processor by what `add_bos_token` says.
 # DeepSeek's models rely on it: their post-processor adds nothing. (transformers 5 does not read `add_bos_token`.)
 ADD_BOS_TOKEN_DECIDES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+
+
+class AddedToken(TypedDict, total=False):
+    """A token that texts are split at."""
+
+    content: Required[str]
+    lstrip: bool
+    rstrip: bool
+    single_word: bool
+    normalized: bool
+    special: bool
+
+
+class NamedTemplate(TypedDict):
+    name: str
+    template: str
+
+
+class TokenizerConfig(TypedDict, total=False):
+    """What is read of tokenizer_config.json and, in older directories, special_tokens_map.json."""
+
+    tokenizer_class: str | None
+    added_tokens_decoder: dict[str, AddedToken]
+    extra_special_tokens: dict[str, str | AddedToken] | list[str | AddedToken] | None
+    additional_special_tokens: dict[str, str | AddedToken] | list[str | AddedToken] | None
+    bos_token: str | AddedToken | None
+    eos_token: str | AddedToken | None
+    unk_token: str | AddedToken | None
+    add_bos_token: bool | None
+    legacy: bool | None
+    chat_template: str | list[NamedTemplate] | None
+
+
+class Ends(TypedDict, total=False):
+    """What config.json and generation_config.json say of the ends of texts."""
+
+    eos_token_id: int | list[int] | None
 
 
 class Tokenizer:
@@ -71,7 +107,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"not UTF-8 text: {error.object[error.start]!r} after {error.start} characters") from None
-        ids = self._backend.encode(text, bos)
+        with reading("the tokenizer"):
+            ids = self._backend.encode(text, bos)
         if ids[:2] == [self.bos_id] * 2 and bos and text.startswith(self.bos_token):
             del ids[0]
         if self.vocab_size > self._n_rows and (beyond := [i for i in ids if i >= self._n_rows]):
@@ -109,13 +146,9 @@ class Tokenizer:
             raise ValueError("the model has no chat template: pass a plain prompt, or add chat_template.jinja")
         if not messages:
             raise ValueError("no messages to apply the chat template to: pass at least one")
-        jinja2 = require("jinja2")
         messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
-        inputs = {"tools": None, "documents": None, **self._backend.special, **self.template_args, "messages": messages}
-        try:
-            return _compile_template(self._template).render(inputs, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"chat template: {error}") from error
+        inputs = {"tools": None, "documents": None, **self._backend.special, **self.template_args}
+        return render(self._template, {**inputs, "messages": messages, "add_generation_prompt": add_generation_prompt})
 
 
 class IncrementalDecoder:
@@ -139,14 +172,6 @@ class IncrementalDecoder:
         return self._utf8.decode(b"", final=True).translate(_ESCAPED_TO_REPLACEMENT)
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte-order mark. Raises ValueError naming the file if it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-
-
 def load_tokenizer(path: str | Path, model_vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a model directory, or of the directory of a checkpoint file, or in a GGUF file.
 
@@ -160,7 +185,11 @@ def load_tokenizer(path: str | Path, model_vocab_size: int | None = None) -> Tok
     Raises FileNotFoundError if there is no tokenizer, ValueError naming the file if one is damaged, and
     ImportError with the command to run if the package for its format is missing.
     """
-    path = Path(path)
+    with reading(path):
+        return _load(Path(path), model_vocab_size)
+
+
+def _load(path: Path, model_vocab_size: int | None) -> Tokenizer:
     if path.is_file():
         from fast.gguf import is_gguf  # imports torch
 
@@ -179,7 +208,7 @@ def load_tokenizer(path: str | Path, model_vocab_size: int | None = None) -> Tok
     data = path.read_bytes()
     if not data.strip():
         raise ValueError(f"{path}: the file is empty, download it again")
-    config = _read_json(directory / "tokenizer_config.json")
+    config = read_json(directory / "tokenizer_config.json", TokenizerConfig, optional=True)
     special, added = _read_special_tokens(directory, config)
     # As in transformers: a fine-tune's config.json may still name the end of the model that it was made from.
     stop_ids = _read_eos(directory / "generation_config.json") or _read_eos(directory / "config.json")
@@ -362,10 +391,13 @@ def _read_special_tokens(directory: Path, config: dict[str, Any]) -> tuple[dict[
         for token_id, token in config["added_tokens_decoder"].items():
             found[token["content"]] = {**token, "id": int(token_id)}
     else:  # older directories keep them in files of their own
-        config = config | _read_json(directory / "special_tokens_map.json")
-        for content, token_id in _read_json(directory / "added_tokens.json").items():
+        config = config | read_json(directory / "special_tokens_map.json", TokenizerConfig, optional=True)
+        for content, token_id in read_json(directory / "added_tokens.json", dict[str, int], optional=True).items():
             found[content] = {"content": content, "id": token_id}
+    if wrong := [token for token in found.values() if not 0 <= token["id"] < 2**31]:
+        raise ValueError(f"the added token {wrong[0]['content']!r:.80} has the id {wrong[0]['id']}; expected 0 or more")
     named = {key: v for key, v in config.items() if key.endswith("_token") and v and isinstance(v, str | dict)}
+    check(named, dict[str, str | AddedToken])
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     for value in [*named.values(), *(extra.values() if isinstance(extra, dict) else extra)]:
         token = value if isinstance(value, dict) else {"content": value}
@@ -376,11 +408,8 @@ def _read_special_tokens(directory: Path, config: dict[str, Any]) -> tuple[dict[
 
 
 def _read_eos(path: Path) -> list[int]:
-    value = _read_json(path).get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token_id, int) for token_id in ids):
-        raise ValueError(f"{path}: eos_token_id is {value!r}, expected an integer or a list of integers")
-    return ids
+    value = read_json(path, Ends, optional=True).get("eos_token_id")
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _read_template(directory: Path, config: dict[str, Any]) -> str:
@@ -391,53 +420,3 @@ def _read_template(directory: Path, config: dict[str, Any]) -> str:
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
     return template
-
-
-@cache
-def _compile_template(source: str):
-    """Compile an untrusted template, in a sandbox with the settings and extras of transformers."""
-    jinja2, sandbox, ext = require("jinja2"), require("jinja2.sandbox"), require("jinja2.ext")
-
-    class Generation(ext.Extension):  # {% generation %} marks the assistant's words for training
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body).set_lineno(line)
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, **options):  # jinja2's own escapes HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    env = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    env.filters["tojson"] = tojson
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return env.from_string(source)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
-
-
-def require(module: str, by: str = "tokenizer"):
-    """The optional `module`; ImportError says which package to install for what needs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ImportError(f"this {by} needs the package {package}: pip install {package}") from error

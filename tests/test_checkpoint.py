@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fast.checkpoint import load_model, open_checkpoint, save_checkpoint
-from fast.config import args_from_dict, rope_factors
+from fast.config import make_args, rope_factors
 from fast.layers import speed_up
 from model import RopeScaling
 
@@ -266,10 +266,10 @@ def test_a_tensor_in_two_files_is_an_error(copy):
     [
         ("config.json", None, "model has no config.json"),
         ("config.json", "{", "config.json: not JSON: "),
-        ("config.json", "[1]", "config.json: expected a JSON object"),
+        ("config.json", "[1]", "config.json: it is .1.; expected an object"),
         ("model.safetensors.index.json", "\xff{", "index.json: not JSON: "),
-        ("model.safetensors.index.json", "{}", "index.json: no weight_map"),
-        ("model.safetensors.index.json", '{"weight_map": {"a": 1}}', "index.json: no weight_map"),
+        ("model.safetensors.index.json", "{}", "index.json: it has no weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 1}}', "index.json: weight_map.a is 1; expected a text"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "../x"}}', "names '../x', which is outside"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "/etc/hosts"}}', "names '/etc/hosts', which is outside"),
         (
@@ -384,7 +384,7 @@ def test_truncated_pth(tiny, tmp_path):
         ([1], "expected a dict of tensors"),
         ({"a": torch.ones(1)}, "not a checkpoint in this project's format 1"),
         ({"format": 2, "config": {}, "quantization": None, "model": {}}, "not a checkpoint in this project's format 1"),
-        ({"format": 1, "config": {"dim": 3}, "quantization": None, "model": {}}, "missing fields"),
+        ({"format": 1, "config": {"dim": 3}, "quantization": None, "model": {}}, "it has no context_length"),
     ],
 )
 def test_pth_of_something_else(tmp_path, content, message):
@@ -425,7 +425,7 @@ def test_saved_file_is_an_ordinary_torch_file(tiny, tmp_path):
         content = torch.load(paths[0], weights_only=True, mmap=mapped)
         assert content.keys() == {"format", "config", "quantization", "model"}
         assert (content["format"], content["quantization"]) == (1, None)
-        assert args_from_dict(content["config"]) == checkpoint.args
+        assert make_args(content["config"]) == checkpoint.args
         for name, stored in checkpoint.tensors.items():
             assert torch.equal(content["model"][name], stored.load("cpu", torch.bfloat16))
 

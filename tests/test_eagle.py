@@ -180,12 +180,12 @@ BAD_CONFIGS = [
     ({"eagle_config": None}, r"layer_ids is \[2, 1, -1\]; expected ascending numbers of the target's 2 layers"),
     ({"draft_vocab_size": 60}, r"has a d2t of \[64\] in torch.int64; expected integers, one for each of its 60 tokens"),
     ({"draft_vocab_size": 2**31}, "expected integers, one for each of its 2147483648 tokens"),
-    ({"head_dim": 2**31}, r"q_proj.weight is \[64, 128\], expected \[8589934592, 128\]"),
+    ({"head_dim": 2**31}, "head_dim is 2147483648; expected a whole number above 1, up to 10000"),
     ({"draft_vocab_size": "many"}, "draft_vocab_size is 'many'; expected a whole number"),
     ({"norm_before_residual": 1}, "norm_before_residual is 1; expected true or false"),
     ({"fc_norm": True}, "missing tensors: fc_norm.0.weight"),
     ({"num_hidden_layers": 2}, "missing tensors: layers.1.input_layernorm.weight"),
-    ({"transformer_layer_config": [1]}, r"the head's layers are of type \[1\]; supported: llama, qwen3"),
+    ({"transformer_layer_config": [1]}, r"transformer_layer_config is \[1\]; expected an object"),
     ({"model_type": "mistral"}, "the head's layers are of type 'mistral'; supported: llama, qwen3"),
 ]
 

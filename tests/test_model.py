@@ -16,7 +16,7 @@ from conftest import FAMILIES
 import quantize
 from fast import families
 from fast.checkpoint import load_model, open_checkpoint
-from fast.config import args_from_dict, rope_factors
+from fast.config import make_args, rope_factors
 from fast.quantized import KV_DTYPES, GroupedLinear, QuantizedKVCache, quantize_kv
 from model import RopeScaling, Transformer
 from scripts.bench.presets import PRESETS
@@ -142,49 +142,45 @@ def test_bfloat16_is_as_close_as_bfloat16_can_be(tiny, idx):
 # --- the configuration ----------------------------------------------------------------------------------------------
 
 
-def test_from_dict_inverts_asdict():
+def test_make_args_inverts_asdict():
     for args in PRESETS.values():
-        assert args_from_dict(dataclasses.asdict(args)) == args
-    config = dataclasses.asdict(PRESETS["llama-3.2-1b"])
-    del config["dim"]
-    with pytest.raises(ValueError, match=r"unknown fields \['width'\], missing fields \['dim'\]"):
-        args_from_dict({**config, "width": 1})
+        assert make_args(dataclasses.asdict(args)) == args
+
+
+PRESET = dataclasses.asdict(PRESETS["llama-3.2-1b"])
 
 
 @pytest.mark.parametrize(
-    ("family", "old"),
+    ("change", "message"),
     [
-        ("llama-linear", {"type": "linear", "factor": 4.0}),
-        ("llama-llama3", {"type": "llama3", "factor": 8.0, "original_context_length": 32}),
-        (
-            "llama-yarn",
-            {
-                "type": "yarn", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 32.0,
-                "original_context_length": 32, "attention_factor": 1.06482162537, "truncate": False,
-            },
-        ),
-        (
-            "phi3-long",
-            {
-                "type": "longrope", "factor": 8.0, "attention_factor": 1.3228756555,
-                "original_context_length": 16, "short_factors": (1.0, 1.1, 1.2, 1.5, 2.0, 3.0),
-                "long_factors": (1.0, 1.5, 3.0, 6.0, 12.0, 24.0),
-            },
-        ),
+        ({"width": 1}, "it has an unknown field 'width'"),
+        ({"dim": "2048"}, "dim is '2048'; expected a whole number"),
+        ({"dim": True}, "dim is True; expected a whole number"),
+        ({"head_dim": 0}, "head_dim is 0; expected a number above 1, up to 10000"),
+        ({"norm_eps": -1e-5}, "norm_eps is -1e-05; expected a number above 0, up to 1000"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan; expected a number above 0, up to 1000"),
+        ({"n_layers": 10**6}, "n_layers is 1000000; expected a number above 0, up to 1000"),
+        ({"n_kv_heads": 0}, "n_kv_heads is 0; expected a number above 0, up to 10000"),
+        ({"context_length": 2**40}, "context_length is 1099511627776; expected a number above 0, up to 1.67772e[+]07"),
+        ({"sliding_layers": 5}, "sliding_layers is 5; expected a tuple or null"),
+        ({"sliding_layers": (1, 16)}, r"sliding_layers is \(1, 16\); expected numbers of the 16 layers"),
+        ({"rotary_dim": 66}, "rotary_dim is 66; expected at most head_dim, 64"),
+        ({"activation": "relu"}, "activation is 'relu'; expected silu or gelu_tanh"),
+        ({"n_experts": 8}, "experts_per_token is 0; expected at most the 8 experts there are"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling has an unknown field 'factor'"),
+        ({"rope_scaling": {"attention_factor": 8.0}}, "rope_scaling has no factors"),
+        ({"rope_scaling": {"factors": (1.0, None)}}, "rope_scaling.factors.1 is None; expected a number"),
+        ({"rope_scaling": {"factors": (1.0,)}}, r"rope_scaling has \(1.0,\); expected 32 numbers above 0"),
     ],
-)  # fmt: skip
-def test_a_file_from_before_factors_means_the_same(tiny, family, old):
-    """`RopeScaling` had a type and that type's settings."""
-    args = load_model(tiny(family)[1], dtype=torch.float32).args
-    defaults = {
-        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context_length": 8192, "attention_factor": 1.0,
-        "truncate": True, "short_factors": (), "long_factors": (),
-    }  # fmt: skip
-    old = {**defaults, **old}
-    found = args_from_dict({**dataclasses.asdict(args), "rope_scaling": old})
-    found, expected = dataclasses.asdict(found.rope_scaling), dataclasses.asdict(args.rope_scaling)
-    assert found.pop("attention_factor") == pytest.approx(expected.pop("attention_factor"))
-    assert found == expected
+)
+def test_arguments_that_no_model_has_are_an_error(change, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make_args(PRESET | change)
+
+
+def test_arguments_that_are_missing_are_an_error():
+    with pytest.raises(ValueError, match="^it has no dim$"):
+        make_args({name: value for name, value in PRESET.items() if name != "dim"})
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------

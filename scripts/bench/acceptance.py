@@ -29,10 +29,11 @@ from fast.cli import DEMO, Parser, check_at_least, check_report, exit_code, reso
 from fast.compiling import set_compile_flags
 from fast.decoding import Steps
 from fast.prompts import encode_chat
+from fast.reading import read_text
 from fast.rows import Row, run_rows
 from fast.sampling import Sampling
 from fast.speculative import SpeculativeSteps, pace_of
-from fast.tokenizer import Tokenizer, read_text
+from fast.tokenizer import Tokenizer
 from scripts.bench.command_line import report
 from tp import ALONE
 
