@@ -250,14 +250,14 @@ def run_batch(
 
 
 def check_memory(models: list[Transformer], n_rows: int, room: int, args: argparse.Namespace) -> None:
-    """Raise ValueError if caches of `room` positions in `n_rows` rows are more than the device has memory for."""
-    needed, free = 0, free_memory(args.device)
+    """Raise ValueError if `n_rows` rows with caches of `room` positions are more than the device has memory for."""
+    needed, free = 16 * n_rows * models[0].args.vocab_size, free_memory(args.device)  # logits, and what is drawn from
     for model in models:
         model.setup_caches(1, 1, kv_dtype=resolve_kv_dtype(args))
         needed += n_rows * room * bytes_per_position(model)
     if needed > free:
         raise ValueError(
-            f"a KV cache of {n_rows} x {room} tokens takes {needed / 1e9:.1f} GB, {args.device} has "
+            f"a KV cache of {n_rows} x {room} tokens, with logits, takes {needed / 1e9:.1f} GB, {args.device} has "
             f"{free / 1e9:.1f} GB free: lower --batch_size or --max_seq_length, or store less with --kv_dtype int8"
         )
 

@@ -868,7 +868,7 @@ def test_a_closed_stdout_is_no_error(checkpoint):
         (["--top_p", 0.5, "--top_k", 5], "--temperature 0 takes the likeliest token: leave out --top_k, --top_p$"),
         (
             ["--batch_size", 10**20],
-            rf"a KV cache of {10**20} x [0-9]+ tokens takes [0-9.]+ GB, cpu has [0-9.]+ GB free",
+            rf"a KV cache of {10**20} x [0-9]+ tokens, with logits, takes [0-9.]+ GB, cpu has [0-9.]+ GB free",
         ),
         (["--max_seq_length", 10**15], rf"a KV cache of 1 x {10**15} tokens takes [0-9.]+ GB, cpu has"),
         (["--interactive", "--batch_size", 2], "--interactive is a conversation of one: leave out --batch_size"),

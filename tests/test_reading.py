@@ -115,4 +115,4 @@ def test_bad_inputs_work_or_are_refused_in_one_line(tmp_path):
     found = list(fuzz_inputs.verdicts(0, range(500), bases))
     assert [case for case in found if case[2] == "wrong"] == []
     counts = Counter(verdict for _, _, verdict, _ in found)
-    assert counts["refused"] > 250 and counts["right"] > 50  # else the cases are not what they should be
+    assert min(counts["refused"], counts["right"]) > 50  # else the cases are not what they should be
