@@ -13,7 +13,6 @@ import mmap
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -28,6 +27,7 @@ from torch import Tensor
 import tp
 from fast import families, gguf, meta, published
 from fast.config import make_args
+from fast.files import beside
 from fast.layers import speed_up
 from fast.quantized import Scheme, swap_linears
 from fast.reading import check, read_json, reading
@@ -35,6 +35,7 @@ from fast.stored import Part, Stored, part_of
 from model import ModelArgs, Transformer
 
 FORMAT = 1
+ZIP_START = b"PK\x03\x04"  # of every file that torch.save writes; without it torch.load refuses the file
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of weights that are not quantised
 IGNORED_TENSORS = ("*.rotary_emb.*", "rope.freqs")  # computed, not learned; older files hold them
@@ -203,21 +204,21 @@ def save_checkpoint(
     with FakeTensorMode():  # allocates no memory
         reserved = {name: torch.empty(tuple(shape), dtype=dtype) for name, (shape, dtype, _) in tensors.items()}
     content = {"format": FORMAT, "config": dataclasses.asdict(args), "quantization": quantization, "model": reserved}
-    with naming(path), tempfile.TemporaryDirectory(prefix=target.name, suffix=".tmp", dir=target.parent) as folder:
-        temporary = Path(folder) / "archive.pth"  # torch.save writes this name into the file
+    with naming(path), beside(target) as folder:
+        temporary = folder / "archive.pth"  # torch.save writes this name into the file
         try:
             with torch.serialization.skip_data(materialize_fake_tensors=True):
                 torch.save(content, temporary)  # by name: Ctrl-C must not interrupt an open file's Python methods
         except RuntimeError:
             _reserve(temporary, sum(tensor.nbytes for tensor in reserved.values()))  # OSError if the disk is full
             raise
-        _reserve(temporary, temporary.stat().st_size)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             mapped = torch.load(temporary, mmap=True, weights_only=True)["model"]
+        _write_start(temporary, bytes(len(ZIP_START)))  # so that a file left half filled cannot be loaded
+        _reserve(temporary, temporary.stat().st_size)
         for name, (_, _, fill) in tensors.items():
             fill(mapped[name])
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
+        _write_start(temporary, ZIP_START)
         os.replace(temporary, target)
 
 
@@ -230,6 +231,14 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write_start(path: Path, start: bytes) -> None:
+    """Overwrite the first bytes of the file, and wait until all of it is on disk."""
+    with open(path, "r+b") as file:
+        file.write(start)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _reserve(path: Path, n_bytes: int) -> None:

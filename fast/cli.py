@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from fast.checkpoint import foreign, load_model, naming, weight_files
 from fast.compiling import missing_compiler
+from fast.files import beside
 from fast.gguf import is_gguf
 from fast.layers import kernels_missing
 from fast.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
@@ -275,9 +276,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Of a symbolic link, the file it points to is replaced. A device, a pipe and our own output are written into.
     """
     target, stream = Path(os.path.realpath(path)), _stream(path)
-    place = target.parent if stream is None else None
-    with naming(path), tempfile.TemporaryDirectory(prefix=path.name, suffix=".tmp", dir=place) as folder:
-        temporary = Path(folder) / path.name  # with its suffix, which may decide the format
+    with naming(path), beside(target if stream is None else Path(tempfile.gettempdir()) / path.name) as folder:
+        temporary = folder / path.name  # with its suffix, which may decide the format
         yield temporary
         if stream is None:
             os.replace(temporary, target)

@@ -870,7 +870,7 @@ def test_a_closed_stdout_is_no_error(checkpoint):
             ["--batch_size", 10**20],
             rf"a KV cache of {10**20} x [0-9]+ tokens, with logits, takes [0-9.]+ GB, cpu has [0-9.]+ GB free",
         ),
-        (["--max_seq_length", 10**15], rf"a KV cache of 1 x {10**15} tokens takes [0-9.]+ GB, cpu has"),
+        (["--max_seq_length", 10**15], rf"a KV cache of 1 x {10**15} tokens, with logits, takes [0-9.]+ GB, cpu has"),
         (["--interactive", "--batch_size", 2], "--interactive is a conversation of one: leave out --batch_size"),
         (["--interactive", "--profile", "x", "--num_samples", 2], "leave out --num_samples, --profile"),
         (["--interactive", "--prompt_lookup", "--compare"], "leave out --compare"),
