@@ -35,7 +35,6 @@ from fast.stored import Part, Stored, part_of
 from model import ModelArgs, Transformer
 
 FORMAT = 1
-ZIP_START = b"PK\x03\x04"  # of every file that torch.save writes; without it torch.load refuses the file
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of weights that are not quantised
 IGNORED_TENSORS = ("*.rotary_emb.*", "rope.freqs")  # computed, not learned; older files hold them
@@ -203,7 +202,13 @@ def save_checkpoint(
         raise ValueError(f"cannot write {path}: it is not a regular file")
     with FakeTensorMode():  # allocates no memory
         reserved = {name: torch.empty(tuple(shape), dtype=dtype) for name, (shape, dtype, _) in tensors.items()}
-    content = {"format": FORMAT, "config": dataclasses.asdict(args), "quantization": quantization, "model": reserved}
+        unfinished = torch.empty((), dtype=torch.int64)  # 0 in the file, and so no known format, until all is filled
+    content = {
+        "format": unfinished,
+        "config": dataclasses.asdict(args),
+        "quantization": quantization,
+        "model": reserved,
+    }
     with naming(path), beside(target) as folder:
         temporary = folder / "archive.pth"  # torch.save writes this name into the file
         try:
@@ -212,13 +217,14 @@ def save_checkpoint(
         except RuntimeError:
             _reserve(temporary, sum(tensor.nbytes for tensor in reserved.values()))  # OSError if the disk is full
             raise
-        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            mapped = torch.load(temporary, mmap=True, weights_only=True)["model"]
-        _write_start(temporary, bytes(len(ZIP_START)))  # so that a file left half filled cannot be loaded
         _reserve(temporary, temporary.stat().st_size)
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            mapped = torch.load(temporary, mmap=True, weights_only=True)
         for name, (_, _, fill) in tensors.items():
-            fill(mapped[name])
-        _write_start(temporary, ZIP_START)
+            fill(mapped["model"][name])
+        mapped["format"].fill_(FORMAT)
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, target)
 
 
@@ -231,14 +237,6 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _write_start(path: Path, start: bytes) -> None:
-    """Overwrite the first bytes of the file, and wait until all of it is on disk."""
-    with open(path, "r+b") as file:
-        file.write(start)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _reserve(path: Path, n_bytes: int) -> None:
