@@ -5,6 +5,7 @@ Large files are redirected to a CDN, as on the real hub: here the same server un
 The protocol: https://huggingface.co/docs/hub/api and the source of huggingface_hub.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -26,15 +27,18 @@ def listing(name: str, data: bytes) -> dict:
 
 
 class Hub:
-    """A running hub: set `repos`, `gated` and `faults`, read `requests`.
+    """A running hub: set `repos`, `gated`, `listings` and `faults`, read `requests`.
 
-    `faults[name]` says, request by request, what goes wrong with a file: `("cut", n)` or `("stall", n)` after n bytes,
-    `"down"` (status 503), or bytes to serve in place of the file's own.
+    `listings[repo]` is what is sent in place of the repository's listing. `faults[name]` says, request by request, what
+    goes wrong with a file, or with the listing, whose name is "": `("cut", n)`, `("stall", n)`, `("pause", n)` or
+    `("trickle", n)` after n bytes: a stall is cut at last, a pause ends, a trickle is a byte every tenth of a second;
+    `("headers", {...})`, with status 302 or 429; `"down"` (status 503), or bytes to serve in place of the file's own.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
+        self.listings: dict[str, bytes] = {}
         self.faults: dict[str, list] = {}
         self.requests: list[tuple[str, dict[str, str]]] = []  # path, headers by their names in lower case
         self.resume = threading.Event()  # ends a stall
@@ -66,6 +70,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_) -> None:
         pass
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # the client has gone
+            super().handle()
 
     def answer(self, status: int, headers: dict | None = None, body: bytes = b"", send: int | None = None) -> None:
         self.send_response(status)
@@ -100,12 +108,15 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             files = [listing(name, data) for name, data in self.hub.repos[repo].items()]
             body = json.dumps({"id": repo, "sha": COMMIT, "siblings": files}).encode()
-            self.answer(200, {"Content-Type": "application/json"}, body)
+            self.do_file("", self.hub.listings.get(repo, body))
 
     def do_file(self, name: str, data: bytes) -> None:
         fault = self.hub.faults[name].pop(0) if self.hub.faults.get(name) else None
         if fault == "down":
             self.answer(503)
+            return
+        if isinstance(fault, tuple) and fault[0] == "headers":
+            self.answer(302 if "Location" in fault[1] else 429, fault[1])
             return
         data = fault if isinstance(fault, bytes) else data
         start = int(self.headers.get("Range", "bytes=0-")[6:].split("-")[0])
@@ -113,7 +124,12 @@ class _Handler(BaseHTTPRequestHandler):
         stop = fault[1] if isinstance(fault, tuple) else None
         self.answer(206 if start else 200, {"Accept-Ranges": "bytes", **ranged}, data[start:], send=stop)
         if stop is not None:
-            if fault[0] == "stall":
+            if fault[0] in ("stall", "pause"):
                 self.hub.resume.wait(20)
+            if fault[0] == "pause":
+                self.wfile.write(data[start + stop :])
+                return
+            while fault[0] == "trickle" and not self.hub.resume.wait(0.1):
+                self.wfile.write(data[stop : stop + 1])
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True

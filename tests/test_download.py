@@ -1,6 +1,6 @@
 """`scripts/download.py`: which files are chosen, and the command line against a local hub, failures included.
 
-Usage: python -m pytest tests/test_download.py. huggingface_hub writes in pieces of 10 MiB, hence the 12 MiB shard.
+Usage: python -m pytest tests/test_download.py. A command's limit on waiting is shortened where a test meets it.
 """
 
 import hashlib
@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_server import Hub
+from hub_server import COMMIT, Hub, listing
+from huggingface_hub import file_download, hf_api
 
+import scripts.download as download_script
 from scripts.download import check_config, choose_files, shards_of
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +33,7 @@ WANTED = {
     SHARDS[0]: random.Random(1).randbytes(12 * MIB),
     SHARDS[1]: random.Random(2).randbytes(MIB // 4),
 }
+SHA256 = hashlib.sha256(WANTED[SHARDS[0]]).hexdigest()
 UNWANTED = ["README.md", "modeling_evil.py", "consolidated.safetensors", "pytorch_model.bin", "original/params.json"]
 
 
@@ -62,11 +65,32 @@ def run(tmp_path, endpoint, *args, **env):
     return process.returncode, out, err
 
 
+def run_impatient(tmp_path, endpoint):
+    """Run the command on REPO with a limit of a second on its waits."""
+    program = "import sys; sys.path.insert(0, 'scripts'); import download; download.PATIENCE = 1; "
+    command = [sys.executable, "-c", program + "sys.exit(download.main())"]
+    command += ["--checkpoint_dir", str(tmp_path / "checkpoints"), REPO]
+    env = environment(tmp_path, endpoint)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30)
+    return done.returncode, done.stdout, done.stderr
+
+
 def assert_complete(tmp_path):
     directory = tmp_path / "checkpoints" / REPO
     found = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
     assert found.keys() == WANTED.keys()
     assert all(found[name] == data for name, data in WANTED.items())  # no diff of megabytes when it fails
+
+
+def wait_for_partial(tmp_path, process):
+    """The unfinished file of the first shard, once it holds something."""
+    partial = tmp_path / "checkpoints" / REPO / f"{SHARDS[0]}.{SHA256[:12]}.incomplete"
+    deadline = time.monotonic() + 20
+    while not partial.exists() or not partial.stat().st_size:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return partial
 
 
 def assert_error(result, *words):
@@ -147,27 +171,24 @@ def test_a_cut_connection_is_taken_up_again_by_the_next_run(hub, tmp_path):
     hub.faults.clear()
     assert run(tmp_path, hub.url, REPO)[0] == 0
     assert_complete(tmp_path)
-    assert [headers["range"] for headers in hub.headers(f"cdn/{REPO}")[:1]] == [f"bytes={10 * MIB}-"]
+    assert [headers["range"] for headers in hub.headers(f"cdn/{REPO}")[:1]] == [f"bytes={11 * MIB}-"]
     assert set(hub.fetched()) == set(SHARDS)
 
 
 def test_ctrl_c_says_how_to_resume_and_the_next_run_does(hub, tmp_path):
     hub.faults[SHARDS[0]] = [("stall", 11 * MIB)]
     process = start(tmp_path, hub.url, REPO)
-    deadline = time.monotonic() + 20
-    while not any(path.stat().st_size for path in (tmp_path / "checkpoints").glob(f"{REPO}/{SHARDS[0]}*.incomplete")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    partial = wait_for_partial(tmp_path, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
     assert (process.returncode, err) == (130, "\nstopped; run the same command again to resume\n")
 
+    arrived = partial.stat().st_size
     hub.resume.set()
     hub.requests.clear()
     assert run(tmp_path, hub.url, REPO)[0] == 0
     assert_complete(tmp_path)
-    assert hub.headers(f"cdn/{REPO}")[0]["range"] == f"bytes={10 * MIB}-"
+    assert hub.headers(f"cdn/{REPO}")[0]["range"] == f"bytes={arrived}-"
 
 
 def test_damaged_bytes_are_never_given_the_files_name(hub, tmp_path):
@@ -250,6 +271,156 @@ def test_a_model_that_cannot_run_is_refused_before_its_weights_are_fetched(hub, 
     hub.repos[REPO] = {"config.json": json.dumps(config).encode(), "model.safetensors": b"gigabytes"}
     assert_error(run(tmp_path, hub.url, REPO), "weights quantised by 'bitsandbytes' are not supported")
     assert hub.fetched() == ["config.json"]
+
+
+def in_listing(**changes):
+    """A listing of WANTED; the changes are to the entry of the first shard."""
+    files = [listing(name, data) for name, data in WANTED.items()]
+    files[3] |= changes
+    return {"id": REPO, "sha": COMMIT, "siblings": files}
+
+
+LISTINGS = {
+    "no object": [],
+    "no name": {"sha": COMMIT, "siblings": []},
+    "siblings null": in_listing() | {"siblings": None},
+    "siblings a number": in_listing() | {"siblings": 3},
+    "siblings of text": in_listing() | {"siblings": ["config.json"]},
+    "siblings of null": in_listing() | {"siblings": [None]},
+    "commit a path": in_listing() | {"sha": "../../x"},
+    "commit a number": in_listing() | {"sha": 12},
+    "name a number": in_listing(rfilename=7),
+    "name null": in_listing(rfilename=None),
+    "size a text": in_listing(size="12 MB"),
+    "size negative": in_listing(size=-1),
+    "size a fraction": in_listing(size=1.5),
+    "size true": in_listing(size=True),
+    "size huge": in_listing(size=10**400),
+    "no sha256": in_listing(lfs={"size": 1, "pointerSize": 1}),
+    "sha256 null": in_listing(lfs={"size": 1, "pointerSize": 1, "sha256": None}),
+    "sha256 a path": in_listing(lfs={"size": 1, "pointerSize": 1, "sha256": "../" * 20 + "x"}),
+    "sha256 escapes": in_listing(lfs={"size": 1, "pointerSize": 1, "sha256": SHA256[:-1] + "\n"}),
+    "lfs a text": in_listing(lfs="yes"),
+    "blob a path": in_listing(lfs=None, blobId="../../../x"),
+}
+LIES = {name: json.dumps(content).encode() for name, content in LISTINGS.items()}
+LIES |= {"empty": b"", "web page": b"<html>Sign in</html>", "not UTF-8": b'{"id": "\xff"}', "deep": b"[" * 100_000}
+
+
+@pytest.fixture
+def fetch(hub, tmp_path, monkeypatch):
+    """`fetch(repo)`: download it without a process of its own; return the error, which is one line, or None."""
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(download_script.constants, "ENDPOINT", hub.url)
+    for module in (download_script.constants, file_download):  # the second has its own in huggingface_hub 0.x
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+
+    def call(repo: str = REPO) -> str | None:
+        error = None
+        try:
+            download_script.download(repo, tmp_path / "checkpoints", token="hf_secret")
+        except OSError as raised:
+            error = str(raised)
+        assert error is None or error.isprintable()
+        return error
+
+    return call
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_listing_that_lies_is_one_line(hub, tmp_path, fetch, lie):
+    hub.listings[REPO] = LIES[lie]
+    assert re.search("is it a Hugging Face hub|JSONDecodeError.*check the network and HF_ENDPOINT", fetch())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 100_000, 12 * MIB + 1, 10**18])
+def test_a_wrong_size_never_gives_a_file_its_name(hub, tmp_path, fetch, size):
+    hub.listings[REPO] = json.dumps(in_listing(size=size)).encode()
+    assert fetch()
+    assert not (tmp_path / "checkpoints" / REPO / SHARDS[0]).exists()
+    hub.listings.clear()
+    assert fetch() is None
+    assert_complete(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x.bin", "x\n.bin", "\x1b[2Jx.bin", "/x.bin"])
+def test_names_that_lie(hub, tmp_path, fetch, name):
+    """They are ignored where they are not asked for, and refused if they are."""
+    hub.repos[REPO][name] = b"evil"
+    index = json.dumps({"weight_map": {"a": name}}).encode()
+    hub.repos["org/evil"] = {"config.json": WANTED["config.json"], SHARDS[0]: b"", name: b"evil"}
+    hub.repos["org/evil"]["model.safetensors.index.json"] = index
+    hub.repos["org/none"] = {name: b"evil"}
+    assert fetch() is None
+    assert_complete(tmp_path)
+    assert "the weights' index names" in fetch("org/evil")
+    assert "no weights" in fetch("org/none")
+    assert not list(tmp_path.rglob("*x*.bin"))
+
+
+PLACES = ["http://127.0.0.1:9/x", "file:///etc/passwd", "http://[", "http://127.0.0.1:99999/", "//", "?", "\x00", ""]
+
+
+@pytest.mark.parametrize(("name", "place"), [*(("", place) for place in PLACES), (SHARDS[1], "file:///etc/passwd")])
+def test_a_redirect_to_elsewhere_is_one_line(hub, tmp_path, fetch, name, place):
+    hub.faults[name] = [("headers", {"Location": place})] * 50
+    assert fetch()
+    hub.faults.clear()
+    assert fetch() is None
+    assert_complete(tmp_path)
+
+
+WAITS = [(name, (kind, 9)) for name in ("", "config.json") for kind in ("stall", "trickle")]
+WAITS += [("", ("headers", {"Retry-After": 100001})), (SHARDS[0], ("headers", {"Retry-After": 100001}))]
+
+
+@pytest.mark.parametrize(("name", "fault"), [*WAITS, (SHARDS[0], ("stall", 11 * MIB))])
+def test_waits_are_bounded_and_the_next_run_resumes(hub, tmp_path, fetch, name, fault):
+    hub.faults[name] = [fault] * 9
+    code, _, err = run_impatient(tmp_path, hub.url)
+    assert code == 2, err
+    assert "Traceback" not in err
+    refused = fault[0] == "headers" and not name
+    reason = "answered 429" if refused else "sent nothing, or next to nothing, for 1 seconds"
+    assert err.splitlines()[-1].startswith(f"error: {hub.url} {reason}"), err
+    assert err.endswith("run the same command again to resume\n")
+    hub.resume.set()
+    hub.faults.clear()
+    hub.requests.clear()
+    assert fetch() is None
+    assert_complete(tmp_path)
+    assert ("range" in hub.headers("/resolve/")[0]) == (fault == ("stall", 11 * MIB))
+
+
+def test_of_two_downloads_at_once_the_second_waits(hub, tmp_path):
+    hub.faults[SHARDS[0]] = [("pause", 11 * MIB)]
+    first = start(tmp_path, hub.url, REPO)
+    partial = wait_for_partial(tmp_path, first)
+    second = start(tmp_path, hub.url, REPO)
+    waiting = second.stderr.readline()
+    assert waiting == f"another process is downloading {partial.parent / SHARDS[0]}; waiting for it\n"
+    hub.resume.set()
+    for process in (first, second):
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 0, err
+    assert_complete(tmp_path)
+
+
+def test_a_download_goes_on_where_one_that_died_stopped(hub, tmp_path):
+    hub.faults[SHARDS[0]] = [("stall", 11 * MIB)]
+    first = start(tmp_path, hub.url, REPO)
+    partial = wait_for_partial(tmp_path, first)
+    second = start(tmp_path, hub.url, REPO)
+    assert "waiting" in second.stderr.readline()
+    hub.requests.clear()
+    first.kill()
+    first.communicate()
+    assert second.wait(timeout=30) == 0, second.stderr.read()
+    assert_complete(tmp_path)
+    assert "range" in hub.headers(f"cdn/{REPO}")[0]
+    assert not partial.exists()
 
 
 @pytest.mark.parametrize(
