@@ -1,4 +1,4 @@
-"""fast/cli.py: files are written whole, where they are to be, or an error names them; devices; finding a checkpoint.
+"""Files are written whole, where they are to be, or an error names them, also if processes die; devices; checkpoints.
 
     python -m pytest tests/test_files.py
 
@@ -7,6 +7,7 @@ Worth knowing: a test that hands a real device to code which replaces files woul
 
 import gzip
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -18,9 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fast import cli
+from fast import cli, files
 from fast.checkpoint import load_model, open_checkpoint, save_checkpoint
-from fast.cli import check_device, check_writable, find_checkpoint, load, profiled, write_json
+from fast.cli import check_device, check_writable, find_checkpoint, load, profiled, replacing, write_json
 
 ROOT = cli.ROOT
 DRAFT = cli.DEMO.parent / "draft"
@@ -126,6 +127,89 @@ def test_a_trace_may_be_compressed(tmp_path):
     write_trace(tmp_path / "trace.json.gz")
     with gzip.open(tmp_path / "trace.json.gz") as file:
         assert json.load(file)["traceEvents"]
+
+
+# ---- Processes that die while they write, and several at once.
+
+
+def save(path: Path, pause) -> None:
+    checkpoint = open_checkpoint(DRAFT)
+    tensors = {name: (t.shape, torch.bfloat16, t.fill) for name, t in checkpoint.tensors.items()}
+    *_, (last, (shape, dtype, fill)) = tensors.items()
+    tensors[last] = shape, dtype, lambda out: (pause(), fill(out))
+    save_checkpoint(path, checkpoint.args, tensors)
+
+
+def replace(path: Path, pause) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        pause()
+
+
+@pytest.fixture(params=[save, replace])
+def writer(request, tmp_path):
+    """(write, process, go_on): a process is half through `write(path)`, and goes on once the event is set."""
+    context = multiprocessing.get_context("fork")
+    is_writing, go_on = context.Event(), context.Event()
+    pause = lambda: (is_writing.set(), go_on.wait(60))  # noqa: E731
+    process = context.Process(target=request.param, args=(tmp_path / "x.pth", pause))
+    process.start()
+    assert is_writing.wait(30)
+    yield lambda path: request.param(path, lambda: None), process, go_on
+    process.kill()
+    process.join()
+
+
+def test_sigterm_removes_what_is_half_written(writer, tmp_path):
+    _, process, _ = writer
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == 143
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(writer, tmp_path):
+    write, process, _ = writer
+    other = tmp_path / "y.pthabcdefgh.tmp"
+    other.mkdir()
+    process.kill()
+    process.join(10)
+    (left,) = tmp_path.glob("x.pth*.tmp")
+    for unfinished in left.glob("archive.pth"):
+        with pytest.raises(ValueError, match="archive.pth: not a checkpoint in this project's format 1"):
+            load_model(unfinished)
+    write(tmp_path / "x.pth")
+    assert set(tmp_path.iterdir()) == {tmp_path / "x.pth", other}
+
+
+def test_what_a_living_process_writes_is_not_removed(writer, tmp_path):
+    write, process, go_on = writer
+    path = tmp_path / "x.pth"
+    write(path)
+    first = path.stat().st_ino
+    go_on.set()
+    process.join(10)
+    assert process.exitcode == 0
+    assert path.stat().st_ino != first  # the other's
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_locks_nothing_is_removed(writer, tmp_path, monkeypatch):
+    write, process, go_on = writer
+    monkeypatch.setattr(files, "fcntl", None)
+    write(tmp_path / "x.pth")
+    go_on.set()
+    process.join(10)
+    assert process.exitcode == 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.pth"]
+
+
+def test_runs_that_are_killed_leave_nothing_broken():
+    """A few kills; by hand, `python -m tests.kills --kills 100`."""
+    command = [sys.executable, "-m", "tests.kills", "--kills", "3"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall("^([a-z]+): 3 kills", done.stdout, re.MULTILINE) == ["convert", "quantise", "download"]
 
 
 # ---- Devices.
