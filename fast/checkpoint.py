@@ -150,6 +150,8 @@ def _open(path: Path) -> Checkpoint:
         if path.suffix in (".safetensors", ".bin") and path.is_file():
             raise ValueError(f"{path} is part of a checkpoint: give its directory, {path.parent}")
         content = _load_torch(path)
+        if content.get("format") == 0:
+            raise ValueError(f"{path}: not finished: what wrote it was stopped, and must run again")
         if content.get("format") != FORMAT or not content.keys() >= {"config", "quantization", "model"}:
             raise ValueError(f"{path}: not a checkpoint in this project's format {FORMAT}, and no directory of another")
         check(content["quantization"], Scheme | None, "quantization")

@@ -277,7 +277,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     target, stream = Path(os.path.realpath(path)), _stream(path)
     with naming(path), beside(target if stream is None else Path(tempfile.gettempdir()) / path.name) as folder:
-        temporary = folder / path.name  # with its suffix, which may decide the format
+        temporary = folder / ("new.gz" if path.suffix == ".gz" else "new")  # the profiler goes by the suffix
         yield temporary
         if stream is None:
             os.replace(temporary, target)

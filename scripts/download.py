@@ -111,16 +111,18 @@ def shards_of(index_text: str, names: list[str]) -> list[str]:
 
 def check_config(path: Path) -> None:
     """Raise ValueError if `load_model` or `load_head` would refuse the `config.json` or `params.json` at `path`."""
-    from fast import checkpoint, eagle, families, meta, published
+    from fast import eagle, families, meta, published
+    from fast.reading import read_json, reading
 
-    config = checkpoint.read_json(path)
-    if path.name == "config.json" and families.is_eagle_head(config):
-        eagle.args_of_head(config)
-    elif path.name == "config.json":
-        families.args_from_hf(config)
-        published.check(config)
-    else:
-        meta.check_params(config, path)
+    config = read_json(path)
+    with reading(path):
+        if path.name == "config.json" and families.is_eagle_head(config):
+            eagle.args_of_head(config)
+        elif path.name == "config.json":
+            families.args_from_hf(config)
+            published.check(config)
+        else:
+            meta.check_params(config, path)
 
 
 def content_hash(file: RepoSibling) -> str:

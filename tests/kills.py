@@ -1,6 +1,6 @@
 """Kill converting, quantising and downloading at random moments; the run that follows must work and leave no litter.
 
-    python -m tests.kills --kills 100
+    python tests/kills.py --kills 100
 
 Prints counts for each kind of run and signal. Worth knowing: every run is a fork of this process, which has imported
 everything, so that a moment drawn from a run's length falls into its work and not into the import of torch.
@@ -24,10 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 DRAFT = ROOT / "demo" / "draft"
 REPO = "org/model"
 CONTEXT = multiprocessing.get_context("fork")
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 
 def serve(connection, files: dict[str, bytes]) -> None:
-    from tests.hub_server import Hub
+    from hub_server import Hub
 
     with Hub() as hub:
         hub.repos[REPO] = files
@@ -125,7 +126,6 @@ def main() -> int:
     hub.start()
     os.environ |= {"HF_ENDPOINT": ours.recv(), "NO_PROXY": "*"}  # before huggingface_hub is imported
 
-    sys.path.insert(0, str(ROOT / "scripts"))
     import convert_hf_checkpoint
     import download
     import torch
