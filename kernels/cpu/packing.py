@@ -8,6 +8,7 @@
 import contextlib
 import math
 import mmap
+import threading
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ PANELS_AT_ONCE = 64  # packed at a time, to bound the temporary memory
 
 _mapping: mmap.mmap | None = None  # where `in_huge_pages` puts the next tensor, at offset `_taken`
 _taken = 0
+_lock = threading.Lock()  # of the two: threads may load models at once
 
 
 def pack_bf16(weight: Tensor) -> Tensor:
@@ -88,11 +90,12 @@ def in_huge_pages(*shape: int) -> Tensor:
     if not hasattr(mmap, "MADV_HUGEPAGE") or size == 0:
         return torch.empty(shape, dtype=torch.uint8)
     global _mapping, _taken
-    if _mapping is None or _taken + size > len(_mapping):
-        _mapping = mmap.mmap(-1, max(-(-size // HUGE_PAGE), 128) * HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a Linux kernel without huge pages
-            _mapping.madvise(mmap.MADV_HUGEPAGE)
-        _taken = 0
-    tensor = torch.frombuffer(_mapping, dtype=torch.uint8, count=size, offset=_taken)
-    _taken += -(-size // CACHE_LINE) * CACHE_LINE
+    with _lock:
+        if _mapping is None or _taken + size > len(_mapping):
+            _mapping = mmap.mmap(-1, max(-(-size // HUGE_PAGE), 128) * HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):  # a Linux kernel without huge pages
+                _mapping.madvise(mmap.MADV_HUGEPAGE)
+            _taken = 0
+        tensor = torch.frombuffer(_mapping, dtype=torch.uint8, count=size, offset=_taken)
+        _taken += -(-size // CACHE_LINE) * CACHE_LINE
     return tensor.view(shape)
