@@ -121,7 +121,9 @@ def precompile_header() -> None:
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    if any(Path(default_cache_dir(), "precompiled_headers").glob("*.[gp]ch")):
+    headers = Path(default_cache_dir(), "precompiled_headers")
+    remove_cut_headers(headers)
+    if any(headers.glob("*.[gp]ch")):
         return
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
@@ -133,6 +135,23 @@ def precompile_header() -> None:
 
     flags = contextvars.copy_context()  # Inductor's settings are per thread
     threading.Thread(target=flags.run, args=(compile,), daemon=True).start()
+
+
+def remove_cut_headers(headers: Path) -> None:
+    """Remove the precompiled headers whose compiler was killed: Inductor takes any for whole, and then cannot compile.
+
+    While Inductor makes one, it holds a lock, and there is a folder beside it, which a killed process leaves behind.
+    """
+    for beside in headers.glob("*.h_CxxBuild"):
+        from filelock import FileLock, Timeout
+
+        header = beside.name.removesuffix("_CxxBuild")
+        lock = FileLock(headers / "locks" / f"{header.removesuffix('.h')}.lock", timeout=0)
+        with contextlib.suppress(Timeout, OSError), lock:  # held: another process is making it
+            if beside.exists():
+                for cut in headers.glob(f"{header}.[gp]ch"):
+                    cut.unlink()
+                beside.rmdir()
 
 
 def missing_compiler() -> str | None:
