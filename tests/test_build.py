@@ -1,0 +1,80 @@
+"""What is built once and kept in a cache: the CPU's kernels and Inductor's precompiled header, damaged or out of place.
+
+python -m pytest tests/test_build.py
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from fast.compiling import remove_cut_headers
+from kernels.cpu import build
+
+ROOT = Path(__file__).parent.parent
+needs_kernels = pytest.mark.skipif(build.load() is not None, reason=str(build.load()))
+
+
+def load(environment: dict[str, str], before: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", f"{before}\nfrom kernels.cpu import build\nprint(build.load())"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+
+
+@pytest.fixture
+def compiler(tmp_path) -> str:
+    """A compiler that is done at once: it copies the library that has been built before."""
+    script = tmp_path / "c++"
+    target = 'while [ "$1" != -o ]; do shift; done'
+    links = f'case "$*" in *-shared*) {target}; cp {build._find()} "$2";; *-c*) {target}; : > "$2";; esac'
+    script.write_text(f"#!/bin/sh\n{links}\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+@needs_kernels
+@pytest.mark.parametrize("damage", ["cut", "zeros", "older"])
+def test_a_damaged_library_is_built_anew(tmp_path, compiler, damage):
+    folder, whole = tmp_path / "cache", build._find()
+    folder.mkdir()
+    kept = shutil.copy(whole, folder)
+    if damage == "cut":
+        os.truncate(kept, whole.stat().st_size // 2)
+    elif damage == "zeros":
+        Path(kept).write_bytes(bytes(whole.stat().st_size))
+    else:  # whose name had no hash
+        os.rename(kept, folder / f"{build._name()}.so")
+    for builds in (True, False):
+        done = load({**os.environ, "TORCH_EXTENSIONS_DIR": str(folder), "CXX": compiler})
+        assert done.stdout.strip() == "None"
+        assert ("building" in done.stderr) == builds
+    assert (folder / whole.name).read_bytes() == whole.read_bytes()
+
+
+@needs_kernels
+def test_a_user_without_a_home_has_a_folder_of_their_own(tmp_path, compiler):
+    environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "TORCH_EXTENSIONS_DIR")}
+    environment |= {"TMPDIR": str(tmp_path), "CXX": compiler}
+    nobody = "import pwd\ndef unknown(uid): raise KeyError(uid)\npwd.getpwuid = unknown"
+    folder = tmp_path / f"torch_extensions-{os.getuid()}"
+    assert load(environment, nobody).stdout.strip() == "None"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    assert load(environment, nobody).stdout.strip().endswith(f"others can write to {folder}")
+
+
+def test_a_header_whose_compiler_was_killed_is_removed(tmp_path):
+    """Inductor leaves the folder `CxxBuild` when it is killed; it holds the lock while a compiler runs."""
+    (tmp_path / "locks").mkdir()
+    for name in ("cut", "being-made", "whole"):
+        (tmp_path / f"{name}.h.gch").write_text("gpch")
+        if name != "whole":
+            (tmp_path / f"{name}.h_CxxBuild").mkdir()
+    with FileLock(tmp_path / "locks" / "being-made.lock"):
+        remove_cut_headers(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.gch")) == ["being-made.h.gch", "whole.h.gch"]
+    assert [path.name for path in tmp_path.glob("*_CxxBuild")] == ["being-made.h_CxxBuild"]
+    remove_cut_headers(tmp_path / "none")
