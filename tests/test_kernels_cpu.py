@@ -6,6 +6,7 @@ Worth knowing: the reference is float32 arithmetic on the dequantised weights; t
 bfloat16, which alone is a relative error of up to 0.4 %.
 """
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -13,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from fuzz_operators import REFUSED, RIGHT, fuzz
 
 from fast.checkpoint import load_model
 from fast.decoding import build_steps, stream
@@ -111,6 +114,29 @@ def test_tensors_in_huge_pages_lie_side_by_side(monkeypatch):
     if hasattr(mmap, "MADV_HUGEPAGE"):
         assert tensors[3].data_ptr() - tensors[2].data_ptr() == 1 << 20
     assert packing.in_huge_pages(300 << 20).nbytes == 300 << 20  # larger than a mapping, 256 MiB
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="needs huge pages")
+def test_two_threads_get_memory_of_their_own(monkeypatch):
+    """Without a lock both would wait inside, where the place of the next tensor has been read but not moved on."""
+    inside, frombuffer = threading.Barrier(2), torch.frombuffer
+
+    def wait(*args, **kwargs):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            inside.wait(0.2)
+        return frombuffer(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "frombuffer", wait)
+    with ThreadPoolExecutor(2) as pool:
+        tensors = [future.result() for future in [pool.submit(packing.in_huge_pages, 100) for _ in range(2)]]
+    assert tensors[0].data_ptr() != tensors[1].data_ptr()
+
+
+def test_odd_calls_are_right_or_refused():
+    """A crash would end another process."""
+    counts, bad = fuzz(calls=150)
+    assert not bad
+    assert min(counts[RIGHT], counts[REFUSED]) > 30
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 9, 16, 17, 40, 300])
@@ -499,6 +525,14 @@ def test_prefetched_weights_may_be_freed(two_threads):
         packing._mapping = None  # or weights packed later would share it and keep it alive
         results = cpu.in_one_region(step)(packed[:n])
         assert all(close(y, reference) for y, reference in zip(results, expected[:n], strict=True))
+
+
+def test_many_rows_in_a_team(variant, two_threads):
+    """Without AVX-512 PyTorch multiplies them, which in a team lost the part of the second thread."""
+    x, weight = normal(40, 320).bfloat16(), normal(320, 320).bfloat16()
+    (y,) = cpu.in_one_region(multiply)(x, packing.pack_bf16(weight))
+    assert close(y, x.float() @ weight.float().T)
+    assert torch.get_num_threads() == 2
 
 
 def test_a_team_inside_a_team_and_beside_another(two_threads):

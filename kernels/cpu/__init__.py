@@ -72,7 +72,7 @@ def attention(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> Att
 def in_one_region(step: Callable[..., Any]) -> Callable[..., Any]:
     """`step` led by a team of threads (`threads.h`), which between kernels prefetch the weights used next.
 
-    Other operators run on one thread inside it.
+    Other operators run on one thread inside it, but oneDNN's (a product of bfloat16) give wrong results there.
     """
 
     def run(*args: Any) -> Any:

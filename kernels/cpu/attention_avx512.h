@@ -131,7 +131,7 @@ INLINE_AVX512 __m512 power_of_2(__m512 x) {
 // Mask of the slots that a query at `position` sees, among the 16 from `slot` on.
 inline __mmask16 seen(const Attention& c, int64_t slot, int64_t position) {
   const int64_t before = c.window ? std::clamp<int64_t>(position - c.window + 1 - slot, 0, LANES) : 0;
-  const int64_t until = std::clamp<int64_t>(position + 1 - slot, 0, LANES);
+  const int64_t until = std::clamp<int64_t>(std::min(position + 1, c.L) - slot, 0, LANES);
   return __mmask16(((1 << until) - 1) & ~((1 << before) - 1));
 }
 
@@ -147,7 +147,7 @@ INLINE_AVX512 std::pair<float, float> weigh(const Attention& c, float* scores, i
                                             const float* k_scales, const float* v_scales, Row& row, bf16* weights) {
   __m512 greatest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
   __m512i top = _mm512_setzero_si512();  // bits of floats >= 0, as which NaN is the greatest
-  const bool all = first + n <= position + 1 && (!c.window || first > position - c.window);
+  const bool all = first + n <= std::min(position + 1, c.L) && (!c.window || first > position - c.window);
   const auto lanes_at = [&](int64_t i) { return all ? __mmask16(0xFFFF) : seen(c, first + i, position); };
   for (int64_t i = 0; i < n; i += LANES) {
     const __mmask16 lanes = lanes_at(i);

@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t MAX_ROWS = 16;       // rows of x; more are a prefill
 constexpr int64_t ROWS_AT_ONCE = 256;  // rows of x in a prefill: as many as the cache holds beside a panel
+constexpr int64_t FAR = 1LL << 40;     // positions and windows from here on are the same: no cache is as long
 constexpr int64_t SCRATCH = 1 << 20;   // elements of the weight that are unpacked at a time for at::mm
 
 Kernels chosen = available().front();
@@ -28,9 +29,11 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype = at::kBFloat16) { 
 
 // y = x W^T for many rows: unpacks as many panels as the cache holds to rows of bf16, calls at::mm, and so on.
 void by_matrices(Kind kind, const Call& c, const at::Tensor& x, at::Tensor& y) {
-  const int64_t bytes = panel_bytes(kind, c.K, c.G), at_once = std::max<int64_t>(1, SCRATCH / (LANES * c.K));
+  const int64_t bytes = panel_bytes(kind, c.K, c.G), at_once = std::max<int64_t>(1, SCRATCH / (LANES * std::max<int64_t>(1, c.K)));
   at::Tensor scratch = empty({std::min(at_once, panels(c.N)) * LANES, c.K});
   bf16* rows = static_cast<bf16*>(scratch.data_ptr());
+  const int threads = omp_get_max_threads();  // oneDNN divides x.mm among as many, and in a step there is one
+  if (leader.in_step) omp_set_num_threads(1);
   for (int64_t p = 0; p < panels(c.N); p += at_once) {
     const int64_t n = std::min(at_once, panels(c.N) - p);
     at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
@@ -39,6 +42,7 @@ void by_matrices(Kind kind, const Call& c, const at::Tensor& x, at::Tensor& y) {
     const int64_t n_rows = std::min(n * LANES, c.N - p * LANES);
     y.narrow(1, p * LANES, n_rows).copy_(x.mm(scratch.narrow(0, 0, n_rows).t()));
   }
+  omp_set_num_threads(threads);
 }
 
 struct Inputs {  // what `Call::inputs` and `Call::groups` point to
@@ -98,7 +102,7 @@ void many_rows(Kind kind, Call c) {
 // Calls `work(m)` for every row m; few rows are not worth a second thread.
 template <class Work>
 void by_rows(int64_t n_rows, int64_t columns, const Work& work) {
-  at::parallel_for(0, n_rows, std::max<int64_t>(1, 32768 / columns), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, n_rows, 32768 / std::clamp<int64_t>(columns, 1, 32768), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) work(m);
   });
 }
@@ -114,7 +118,8 @@ struct Fused {
 
 // Multiplies each row of x with the weights of its token's experts, or, of `k` rows a token, of one expert each; y [T k, N].
 void by_experts(Kind kind, const Call& c, const at::Tensor& x, const at::Tensor& experts, int64_t n_experts) {
-  const int64_t M = experts.numel(), per_row = M / x.size(0), bytes = panels(c.N) * panel_bytes(kind, c.K, c.G);
+  const int64_t M = experts.numel(), per_row = M / std::max<int64_t>(1, x.size(0));
+  const int64_t bytes = panels(c.N) * panel_bytes(kind, c.K, c.G);
   const int64_t* chosen_by = static_cast<const int64_t*>(experts.const_data_ptr());
   std::vector<int64_t> begins(n_experts + 1), order(M);
   for (int64_t i = 0; i < M; ++i) {
@@ -153,6 +158,23 @@ void by_experts(Kind kind, const Call& c, const at::Tensor& x, const at::Tensor&
   by_rows(M, c.N, [&](int64_t i) { std::memcpy(c.y + order[i] * c.N, results + i * c.N, 2 * c.N); });
 }
 
+// The sizes of x [M, K] and of a packed weight [N, K], or one such for each expert, in bytes each, if the two fit.
+struct Sizes {
+  int64_t M, K, bytes, n_experts;
+};
+Sizes check(Kind kind, const at::Tensor& x, const at::Tensor& packed, int64_t N, int64_t G, bool of_experts = false) {
+  TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kBFloat16, "x must be bfloat16 [M, K], not ", x.scalar_type(), " ", x.sizes());
+  const int64_t M = x.size(0), K = x.size(1), multiple = kind == BF16 ? 2 : kind == INT8 ? 4 : G;
+  TORCH_CHECK(N >= 0 && N <= INT32_MAX && K <= INT32_MAX, N, " outputs of ", K, " inputs are not possible");
+  TORCH_CHECK(K % multiple == 0, K, " inputs are not a multiple of ", multiple);
+  TORCH_CHECK(packed.scalar_type() == at::kByte, "the weight is ", packed.scalar_type(), ", not packed in bytes");
+  const int64_t bytes = panels(N) * panel_bytes(kind, K, G);
+  const int64_t n_experts = of_experts && bytes ? std::max<int64_t>(1, int64_t(packed.nbytes()) / bytes) : 1;
+  TORCH_CHECK(packed.is_contiguous() && int64_t(packed.nbytes()) == n_experts * bytes, "the weight has ", packed.nbytes(),
+              " bytes, not ", n_experts * bytes);
+  return {M, K, bytes, n_experts};
+}
+
 const bf16* bf16_data(const at::Tensor& x, at::IntArrayRef sizes, const char* name) {
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.is_contiguous() && x.sizes() == sizes, name, " must be bfloat16 ", sizes,
               ", contiguous, not ", x.scalar_type(), " ", x.sizes());
@@ -163,7 +185,7 @@ at::Tensor normalized(const at::Tensor& x, const at::Tensor& norm, double eps) {
   const int64_t K = x.size(1);
   const bool is_bf16 = norm.scalar_type() != at::kFloat;
   const void* weight = is_bf16 ? bf16_data(norm, {K}, "the norm") : norm.const_data_ptr();
-  TORCH_CHECK(is_bf16 || (norm.is_contiguous() && norm.numel() == K), "the norm must have ", K, " weights");
+  TORCH_CHECK(is_bf16 || (norm.is_contiguous() && norm.sizes() == at::IntArrayRef(K)), "the norm must have ", K, " weights");
   at::Tensor y = empty(x.sizes());
   const bf16* from = static_cast<const bf16*>(x.const_data_ptr());
   bf16* to = static_cast<bf16*>(y.data_ptr());
@@ -174,14 +196,14 @@ at::Tensor normalized(const at::Tensor& x, const at::Tensor& norm, double eps) {
 // The k most probable of E experts for every row of x [T, K], after an RMSNorm, and their probabilities, both [T, k].
 std::tuple<at::Tensor, at::Tensor> route(const at::Tensor& x_any, const at::Tensor& packed, int64_t E, int64_t k, bool normalizes,
                                          const at::Tensor& norm, double eps) {
-  TORCH_CHECK(x_any.dim() == 2 && x_any.scalar_type() == at::kBFloat16, "x must be bfloat16 [T, K]");
-  TORCH_CHECK(int64_t(packed.nbytes()) == panels(E) * panel_bytes(BF16, x_any.size(1), 1), "the router has ", packed.nbytes(), " bytes");
+  const auto [T, K, bytes, n_experts] = check(BF16, x_any, packed, E, 1);
+  TORCH_CHECK(k >= 0 && k <= E && K > 0, k, " of ", E, " experts cannot be chosen by ", K, " inputs");
   const at::Tensor x = normalized(x_any.contiguous(), norm, eps);
-  const int64_t T = x.size(0), K = x.size(1);
   at::Tensor experts = empty({T, k}, at::kLong), weights = empty({T, k}, at::kFloat);
   const bf16* rows = static_cast<const bf16*>(x.const_data_ptr());
   int64_t* ids = static_cast<int64_t*>(experts.data_ptr());
   float* shares = static_cast<float*>(weights.data_ptr());
+  if (!experts.numel()) return {experts, weights};
   std::vector<float> scores(T * E);
   std::vector<Call> calls;
   for (int64_t t = 0; t < T; t += MAX_ROWS)
@@ -207,13 +229,8 @@ std::tuple<at::Tensor, at::Tensor> route(const at::Tensor& x_any, const at::Tens
 
 at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed, int64_t N, int64_t G, const Fused& fused,
                     Pairs pairs = {}) {
-  TORCH_CHECK(x_any.dim() == 2 && x_any.scalar_type() == at::kBFloat16, "x must be bfloat16 [M, K]");
-  const int64_t K = x_any.size(1), expected = panels(N) * panel_bytes(kind, K, G);
-  const int64_t n_experts = fused.experts && expected ? int64_t(packed.nbytes()) / expected : 1;
-  TORCH_CHECK(packed.scalar_type() == at::kByte, "the weight is ", packed.scalar_type(), ", not packed in bytes");
-  TORCH_CHECK(packed.is_contiguous() && int64_t(packed.nbytes()) == n_experts * expected, "the weight has ", packed.nbytes(),
-              " bytes, not ", n_experts * expected);
-  int64_t M = x_any.size(0);
+  const auto [n_rows, K, bytes, n_experts] = check(kind, x_any, packed, N, G, fused.experts.has_value());
+  int64_t M = n_rows;
   at::Tensor experts, weights;
   if (fused.experts) {
     experts = fused.experts->contiguous();
@@ -236,7 +253,7 @@ at::Tensor multiply(Kind kind, const at::Tensor& x_any, const at::Tensor& packed
   const Call c{static_cast<const bf16*>(x.const_data_ptr()), static_cast<const uint8_t*>(packed.const_data_ptr()), out,
                nullptr, nullptr, M, N, K, G, pairs};
   if (leader.in_step && fused.experts)
-    leader.team->multiplies(packed, expected, static_cast<const int64_t*>(experts.const_data_ptr()), M == experts.size(1) ? M : 0);
+    leader.team->multiplies(packed, bytes, static_cast<const int64_t*>(experts.const_data_ptr()), M == experts.size(1) ? M : 0);
   else if (leader.in_step)
     leader.team->multiplies(packed, packed.nbytes());
   if (fused.experts)
@@ -277,7 +294,6 @@ at::Tensor bf16_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N,
 }
 at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& packed, int64_t N, const Maybe& bias, const Maybe& norm, double eps,
                        const Maybe& residual, std::string activation, const Maybe& experts, const Maybe& weights) {
-  TORCH_CHECK(x.size(-1) % 4 == 0, x.size(-1), " inputs are not a multiple of 4");
   return multiply(INT8, x, packed, N, INPUTS_PER_SCALE, {bias, norm, eps, residual, activation, experts, weights});
 }
 // form: the kind of the pairs, plus 8 for 8 bits; 16: FP8. (In one number: an operator's argument takes 0.2 us.)
@@ -293,10 +309,12 @@ at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& packed, int64_t
 
 // Packs rows of bf16 [N, K] into panels, by transposing squares of 16 x 16 pairs; the last panel is padded with zeros.
 void pack_bf16(const at::Tensor& weight, at::Tensor& out) {
-  const int64_t N = weight.size(0), K = weight.size(1), n_pairs = K / 2;
-  TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() && K % 2 == 0,
+  TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() && weight.size(1) % 2 == 0,
               "the weight must be contiguous bfloat16 [N, K] with an even K");
-  TORCH_CHECK(int64_t(out.nbytes()) == panels(N) * panel_bytes(BF16, K, 1), "the panels have ", out.nbytes(), " bytes");
+  const int64_t N = weight.size(0), K = weight.size(1), n_pairs = K / 2;
+  TORCH_CHECK(out.scalar_type() == at::kByte && out.is_contiguous() && N <= INT32_MAX && K <= INT32_MAX &&
+              int64_t(out.nbytes()) == panels(N) * panel_bytes(BF16, K, 1), "the panels must be contiguous bytes, not ",
+              out.scalar_type(), " ", out.sizes());
   const uint32_t* rows = static_cast<const uint32_t*>(weight.const_data_ptr());
   uint32_t* packed = static_cast<uint32_t*>(out.data_ptr());
   at::parallel_for(0, panels(N), 1, [&](int64_t begin, int64_t end) {
@@ -366,18 +384,22 @@ void attend(const Attention& c, int64_t B, bool is_int8, bf16* y) {
 at::Tensor decode_attention(const at::Tensor& q_any, const at::Tensor& k, const at::Tensor& v, const at::Tensor& positions_any,
                             int64_t window, const std::optional<at::Tensor>& k_scales, const std::optional<at::Tensor>& v_scales) {
   TORCH_CHECK(chosen.attend[0], "attention needs AVX-512 with bf16");
+  TORCH_CHECK(q_any.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must have four dimensions");
   const int64_t B = q_any.size(0), H = q_any.size(1), S = q_any.size(2), D = q_any.size(3), KV = k.size(1), L = k.size(2);
   const bool is_int8 = k.scalar_type() == at::kChar;
   TORCH_CHECK(q_any.scalar_type() == at::kBFloat16 && (is_int8 || k.scalar_type() == at::kBFloat16) && v.scalar_type() == k.scalar_type(),
               "q must be bfloat16, k and v too or both int8");
-  TORCH_CHECK(k.sizes() == v.sizes() && k.dim() == 4 && k.size(0) == B && k.size(3) == D && KV > 0 && L > 0 && H % KV == 0,
+  TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == B && k.size(3) == D && KV > 0 && L > 0 && H % KV == 0,
               "k and v of shape ", k.sizes(), " and ", v.sizes(), " do not fit q of shape ", q_any.sizes());
   TORCH_CHECK(positions_any.scalar_type() == at::kLong && positions_any.sizes() == at::IntArrayRef({B, S}),
               "positions must be int64 [B, S]");
-  TORCH_CHECK(D > 0 && k.stride(3) == 1 && v.stride(3) == 1, "a head must be contiguous");
+  TORCH_CHECK(k.stride(3) == 1 && v.stride(3) == 1, "a head must be contiguous");
+  TORCH_CHECK(window >= 0, "a window of ", window, " slots is not possible");
+  at::Tensor y = empty({B, H, S, D});
+  if (!y.numel()) return y;
   Attention c{};
+  TORCH_CHECK(is_int8 == k_scales.has_value() && is_int8 == v_scales.has_value(), "int8 keys and values need scales, others take none");
   if (is_int8) {
-    TORCH_CHECK(k_scales && v_scales, "int8 keys and values need scales");
     for (const at::Tensor& scales : {*k_scales, *v_scales})
       TORCH_CHECK(scales.scalar_type() == at::kFloat && scales.sizes() == at::IntArrayRef({B, KV, L}) && scales.stride(2) == 1 &&
                   scales.strides() == k_scales->strides(), "scales must be float32 [B, KV, L], laid out alike");
@@ -385,10 +407,12 @@ at::Tensor decode_attention(const at::Tensor& q_any, const at::Tensor& k, const 
     c.scale_strides[0] = k_scales->stride(0), c.scale_strides[1] = k_scales->stride(1);
   }
   const at::Tensor q = q_any.contiguous(), positions = positions_any.contiguous();
-  at::Tensor y = empty({B, H, S, D});
+  const int64_t* given = static_cast<const int64_t*>(positions.const_data_ptr());
+  std::vector<int64_t> places(given, given + B * S);
+  for (int64_t& position : places) position = std::clamp<int64_t>(position, -1, FAR);
   c.q = static_cast<const bf16*>(q.const_data_ptr()), c.k = k.const_data_ptr(), c.v = v.const_data_ptr();
-  c.positions = static_cast<const int64_t*>(positions.const_data_ptr());
-  c.KV = KV, c.M = H / KV * S, c.S = S, c.L = L, c.D = D, c.window = window, c.P = (D + 31) / 32 * 32;
+  c.positions = places.data(), c.window = std::min(window, FAR);
+  c.KV = KV, c.M = H / KV * S, c.S = S, c.L = L, c.D = D, c.P = (D + 31) / 32 * 32;
   for (int i = 0; i < 3; ++i) c.k_strides[i] = k.stride(i), c.v_strides[i] = v.stride(i);
   c.scale = 1.44269504f / std::sqrt(float(D));
   attend(c, B, is_int8, static_cast<bf16*>(y.data_ptr()));
