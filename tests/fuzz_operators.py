@@ -237,12 +237,11 @@ def fuzz(calls: int, asan: bool = False) -> tuple[Counter, list[str]]:
             os.environ["TORCH_EXTENSIONS_DIR"] = folder
             build.FLAGS += ASAN
             build._build()
-            preload = subprocess.check_output([build.compiler(), "-print-file-name=libasan.so"], text=True).strip()
-            environment = {
-                **os.environ,
-                "LD_PRELOAD": preload,
-                "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
-            }
+            libraries = ("libasan.so", "libstdc++.so")  # the second, or exceptions would end the process
+            ask = [[build.compiler(), f"-print-file-name={library}"] for library in libraries]
+            preload = " ".join(subprocess.check_output(command, text=True).strip() for command in ask)
+            options = "detect_leaks=0:allocator_may_return_null=1"
+            environment = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": options}
         while len(found) < calls:
             command = [sys.executable, "-m", "tests.fuzz_operators", "--from", str(len(found)), "--calls", str(calls)]
             child = subprocess.run(
