@@ -346,7 +346,11 @@ def work(seed: int, bases: Path) -> None:
 
     import torch
 
+    from fast import metrics, template
+
     torch.set_num_threads(1)
+    template.SECONDS = 1
+    metrics.measure_bandwidth = lambda device: 1e10  # a tenth of a second, which says nothing here
     resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30,) * 2)
     answers = os.fdopen(os.dup(1), "w")
     numbers = os.fdopen(os.dup(0))
