@@ -252,6 +252,8 @@ def check_writable(path: Path) -> None:
 def check_report(path: Path) -> None:
     """Raise ValueError if figures or a trace cannot be written to `path`, or would replace something else."""
     check_writable(path)
+    if not str(path).isprintable():  # which the profiler leaves out
+        raise ValueError(f"cannot write {path}: its name has characters that cannot be printed")
     if _stream(path) is None and path.is_file():
         with open(path, "rb") as file:
             if not re.match(rb'\s*(\{\s*"(model|schemaVersion)"|\x1f\x8b|\Z)', file.read(64)):
@@ -360,8 +362,11 @@ def exit_code(work: Callable[[], Any], ranks: Ranks = ALONE, stopped: str = "sto
     except (ValueError, OSError, ImportError) as error:
         ranks.report_error(f"error: {one_line(str(error))}")
         return ranks.exit(2)
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(r"out of memory|can't allocate memory", str(error)):
+            raise
         found = ". ".join(str(error).split(". ")[:2])  # what was asked for; more is about the allocator
+        found = one_line(found.rpartition("Allocator: ")[2] or "out of memory")
         ranks.report_error(f"error: {found}: quantise the model, or make texts or batches smaller")
         return ranks.exit(2)
     except KeyboardInterrupt:

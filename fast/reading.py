@@ -1,8 +1,10 @@
 """Files that others made, read and checked: what is wrong with one is a ValueError, a line that names the file.
 
-config = read_json(folder / "tokenizer_config.json", TokenizerConfig)
-with reading(path):
-    ...  # whatever goes wrong in here is said of `path`
+    config = read_json(folder / "tokenizer_config.json", TokenizerConfig)
+    with reading(path):
+        ...  # whatever goes wrong in here is said of `path`
+
+What is no fault of the file passes: a missing package, a full disk, Ctrl-C.
 """
 
 import contextlib

@@ -1,6 +1,8 @@
 """Chat templates: programs that come with a checkpoint, run in jinja2's sandbox within bounds of time and memory.
 
-text = render(source, {"messages": [...], "add_generation_prompt": True})
+    text = render(source, {"messages": [...], "add_generation_prompt": True})
+
+The sandbox keeps a template from what is not its own; it does not keep it from computing for ever.
 """
 
 import contextlib

@@ -817,6 +817,16 @@ def test_help_says_every_default(capsys):
     ]
 
 
+def test_a_terminal_that_lacks_a_character_gets_a_question_mark(monkeypatch, checkpoint, tmp_path):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    flags = ["--prompt", "A m\u00f6dule", "--max_new_tokens", "2", "--metrics_path", str(tmp_path / "figures.json")]
+    assert generate.main(["--checkpoint_path", str(checkpoint), *flags]) == 0
+    out.flush()
+    assert out.buffer.getvalue().startswith(b"A m?dule")
+    assert (tmp_path / "figures.json").exists()
+
+
 def test_a_closed_stdout_is_no_error(checkpoint):
     with subprocess.Popen(
         **command("--checkpoint_path", checkpoint, "--max_new_tokens", 100),
@@ -871,6 +881,8 @@ def test_a_closed_stdout_is_no_error(checkpoint):
             rf"a KV cache of {10**20} x [0-9]+ tokens, with logits, takes [0-9.]+ GB, cpu has [0-9.]+ GB free",
         ),
         (["--max_seq_length", 10**15], rf"a KV cache of 1 x {10**15} tokens, with logits, takes [0-9.]+ GB, cpu has"),
+        (["--num_samples", 10**20], f"--num_samples {10**20} must be at most 1000000"),
+        (["--profile", "a\nb"], r"cannot write a.nb: its name has characters that cannot be printed"),
         (["--interactive", "--batch_size", 2], "--interactive is a conversation of one: leave out --batch_size"),
         (["--interactive", "--profile", "x", "--num_samples", 2], "leave out --num_samples, --profile"),
         (["--interactive", "--prompt_lookup", "--compare"], "leave out --compare"),
@@ -909,6 +921,19 @@ def test_a_full_gpu_is_an_error_of_one_line(main, monkeypatch):
     code, out, err = main()
     assert (code, out) == (2, "")
     assert_one_error(err, "CUDA out of memory. Tried to allocate 2.00 GiB: quantise the model, or")
+
+
+def test_full_memory_is_an_error_of_one_line(main, monkeypatch):
+    monkeypatch.setattr(generate, "load", lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8))
+    code, out, err = main()
+    assert (code, out) == (2, "")
+    assert_one_error(err, "can't allocate memory: you tried to allocate 1152921504606846976 bytes: quantise the model")
+
+
+def test_another_error_of_torch_is_no_lack_of_memory(main, monkeypatch):
+    monkeypatch.setattr(generate, "load", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        main()
 
 
 def test_a_gpu_becomes_the_current_one(monkeypatch):
