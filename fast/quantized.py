@@ -21,7 +21,7 @@ multiply by dequantised weights in plain PyTorch; `layers.speed_up` replaces the
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Required, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -181,10 +181,13 @@ SETTINGS: dict[str, tuple] = {
 PUBLISHED = ("gptq", "awq", "compressed-tensors", "fp8", "gguf")
 
 
-class Scheme(TypedDict, total=False):
+class Mode(TypedDict):
+    mode: str
+
+
+class Scheme(Mode, total=False):
     """What a checkpoint records of its quantisation, see `swap_linears`."""
 
-    mode: Required[str]
     skip: list[str]
     groupsize: int
     bits: int | str

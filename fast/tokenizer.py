@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Required, TypedDict
+from typing import Any, TypedDict
 
 from fast.ranks import CHAR_TO_BYTE, from_tekken, from_tiktoken
 from fast.reading import check, read_json, read_text, reading, require
@@ -29,10 +29,13 @@ _ESCAPED_TO_REPLACEMENT = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
 ADD_BOS_TOKEN_DECIDES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
 
-class AddedToken(TypedDict, total=False):
+class NamedToken(TypedDict):
+    content: str
+
+
+class AddedToken(NamedToken, total=False):
     """A token that texts are split at."""
 
-    content: Required[str]
     lstrip: bool
     rstrip: bool
     single_word: bool

@@ -51,6 +51,13 @@ ELSEWHERE = {
     "python scripts/download.py yuhuili/EAGLE3-LLaMA3.1-Instruct-8B": (
         "tests/test_eagle.py::test_a_head_is_fetched_but_is_no_model"
     ),
+    "python tests/fuzz_inputs.py --cases 5000": (
+        "tests/test_reading.py::test_bad_inputs_work_or_are_refused_in_one_line"
+    ),
+    "python tests/kills.py --kills 100": "tests/test_files.py::test_runs_that_are_killed_leave_nothing_broken",
+    "python -m tests.fuzz_operators --calls 1000 --asan": (
+        "tests/test_kernels_cpu.py::test_odd_calls_are_right_or_refused"
+    ),
     "python tests/models_table.py": "tests/test_docs.py::test_the_table_of_models",
     "python scripts/gpu_report.py": "tests/test_gpu_report.py::test_the_table_and_the_json",
     "python -m scripts.bench.quality --every_mode": "tests/test_bench_quality.py::test_every_mode_by_its_flags",
