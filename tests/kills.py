@@ -94,7 +94,7 @@ def kill_runs(name: str, run: Callable[[Path], int], setup: Callable[[Path], Non
             begin = time.perf_counter()
             assert (problem := finish()) is None, problem
             length = time.perf_counter() - begin
-        paths, whole = set(map(str, folder.rglob("*"))), content(folder)
+        paths, whole = set(map(str, folder.rglob("*"))), {} if is_cache else content(folder)
         landed = 0
         while landed < kills:
             shutil.rmtree(folder)
@@ -151,7 +151,9 @@ def main() -> int:
             (folder / name).write_bytes(data)
 
     def compile(folder: Path) -> int:
-        os.environ |= {"TORCH_EXTENSIONS_DIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+        os.environ |= {"TORCH_EXTENSIONS_DIR": str(folder), "TMPDIR": str(folder)}
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        tempfile.tempdir = None  # so that it is found anew
         return generate.main(["--compile", "--checkpoint_path", str(DRAFT), "--max_new_tokens", "3"])
 
     def script(main: Callable[[], int], *argv: str | Path) -> int:
