@@ -1,7 +1,7 @@
 """Kill converting, quantising and downloading at random moments; the run that follows must work and leave no litter.
 
     python tests/kills.py --kills 100
-    python tests/kills.py --runs compile --kills 10  # a first `generate.py --compile`, which builds the kernels too
+    python tests/kills.py --runs compile --kills 12  # a first `generate.py --compile`, which builds the kernels too
 
 Prints counts for each kind of run and signal. Worth knowing: every run is a fork of this process, which has imported
 everything, so that a moment drawn from a run's length falls into its work and not into the import of torch.

@@ -55,6 +55,7 @@ ELSEWHERE = {
         "tests/test_reading.py::test_bad_inputs_work_or_are_refused_in_one_line"
     ),
     "python tests/kills.py --kills 100": "tests/test_files.py::test_runs_that_are_killed_leave_nothing_broken",
+    "python tests/kills.py --runs compile --kills 12": "tests/kills.py",  # by hand: it takes ten minutes
     "python -m tests.fuzz_operators --calls 1000 --asan": (
         "tests/test_kernels_cpu.py::test_odd_calls_are_right_or_refused"
     ),
