@@ -12,7 +12,7 @@ import select
 import sys
 from collections import deque
 
-from fast.cli import say
+from fast.cli import one_line, say
 from fast.decoding import Steps, common_prefix, stream
 from fast.metrics import describe
 from fast.prompts import encode_chat
@@ -170,7 +170,7 @@ def chat(
                 if stats:
                     say(conversation.stats)
         except ValueError as error:
-            say(error)
+            say(one_line(str(error)))
         except caught:
             say("(stopped)")
 

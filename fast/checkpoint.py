@@ -155,7 +155,11 @@ def _open(path: Path) -> Checkpoint:
         if content.get("format") != FORMAT or not content.keys() >= {"config", "quantization", "model"}:
             raise ValueError(f"{path}: not a checkpoint in this project's format {FORMAT}, and no directory of another")
         check(content["quantization"], Scheme | None, "quantization")
-        args, parts = make_args(content["config"]), _parts(_tensors(path, content["model"]))
+        try:
+            args = make_args(content["config"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; if another version wrote it: convert or quantise again") from error
+        parts = _parts(_tensors(path, content["model"]))
         return _match(path, args, content["quantization"], parts, families.OURS)
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
     if files := _hf_files(path):
@@ -432,7 +436,8 @@ def _read_meta(folder: Path, config: dict[str, Any] | None) -> tuple[ModelArgs, 
             joined = Part(tuple(shape), first.dtype, lambda a, b, each=pieces, dim=dim: torch.cat(each, dim)[a:b])
         parts[name] = joined
     shapes = {name: part.shape for name, part in parts.items()}
-    return families.args_from_hf(config) if config else meta.args_from_params(params, shapes), parts
+    with reading(folder / "config.json" if config else origin / "params.json"):
+        return families.args_from_hf(config) if config else meta.args_from_params(params, shapes), parts
 
 
 def _tensors(path: Path, content: Any = None) -> dict[str, Tensor]:

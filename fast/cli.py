@@ -30,6 +30,7 @@ from fast.compiling import missing_compiler
 from fast.files import beside
 from fast.gguf import is_gguf
 from fast.layers import kernels_missing
+from fast.reading import lacks_memory
 from fast.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from model import Transformer
 from tp import ALONE, Ranks
@@ -91,7 +92,7 @@ def add_model_flags(parser: Parser, kv_dtype: str | None = None) -> Callable[...
 
 def template_args(text: str) -> dict[str, Any]:
     """The value of `--template_args`."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         if isinstance(value := json.loads(text), dict) and not value.keys() & {"messages", "add_generation_prompt"}:
             return value
     raise argparse.ArgumentTypeError(f'{text!r} is no JSON object of variables, like {{"enable_thinking": false}}')
@@ -359,15 +360,15 @@ def exit_code(work: Callable[[], Any], ranks: Ranks = ALONE, stopped: str = "sto
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         ranks.report_error("")
         return ranks.exit(141) if ranks.world_size > 1 else 0  # exiting with 0 would not end the other ranks
-    except (ValueError, OSError, ImportError) as error:
-        ranks.report_error(f"error: {one_line(str(error))}")
-        return ranks.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(r"out of memory|can't allocate memory", str(error)):
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        words = str(error)
+        if lacks_memory(error):
+            found = ". ".join(words.split(". ")[:2])  # what was asked for; more is about the allocator
+            found = found.rpartition("Allocator: ")[2] or "out of memory"
+            words = f"{found}: quantise the model, or make texts or batches smaller"
+        elif isinstance(error, RuntimeError):
             raise
-        found = ". ".join(str(error).split(". ")[:2])  # what was asked for; more is about the allocator
-        found = one_line(found.rpartition("Allocator: ")[2] or "out of memory")
-        ranks.report_error(f"error: {found}: quantise the model, or make texts or batches smaller")
+        ranks.report_error(f"error: {one_line(words)}")
         return ranks.exit(2)
     except KeyboardInterrupt:
         ranks.report_error(f"\n{stopped}")

@@ -15,13 +15,13 @@ from model import ACTIVATIONS, ModelArgs, RopeScaling
 LAYER_TYPES = ("full_attention", "attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 # Field of ModelArgs -> what it must be above, and the most it can be: far more than any model has.
-_SIZE, _FACTOR = (0, 1e7), (1e-20, 1e20)
+_SIZE, _FACTOR = (0, 10**7), (1e-20, 1e20)
 LIMITS: dict[str, tuple[float, float]] = {
     "dim": _SIZE,
-    "n_layers": (0, 1000), "n_heads": (0, 1e4), "n_kv_heads": (0, 1e4), "head_dim": (1, 1e4),
-    "hidden_dim": _SIZE, "vocab_size": _SIZE, "context_length": (0, 2**24), "norm_eps": (0, 1e3),
-    "rope_theta": (1, 1e20), "sliding_rope_theta": (1, 1e20), "expert_dim": (-1, 1e7), "norm_offset": (-1, 1),
-    "sliding_window": (0, 2**31), "rotary_dim": (-1, 1e4),
+    "n_layers": (0, 1000), "n_heads": (0, 10**4), "n_kv_heads": (0, 10**4), "head_dim": (1, 10**4),
+    "hidden_dim": _SIZE, "vocab_size": _SIZE, "context_length": (0, 2**24), "norm_eps": (0, 1000),
+    "rope_theta": (1, 1e20), "sliding_rope_theta": (1, 1e20), "expert_dim": (-1, 10**7), "norm_offset": (-1, 1),
+    "sliding_window": (0, 2**31), "rotary_dim": (-1, 10**4),
     "attention_scale": _FACTOR, "embedding_scale": _FACTOR, "logits_scale": _FACTOR,
 }  # fmt: skip
 
@@ -48,7 +48,7 @@ def make_args(fields: dict[str, Any]) -> ModelArgs:
     check(fields, ModelArgs)
     for name, (above, most) in LIMITS.items():
         if (value := fields.get(name)) is not None and not above < value <= most:
-            raise ValueError(f"{name} is {value!r:.80}; expected a number above {above}, up to {most:g}")
+            raise ValueError(f"{name} is {value!r:.80}; expected a number above {above}, up to {most}")
     scaling = fields.get("rope_scaling")
     scaling = RopeScaling(**scaling) if isinstance(scaling, dict) else scaling
     args = ModelArgs(**{**fields, "rope_scaling": scaling})
@@ -87,7 +87,7 @@ def read(
         least, limit = (above, 2**31) if kind is int else (max(above, 1e-20), 1e20)  # what can be computed with
         most = limit if most is None else most
         fits = isinstance(value, (int, kind)) and not isinstance(value, bool) and least < value <= most
-        wanted = f"a {'whole ' if kind is int else ''}number above {above}, up to {most:g}"
+        wanted = f"a {'whole ' if kind is int else ''}number above {above}, up to {most}"
     if not fits:
         raise ValueError(f"{key} is {value!r:.80}; expected {wanted}")
     return kind(value)

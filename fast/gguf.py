@@ -9,7 +9,6 @@ tensors in other types than PACKED and FLOATS. The format: https://github.com/gg
 import re
 import struct
 import sys
-from dataclasses import replace
 from functools import cache, partial
 from math import prod
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fast.config import read
+from fast.config import make_args, read
 from fast.families import Naming, args_from_hf
 from fast.published import Packed
 from fast.quantized import pack_nibbles
@@ -291,7 +290,7 @@ def _args(architecture: str, metadata: dict[str, Any], tensors: dict[str, Raw]) 
         if len(factors := _floats(tensors[LLAMA3_FACTORS])) != head_dim // 2:
             raise ValueError(f"{LLAMA3_FACTORS} has {len(factors)} numbers, expected {head_dim // 2}")
         changes["rope_scaling"] = RopeScaling(tuple(factors))
-    return replace(args_from_hf(config), **changes)
+    return make_args({**vars(args_from_hf(config)), **changes})
 
 
 @cache

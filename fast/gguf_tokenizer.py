@@ -8,11 +8,11 @@ scores and types, the bytes of a SentencePiece model again.
 
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from fast.gguf import read_header
 from fast.ranks import LLAMA3_SPLIT
-from fast.reading import require
+from fast.reading import check, require
 
 # Names of pre-tokenizers -> the patterns that split a text into words, one after the other.
 # https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp names the models.
@@ -49,6 +49,26 @@ ENDS = (
 )  # fmt: skip
 
 
+class Vocabulary(TypedDict):
+    tokens: list[str]
+    token_type: list[int]
+
+
+class Metadata(Vocabulary, total=False):
+    """What is read of a file's metadata, without `tokenizer.ggml.`."""
+
+    scores: list[float]
+    merges: list[str]
+    add_bos_token: bool
+    add_space_prefix: bool
+    bos_token_id: int
+    eos_token_id: int
+    unknown_token_id: int
+    padding_token_id: int
+    eot_token_id: int
+    eom_token_id: int
+
+
 class TokenizerParts(NamedTuple):
     """What `tokenizer.load_tokenizer` makes a Tokenizer of.
 
@@ -78,6 +98,11 @@ def read_tokenizer(path: str | Path) -> TokenizerParts:
     if model == "gpt2" and str(pre) not in PRE_TOKENIZERS:
         supported = ", ".join(PRE_TOKENIZERS)
         raise ValueError(f"{path}: pre-tokenizer {pre!r:.80} is not supported; supported: {supported}")
+    # All of an array are of one type.
+    check({key: value[:1] if isinstance(value, list) else value for key, value in metadata.items()}, Metadata)
+    for key in ("eot_token_id", "eom_token_id", *SPECIAL.values()):
+        if not 0 <= metadata.get(key, 0) < len(metadata["tokens"]):
+            raise ValueError(f"{path}: {key} is {metadata[key]}; expected the number of a token")
     try:
         tokens = metadata["tokens"]
         special = {name: tokens[metadata[key]] for name, key in SPECIAL.items() if key in metadata}
@@ -89,10 +114,11 @@ def read_tokenizer(path: str | Path) -> TokenizerParts:
         raise
     except Exception as error:  # the package tokenizers raises nothing narrower
         raise ValueError(f"{path}: not a whole tokenizer ({error!r:.80}): download it again") from error
-    stop_ids = [i for key in ("eot_token_id", "eom_token_id") if isinstance(i := metadata.get(key), int)]
+    stop_ids = [metadata[key] for key in ("eot_token_id", "eom_token_id") if key in metadata]
     stop_ids += [i for i, token in enumerate(tokens) if token in ENDS]
+    check(template := metadata.get("tokenizer.chat_template", ""), str, "tokenizer.chat_template")
     adds_bos = metadata.get("add_bos_token", model == "llama" or pre in WHOLE_WORDS)
-    return TokenizerParts(made, special, added, adds_bos, stop_ids, metadata.get("tokenizer.chat_template", ""))
+    return TokenizerParts(made, special, added, adds_bos, stop_ids, template)
 
 
 def _byte_level_bpe(metadata: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:

@@ -54,6 +54,8 @@ def from_tekken(data: bytes, path: Path, tokenizers: ModuleType):
         config = content["config"]
         n_special, size = config["default_num_special_tokens"], config["default_vocab_size"]
         named = content.get("special_tokens") or [{"token_str": name} for name in ("<unk>", "<s>", "</s>")]
+        if not len(named) <= n_special < size <= 10**7:
+            raise ValueError(f"{n_special} special tokens, of which {len(named)} have names, of {size}")
         special = [token["token_str"] for token in named]
         special += [f"<SPECIAL_{i}>" for i in range(len(special), n_special)]
         vocab = content["vocab"][: size - n_special]  # the file holds more

@@ -10,6 +10,7 @@ What is no fault of the file passes: a missing package, a full disk, Ctrl-C.
 import contextlib
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 
-PASSED_ON = (ImportError, OSError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit)  # not the file's fault
+PASSED_ON = (ImportError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit)  # not the file's fault
 WORDS = {
     int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list", dict: "an object",
     tuple: "a tuple", type(None): "null",
@@ -26,6 +27,12 @@ WORDS = {
 
 class FileError(ValueError):
     """What is wrong with a file, in one line that names it."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, which PyTorch says by a RuntimeError."""
+    is_said = re.search("(?i)out of memory|can(not|'t) allocate memory", str(error)) is not None
+    return isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, OSError)) and is_said)
 
 
 @contextlib.contextmanager
@@ -40,10 +47,13 @@ def reading(path: str | Path) -> Iterator[None]:
     except (FileError, *PASSED_ON):
         raise
     except BaseException as error:
+        if lacks_memory(error):
+            raise
         words = str(error).partition("\n")[0] or type(error).__name__
         if not isinstance(error, ValueError):
             words = f"damaged, or of a kind that is not known here ({type(error).__name__}: {words:.160})"
-        raise FileError(words if words.startswith(str(path)) else f"{path}: {words}") from error
+        is_named = words.startswith((f"{path}:", f"{path} ", f"{path}/"))
+        raise FileError(words if is_named else f"{path}: {words}") from error
 
 
 def read_text(path: Path) -> str:

@@ -60,10 +60,11 @@ def _compile(source: str):
         intercepted_binops = frozenset(("*", "**"))
 
         def call_binop(self, context, operator, left, right):
-            numbers = isinstance(left, int) and isinstance(right, int)
-            if operator == "**" or (numbers and left.bit_length() + right.bit_length() > 64):
-                raise_exception(f"{operator} makes a number too large")  # which can take hours, and cannot be stopped
-            return left * right
+            if isinstance(left, int) and isinstance(right, int):
+                bits = left.bit_length()
+                if (bits + right.bit_length() if operator == "*" else bits * right) > 64:  # can take hours, unstopped
+                    raise_exception(f"{operator} makes a number too large")
+            return left * right if operator == "*" else left**right
 
     env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
     env.filters["tojson"] = tojson

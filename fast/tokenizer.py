@@ -53,8 +53,8 @@ class TokenizerConfig(TypedDict, total=False):
 
     tokenizer_class: str | None
     added_tokens_decoder: dict[str, AddedToken]
-    extra_special_tokens: dict[str, str | AddedToken] | list[str | AddedToken] | None
-    additional_special_tokens: dict[str, str | AddedToken] | list[str | AddedToken] | None
+    extra_special_tokens: dict[str, str | AddedToken | None] | list[str | AddedToken | None] | None
+    additional_special_tokens: dict[str, str | AddedToken | None] | list[str | AddedToken | None] | None
     bos_token: str | AddedToken | None
     eos_token: str | AddedToken | None
     unk_token: str | AddedToken | None
@@ -212,24 +212,26 @@ def _load(path: Path, model_vocab_size: int | None) -> Tokenizer:
     if not data.strip():
         raise ValueError(f"{path}: the file is empty, download it again")
     config = read_json(directory / "tokenizer_config.json", TokenizerConfig, optional=True)
-    special, added = _read_special_tokens(directory, config)
+    with reading(directory / "tokenizer_config.json"):
+        special, added = _read_special_tokens(directory, config)
     # As in transformers: a fine-tune's config.json may still name the end of the model that it was made from.
     stop_ids = _read_eos(directory / "generation_config.json") or _read_eos(directory / "config.json")
-    if path.name == "tekken.json":
-        special = {"bos_token": "<s>", "eos_token": "</s>"} | special
-        backend = _HuggingFace(from_tekken(data, path, require("tokenizers")), special, added)
-        stop_ids.append(backend.id_of("</s>"))
-    elif path.suffix == ".json":
-        decides = str(config.get("tokenizer_class")).startswith(ADD_BOS_TOKEN_DECIDES)
-        adds_bos = config.get("add_bos_token") if decides else None
-        backend = _HuggingFace(_parse_tokenizer_json(data, path), special, added, adds_bos)
-    elif re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
-        special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} | special
-        backend = _HuggingFace(from_tiktoken(data, path, require("tokenizers")), special, added)
-        stop_ids += map(backend.id_of, ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"))
-    else:
-        backend = _SentencePiece(data, path, config, special, added)
-        stop_ids += [backend.model.eos_id()] if backend.model.eos_id() >= 0 else []
+    with reading(path):
+        if path.name == "tekken.json":
+            special = {"bos_token": "<s>", "eos_token": "</s>"} | special
+            backend = _HuggingFace(from_tekken(data, path, require("tokenizers")), special, added)
+            stop_ids.append(backend.id_of("</s>"))
+        elif path.suffix == ".json":
+            decides = str(config.get("tokenizer_class")).startswith(ADD_BOS_TOKEN_DECIDES)
+            adds_bos = config.get("add_bos_token") if decides else None
+            backend = _HuggingFace(_parse_tokenizer_json(data, path), special, added, adds_bos)
+        elif re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
+            special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} | special
+            backend = _HuggingFace(from_tiktoken(data, path, require("tokenizers")), special, added)
+            stop_ids += map(backend.id_of, ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"))
+        else:
+            backend = _SentencePiece(data, path, config, special, added)
+            stop_ids += [backend.model.eos_id()] if backend.model.eos_id() >= 0 else []
     return Tokenizer(backend, stop_ids, _read_template(directory, config), model_vocab_size)
 
 
@@ -392,17 +394,20 @@ def _read_special_tokens(directory: Path, config: dict[str, Any]) -> tuple[dict[
     found: dict[str, dict[str, Any]] = {}
     if "added_tokens_decoder" in config:
         for token_id, token in config["added_tokens_decoder"].items():
+            if not token_id.isdecimal():
+                raise ValueError(f"added_tokens_decoder has the key {token_id!r:.80}; expected a token's number")
             found[token["content"]] = {**token, "id": int(token_id)}
     else:  # older directories keep them in files of their own
         config = config | read_json(directory / "special_tokens_map.json", TokenizerConfig, optional=True)
         for content, token_id in read_json(directory / "added_tokens.json", dict[str, int], optional=True).items():
             found[content] = {"content": content, "id": token_id}
-    if wrong := [token for token in found.values() if not 0 <= token["id"] < 2**31]:
-        raise ValueError(f"the added token {wrong[0]['content']!r:.80} has the id {wrong[0]['id']}; expected 0 or more")
+    for content, token in found.items():
+        if not content or not 0 <= token["id"] < 2**31:
+            raise ValueError(f"an added token is {content!r:.80} with id {token['id']}; expected a text and 0 or more")
     named = {key: v for key, v in config.items() if key.endswith("_token") and v and isinstance(v, str | dict)}
     check(named, dict[str, str | AddedToken])
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    for value in [*named.values(), *(extra.values() if isinstance(extra, dict) else extra)]:
+    for value in filter(None, [*named.values(), *(extra.values() if isinstance(extra, dict) else extra)]):
         token = value if isinstance(value, dict) else {"content": value}
         content = token["content"]
         found[content] = {**token, **found.get(content, {}), "special": True}

@@ -239,6 +239,13 @@ def assert_refused(path: Path, message: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan")])
+def test_factors_that_are_none_are_refused(tmp_path, monkeypatch, factor):
+    path = write_model(tmp_path / "m.gguf", make_tiny("llama-llama3"), "llama")
+    monkeypatch.setattr(fast_gguf, "_floats", lambda raw: [factor] * raw.shape[0])
+    assert_refused(path, f"rope_scaling has ({factor}, ")
+
+
 def test_a_damaged_file_is_refused(small):
     data = small.read_bytes()
     for size in (5, 20, 100, 1000, 2000, len(data) - 33000, len(data) - 100):
@@ -298,13 +305,19 @@ def test_what_is_not_computed_is_refused(tmp_path, monkeypatch, changes, message
         ("pre", None, "pre-tokenizer None is not supported"),
         ("pre", ["gpt-2"], "pre-tokenizer ['gpt-2'] is not supported"),
         ("token_type", [1], "not a whole tokenizer (ValueError"),
-        ("bos_token_id", 9999, "not a whole tokenizer (IndexError"),
+        ("bos_token_id", 9999, "bos_token_id is 9999; expected the number of a token"),
+        ("eot_token_id", -5, "eot_token_id is -5; expected the number of a token"),
+        ("eos_token_id", "</s>", "eos_token_id is '</s>'; expected a whole number"),
+        ("add_bos_token", "no", "add_bos_token is 'no'; expected true or false"),
+        ("token_type", [1.5], "token_type.0 is 1.5; expected a whole number"),
+        ("tokenizer.chat_template", 5, "tokenizer.chat_template is 5; expected a text"),
         ("merges", ["a bc"], "not a whole tokenizer (Exception"),
     ],
 )
 def test_a_tokenizer_that_is_not_known_is_refused(tmp_path, monkeypatch, key, value, message):
     path = write_bpe(tmp_path / "m.gguf", byte_level_bpe("gpt-2"), "gpt-2")
-    (header := fast_gguf.read_header(path)).metadata[f"tokenizer.ggml.{key}"] = value
+    key = key if "." in key else f"tokenizer.ggml.{key}"
+    (header := fast_gguf.read_header(path)).metadata[key] = value
     monkeypatch.setattr(gguf_tokenizer, "read_header", lambda path: header)
     with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
         load_tokenizer(path)

@@ -46,3 +46,4 @@ def test_hostile_templates_end_in_one_line(monkeypatch, source, message):
 
 def test_products_that_templates_use():
     assert render("{{ 'ab' * 2 }}{{ 3 * 4 }}{{ 2 * 0.5 }}{{ -3 * messages | length }}", INPUTS) == "abab121.0-3"
+    assert render("{{ 2 ** 3 }} {{ 2 ** -1 }} {{ 2.0 ** 0.5 > 1.4 }}", INPUTS) == "8 0.5 True"

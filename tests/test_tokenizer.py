@@ -458,6 +458,39 @@ def test_a_tokenizer_json_goes_before_a_tekken_json(tekken, llama3, tmp_path):
     assert load_tokenizer(tmp_path).encode(TEXTS[0]) == load_tokenizer(llama3).encode(TEXTS[0])
 
 
+@pytest.mark.parametrize("sizes", [(-3, 412), (3, 412), (10**10, 10**10 + 400), (412, 412), (12, 10**9)])
+def test_sizes_that_no_tekken_json_has(tekken, tmp_path, sizes):
+    content = json.loads((tekken / "tekken.json").read_text())
+    content["config"] |= dict(zip(("default_num_special_tokens", "default_vocab_size"), sizes, strict=True))
+    write_json(tmp_path / "tekken.json", content)
+    with pytest.raises(
+        ValueError, match=f"tekken.json: not a tekken tokenizer .*{sizes[0]} special tokens, of which 4"
+    ):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"x": {"content": "a"}}, "added_tokens_decoder has the key 'x'; expected a token's number"),
+        ({"5": {"content": ""}}, "an added token is '' with id 5; expected a text and 0 or more"),
+        ({"5": {"id": 5}}, "added_tokens_decoder.5 has no content"),
+        ({"5": {"content": "a", "special": 1}}, "added_tokens_decoder.5.special is 1; expected true or false"),
+        ([], "added_tokens_decoder is .*; expected an object"),
+    ],
+)
+def test_added_tokens_that_are_none(tmp_path, piece_model, added, message):
+    directory = write_llama2(tmp_path / "model", piece_model, added_tokens_decoder=added)
+    with pytest.raises(ValueError, match=f"tokenizer_config.json: {message}"):
+        load_tokenizer(directory)
+
+
+def test_nulls_among_the_special_tokens_are_left_out(tmp_path, piece_model):
+    plain = load_tokenizer(write_llama2(tmp_path / "plain", piece_model, additional_special_tokens=["<x>"]))
+    nulls = load_tokenizer(write_llama2(tmp_path / "nulls", piece_model, additional_special_tokens=["<x>", None]))
+    assert nulls.encode("a<x>b") == plain.encode("a<x>b")
+
+
 @pytest.mark.parametrize("damage", [b"[]", b"{}", b'{"config": {}}', b"{"])
 def test_a_damaged_tekken_json(tmp_path, damage):
     (tmp_path / "tekken.json").write_bytes(damage)
