@@ -131,7 +131,11 @@ def main() -> int:
     ours, theirs = CONTEXT.Pipe()
     hub = CONTEXT.Process(target=serve, args=(theirs, files), daemon=True)
     hub.start()
-    os.environ |= {"HF_ENDPOINT": ours.recv(), "NO_PROXY": "*"}  # before huggingface_hub is imported
+    os.environ |= {
+        "HF_ENDPOINT": ours.recv(),
+        "NO_PROXY": "*",
+        "HF_HUB_OFFLINE": "0",
+    }  # huggingface_hub reads them once
 
     import convert_hf_checkpoint
     import download

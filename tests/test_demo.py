@@ -42,7 +42,7 @@ def test_the_demo_is_small_and_its_pair_shares_a_tokenizer():
 
 
 def test_a_short_training_writes_everything(tmp_path):
-    flags = ["--steps", 2, "--max_chapters", 60, "--batch_size", 1, "--vocab_size", 1024, "--out", tmp_path]
+    flags = ["--steps", 2, "--max_chapters", 30, "--batch_size", 1, "--vocab_size", 1024, "--out", tmp_path]
     command = [sys.executable, "-m", "demo.train", *map(str, flags)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
