@@ -20,6 +20,7 @@ import functools
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -36,6 +37,8 @@ from torch import Tensor, nn
 from model import Embedding, ModelArgs
 
 GROUP = "0"  # the name of the first process group
+SILENCE = 50  # seconds without a sign of life from a rank after which the others end
+_OVER = 10**9  # added to the count of a rank that has finished
 
 
 # ---- The weights.
@@ -179,7 +182,8 @@ def measure_collectives(run: Callable[[], int], device: str) -> dict[str, float]
 class Ranks:
     """The processes that share a model, as one of them sees it; by default a single process that shares nothing.
 
-    Only rank 0 prints. A failure on one rank ends all: that rank says why and exits, and torchrun ends the others.
+    Only rank 0 prints. A failure on one rank ends all: that rank says why and exits, and torchrun ends the others. So
+    does a rank that is not heard of for SILENCE. With torchrun all end.
     """
 
     rank: int = 0
@@ -221,7 +225,10 @@ class Ranks:
             return
         try:
             self._store, _, _ = next(dist.rendezvous("env://"))
-            options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(days=1)}
+            over = threading.Event()
+            watch = threading.Thread(target=self._watch, args=(over,), daemon=True)
+            watch.start()
+            options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(days=1)}  # a rank may compile for long
             if device.startswith("cuda"):
                 torch.cuda.set_device(device := self.device(device))
                 options = {"backend": "nccl", "device_id": torch.device(device)}
@@ -230,6 +237,8 @@ class Ranks:
             yield
             if device.startswith("cuda"):
                 torch.compiler.reset()  # a communicator is only destroyed after the CUDA graphs that recorded it
+            over.set()
+            watch.join()
             dist.destroy_process_group()
         except (ValueError, OSError, ImportError, torch.OutOfMemoryError):  # `exit_code` reports these in one line
             raise
@@ -240,6 +249,30 @@ class Ranks:
                 raise ConnectionError(f"another process is gone: {reason}") from error
             self.report_error(traceback.format_exc())
             self.exit(1)
+
+    def _watch(self, over: threading.Event) -> None:
+        """Until `over`, end this process if another rank gives no sign of life for SILENCE, or if torchrun is gone.
+
+        A collective would wait for a rank that is stopped. A sign of life is a count in the store, one up each second;
+        it is compared by those who count themselves, so that nobody complains after a pause of all.
+        """
+        counts, silent = [0] * self.world_size, [0] * self.world_size
+        try:
+            while not over.wait(1):
+                self._store.add(f"alive/{self.rank}", 1)
+                now = [self._store.add(f"alive/{rank}", 0) for rank in range(self.world_size)]
+                silent = [n + 1 if old == new < _OVER else 0 for n, old, new in zip(silent, counts, now, strict=True)]
+                counts = now
+                if max(silent) >= SILENCE:
+                    rank = silent.index(max(silent))
+                    self.report_error(f"error: rank {rank} gave no sign of life for {SILENCE} s, is it stopped?")
+                    self.exit(1)
+            self._store.add(f"alive/{self.rank}", _OVER)
+        except RuntimeError:  # the store is gone: it lives in torchrun, or else in rank 0, which may have finished
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                if self.rank == 0:
+                    print("error: torchrun has ended", file=sys.__stderr__, flush=True)
+                self.exit(1)
 
     def _enable_one_shot(self, device: str) -> None:
         """If asked for, let Inductor use the one-shot all-reduce over symmetric memory, for messages up to 128 KB.

@@ -302,11 +302,11 @@ def test_what_fails_on_one_rank_ends_all(tmp_path):
     assert run.stderr.count("error: ") == 1
 
 
-def started(*flags: str, until: str) -> tuple[subprocess.Popen, list[Path]]:
+def started(*flags: str, until: str, script: str = GENERATE[0]) -> tuple[subprocess.Popen, list[Path]]:
     """Start generate.py on two ranks and wait until it says `until`; torchrun, and its ranks' folders in /proc."""
-    command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", *GENERATE, *flags]
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", script, *GENERATE[1:], *flags]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    agent = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes)
+    agent = subprocess.Popen(command, cwd=ROOT, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, **pipes)
     agent.stdin.write("The list\n")
     agent.stdin.flush()
     while until not in agent.stderr.readline():
@@ -326,6 +326,37 @@ def test_a_rank_killed_in_the_middle_ends_all():
     assert agent.returncode != 0
     assert "Signal 9" in stderr
     assert [rank.exists() for rank in ranks] == [False, False]
+
+
+@in_proc
+def test_a_stopped_rank_ends_all_after_a_while(tmp_path):
+    script = tmp_path / "impatient.py"
+    script.write_text("import sys, generate, tp\ntp.SILENCE = 2\nsys.exit(generate.main(sys.argv[1:]))\n")
+    agent, ranks = started("--prompt", "The list", "--num_samples", "100000", until="decode", script=str(script))
+    pids = [int(rank.name) for rank in ranks]
+    for pid in pids:  # a pause of all ends none
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(3.5)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    time.sleep(1.5)
+    assert [rank.exists() for rank in ranks] == [True, True]
+    os.kill(pids[0], signal.SIGSTOP)
+    while "error: " not in (line := agent.stderr.readline()):
+        assert agent.poll() is None
+    assert line == "error: rank 0 gave no sign of life for 2 s, is it stopped? (rank 1 of 2)\n"
+    os.kill(pids[0], signal.SIGCONT)  # torchrun's SIGTERM can end it now
+    agent.communicate(timeout=20)
+    assert agent.returncode != 0
+    assert [rank.exists() for rank in ranks] == [False, False]
+
+
+@in_proc
+def test_ranks_end_with_a_killed_torchrun():
+    agent, _ = started("--prompt", "The list", "--num_samples", "100000", until="decode")
+    agent.kill()
+    _, stderr = agent.communicate(timeout=10)  # until the ranks have closed it
+    assert "error: torchrun has ended" in stderr or "error: another process is gone" in stderr
 
 
 @in_proc
