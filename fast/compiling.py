@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.cpu.build import compiler_missing
+from kernels.cpu.build import compiler_missing, main_line
 
 Dims = int | tuple[int, ...] | None
 Outputs = Tensor | tuple[Tensor, ...]
@@ -33,7 +33,7 @@ def compile_step(step: Callable, dynamic_dims: tuple[Dims, ...], record: bool = 
     """Compile `step` once for every size above 1 of its dynamic dimensions, one per argument (None: static).
 
     The last arguments may be left out. record: on a GPU, replay it as a CUDA graph, see `recorded`; arguments with
-    dynamic dimensions are read in place.
+    dynamic dimensions are read in place. A call raises OSError where the compiler or a full disk hinders compiling.
     """
     compiled = torch.compile(step, fullgraph=True)
 
@@ -44,9 +44,22 @@ def compile_step(step: Callable, dynamic_dims: tuple[Dims, ...], record: bool = 
                     torch._dynamo.mark_dynamic(tensor, dim)
             if dims is None and tensor.is_cuda:  # kernels are chosen by it; a second size would make it dynamic
                 torch._dynamo.mark_static(tensor)
-        return compiled(*tensors)
+        try:
+            return compiled(*tensors)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise (_hindrance(error.inner_exception) or error) from error
 
     return replayed(run, [dims is not None for dims in dynamic_dims]) if record else run
+
+
+def _hindrance(error: Exception) -> OSError | None:
+    """One line for an error inside Inductor that is this machine's fault; None for a bug, whose traceback is wanted."""
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    if not isinstance(error, (OSError, CppCompileError, InvalidCxxCompiler)):
+        return None
+    reason = main_line(error.output) if isinstance(error, CppCompileError) else str(error).partition("\n")[0]
+    return OSError(f"torch.compile cannot work here: {reason}; mend that, or leave out --compile")
 
 
 def replayed(step: Callable[..., Outputs], in_place: Sequence[bool]) -> Callable[..., Outputs]:

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
+from torch._inductor.exc import CppCompileError
 
-from fast.compiling import remove_cut_headers
+from fast.compiling import compile_step, remove_cut_headers
 from kernels.cpu import build
 
 ROOT = Path(__file__).parent.parent
@@ -78,3 +80,24 @@ def test_a_header_whose_compiler_was_killed_is_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.gch")) == ["being-made.h.gch", "whole.h.gch"]
     assert [path.name for path in tmp_path.glob("*_CxxBuild")] == ["being-made.h_CxxBuild"]
     remove_cut_headers(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("inside", "raised", "message"),
+    [
+        (OSError(28, "No space left on device"), OSError, "work here: .Errno 28. No space left on device; mend that"),
+        (
+            CppCompileError(["g++"], "in x.cpp:\nx.cpp:1: fatal error: none\nend"),
+            OSError,
+            "here: x.cpp:1: fatal error: ",
+        ),
+        (AssertionError("of Inductor's own"), torch._dynamo.exc.BackendCompilerFailed, "of Inductor's own"),
+    ],
+)
+def test_a_machine_that_cannot_compile_is_one_line_and_a_bug_is_not(monkeypatch, inside, raised, message):
+    def compile_fx(*args, **options):
+        raise inside
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    with pytest.raises(raised, match=message):
+        compile_step(lambda x: x + 1, (None,))(torch.ones(2))

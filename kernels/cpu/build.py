@@ -93,6 +93,12 @@ def compiler_missing() -> str | None:
     return None if works.returncode == 0 else f"the C++ compiler ({compiler()}) does not take C++20"
 
 
+def main_line(words: str) -> str:
+    """The line of a compiler's `words` that says why it failed."""
+    lines = words.strip().splitlines() or [""]
+    return next((line for line in lines if re.search(f"error|{NOT_THE_SOURCE}", line)), lines[0])
+
+
 def _build() -> Path:
     """Compile the sources in parallel and put the finished library in place, atomically, as other processes may look
     for it. Raises OSError, with the compiler's words if it cannot compile them.
@@ -118,8 +124,7 @@ def _build() -> Path:
             command = [compiler(), *FLAGS, *arguments]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
             if done.returncode:
-                lines = done.stderr.strip().splitlines() or [f"{compiler()} ended with {done.returncode}"]
-                reason = next((line for line in lines if re.search(f"error|{NOT_THE_SOURCE}", line)), lines[0])
+                reason = main_line(done.stderr) or f"{compiler()} ended with {done.returncode}"
                 if done.returncode > 0 and not re.search(NOT_THE_SOURCE, done.stderr):
                     (temporary / "failure").write_text(reason)
                     os.replace(temporary / "failure", failure)
