@@ -127,14 +127,11 @@ def task_documents(names: list[str]) -> list[str]:
 
     Raises ValueError for a name that lm_eval does not know.
     """
-    from lm_eval.tasks import TaskManager, get_task_dict
+    from lm_eval.tasks import get_task_dict
 
-    manager = TaskManager()
-    if unknown := [name for name in names if name not in manager.all_tasks]:
-        raise ValueError(
-            f"--calibration_tasks: lm_eval has no task {', '.join(unknown)}; `lm-eval ls tasks` lists them"
-        )
-    found, texts = list(get_task_dict(names, manager).values()), []
+    from fast.harness import find_tasks
+
+    found, texts = list(get_task_dict(*find_tasks(names, flag="--calibration_tasks")).values()), []
     while found:
         task = found.pop()
         if isinstance(task, dict):  # a group of tasks

@@ -265,7 +265,9 @@ def task_manager(include_path: Path | None, include_defaults: bool = True) -> Ta
     return TaskManager(include_path=include_path and str(include_path.absolute()), include_defaults=include_defaults)
 
 
-def find_tasks(names: list[str], include_path: Path | None) -> tuple[list[str], TaskManager]:
+def find_tasks(
+    names: list[str], include_path: Path | None = None, flag: str = "--tasks"
+) -> tuple[list[str], TaskManager]:
     """The tasks, groups and tags that match `names` (patterns, or comma-separated). ValueError if one has no match."""
     wanted = [name for entry in names for name in entry.split(",") if name]
     manager = task_manager(include_path, include_defaults=include_path is None)
@@ -275,7 +277,7 @@ def find_tasks(names: list[str], include_path: Path | None) -> tuple[list[str], 
         missing = [name for name in wanted if not manager.match_tasks([name])]
     if missing:
         where = f", nor in {include_path}" if include_path else ""
-        raise ValueError(f"--tasks: the harness has no {', '.join(missing)}{where}; `lm_eval ls tasks` lists its tasks")
+        raise ValueError(f"{flag}: the harness has no {', '.join(missing)}{where}; `lm_eval ls tasks` lists its tasks")
     return manager.match_tasks(wanted), manager
 
 

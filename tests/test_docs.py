@@ -71,6 +71,10 @@ ELSEWHERE = {
     "python -m fast.harness --model fast --model_args checkpoint_path=demo/target --tasks hellaswag": (
         "tests/test_eval.py::test_the_harness_runs_the_registered_model_itself"
     ),
+    "torchrun --standalone --nproc_per_node=2 generate.py --compile "
+    f"--checkpoint_path checkpoints/{REPOS[1]}/model.pth": (
+        "tests/test_tp.py::test_tokens_are_those_of_one_process"  # and the README's line, of the demo, runs here
+    ),
     "torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 generate.py --compile "
     f"--checkpoint_path checkpoints/{REPOS[1]}/model.pth": (
         "tests/test_tp.py::test_two_nodes_print_once_what_one_process_prints"

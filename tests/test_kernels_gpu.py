@@ -55,20 +55,26 @@ def test_kernels_that_do_not_run_are_a_reason(monkeypatch):
 @dataclass
 class Compiled:
     ptx: str
-    sass: str
+    binary: Path
 
     def issued(self, turns: int) -> int:
         """Instructions that a warp issues if the longest loop runs `turns` times; other code counts once."""
-        code = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);", self.sass)
+        sass = dump("--dump-sass", self.binary)
+        code = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);", sass)
         jumps = [(at, re.search("0x([0-9a-f]+)", to)) for at, what, to in code if what.startswith("BRA")]
         loops = [range(int(to[1], 16), int(at, 16) + 1) for at, to in jumps if to]
         longest = max(loops, key=len)  # a jump forward is an empty range
         return len(code) + (turns - 1) * sum(int(at, 16) in longest for at, *_ in code)
 
 
+def dump(what: str, binary: Path) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, what, binary], capture_output=True, text=True, check=True).stdout
+
+
 @pytest.fixture
 def compiled(tmp_path, monkeypatch):
-    """`compiled(kernel, capability, types, **constants)`: its PTX and SASS.
+    """`compiled(kernel, capability, types, **constants)`: its PTX and machine code.
 
     Fails if more than `spilled` bytes of registers spill, or if a program needs more shared memory than the GPU allows.
     Pointers and the arguments in ALIGNED are declared divisible by 16; an argument with neither type nor constant is an
@@ -101,15 +107,11 @@ def compiled(tmp_path, monkeypatch):
         assert built.metadata.shared <= {80: 163, 86: 99, 90: 227}[capability] * 1024
         binary = tmp_path / "kernel.cubin"
         binary.write_bytes(built.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage, sass = (
-            subprocess.run([tool, what, binary], capture_output=True, text=True, check=True).stdout
-            for what in ("--dump-resource-usage", "--dump-sass")
-        )
+        usage = dump("--dump-resource-usage", binary)
         stack, local = re.search(r"STACK:(\d+) .* LOCAL:(\d+) ", usage).groups()
         assert int(stack) <= spilled, usage
         assert local == "0", usage
-        return Compiled(built.asm["ptx"], sass)
+        return Compiled(built.asm["ptx"], binary)
 
     return make
 

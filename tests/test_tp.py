@@ -336,10 +336,10 @@ def test_a_stopped_rank_ends_all_after_a_while(tmp_path):
     pids = [int(rank.name) for rank in ranks]
     for pid in pids:  # a pause of all ends none
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(3.5)
+    time.sleep(2.5)
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
-    time.sleep(1.5)
+    time.sleep(1.2)
     assert [rank.exists() for rank in ranks] == [True, True]
     os.kill(pids[0], signal.SIGSTOP)
     while "error: " not in (line := agent.stderr.readline()):
