@@ -224,7 +224,8 @@ class Ranks:
             yield
             return
         try:
-            self._store, _, _ = next(dist.rendezvous("env://"))
+            store, _, _ = next(dist.rendezvous("env://"))
+            self._store = store.clone()  # a connection of our own: PyTorch's is busy while it waits for a rank
             over = threading.Event()
             watch = threading.Thread(target=self._watch, args=(over,), daemon=True)
             watch.start()
@@ -232,7 +233,7 @@ class Ranks:
             if device.startswith("cuda"):
                 torch.cuda.set_device(device := self.device(device))
                 options = {"backend": "nccl", "device_id": torch.device(device)}
-            dist.init_process_group(store=self._store, rank=self.rank, world_size=self.world_size, **options)
+            dist.init_process_group(store=store, rank=self.rank, world_size=self.world_size, **options)
             self._enable_one_shot(device)
             yield
             if device.startswith("cuda"):

@@ -328,24 +328,43 @@ def test_a_rank_killed_in_the_middle_ends_all():
     assert [rank.exists() for rank in ranks] == [False, False]
 
 
+IMPATIENT = """
+import os, signal, sys
+import generate, tp
+tp.SILENCE = 4
+if os.environ["RANK"] == "0" and "{stopped}":
+    os.kill(os.getpid(), signal.SIGSTOP)
+sys.exit(generate.main(sys.argv[1:]))
+"""
+NO_SIGN = "error: rank 0 gave no sign of life for 4 s, is it stopped? (rank 1 of 2)\n"
+
+
 @in_proc
-def test_a_stopped_rank_ends_all_after_a_while(tmp_path):
-    script = tmp_path / "impatient.py"
-    script.write_text("import sys, generate, tp\ntp.SILENCE = 2\nsys.exit(generate.main(sys.argv[1:]))\n")
+def test_a_rank_that_never_joins_ends_all(tmp_path):
+    (script := tmp_path / "impatient.py").write_text(IMPATIENT.format(stopped="yes"))
+    agent, (stopped, *_) = started(until=NO_SIGN, script=str(script))
+    os.kill(int(stopped.name), signal.SIGCONT)  # torchrun's SIGTERM can end it now
+    agent.communicate(timeout=20)
+    assert agent.returncode != 0
+    assert not stopped.exists()
+
+
+@in_proc
+def test_a_stopped_rank_ends_all_and_a_pause_of_all_none(tmp_path):
+    (script := tmp_path / "impatient.py").write_text(IMPATIENT.format(stopped=""))
     agent, ranks = started("--prompt", "The list", "--num_samples", "100000", until="decode", script=str(script))
     pids = [int(rank.name) for rank in ranks]
-    for pid in pids:  # a pause of all ends none
+    for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(2.5)
+    time.sleep(5)
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
     time.sleep(1.2)
     assert [rank.exists() for rank in ranks] == [True, True]
     os.kill(pids[0], signal.SIGSTOP)
-    while "error: " not in (line := agent.stderr.readline()):
+    while agent.stderr.readline() != NO_SIGN:
         assert agent.poll() is None
-    assert line == "error: rank 0 gave no sign of life for 2 s, is it stopped? (rank 1 of 2)\n"
-    os.kill(pids[0], signal.SIGCONT)  # torchrun's SIGTERM can end it now
+    os.kill(pids[0], signal.SIGCONT)
     agent.communicate(timeout=20)
     assert agent.returncode != 0
     assert [rank.exists() for rank in ranks] == [False, False]
