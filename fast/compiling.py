@@ -47,7 +47,9 @@ def compile_step(step: Callable, dynamic_dims: tuple[Dims, ...], record: bool = 
         try:
             return compiled(*tensors)
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            raise (_hindrance(error.inner_exception) or error) from error
+            if hindrance := _hindrance(error.inner_exception):
+                raise hindrance from error
+            raise
 
     return replayed(run, [dims is not None for dims in dynamic_dims]) if record else run
 

@@ -268,7 +268,10 @@ def task_manager(include_path: Path | None, include_defaults: bool = True) -> Ta
 def find_tasks(
     names: list[str], include_path: Path | None = None, flag: str = "--tasks"
 ) -> tuple[list[str], TaskManager]:
-    """The tasks, groups and tags that match `names` (patterns, or comma-separated). ValueError if one has no match."""
+    """The tasks, groups and tags that match `names` (patterns, or comma-separated).
+
+    Raises ValueError, beginning with `flag`, if one has no match.
+    """
     wanted = [name for entry in names for name in entry.split(",") if name]
     manager = task_manager(include_path, include_defaults=include_path is None)
     missing = [name for name in wanted if not manager.match_tasks([name])]

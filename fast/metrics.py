@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fast.reading import lacks_memory
 from kernels.cpu.packing import in_huge_pages
 from kernels.gpu.choice import seconds_by_events
 from model import ModelArgs, Transformer
@@ -58,15 +59,25 @@ def count_parameters(args: ModelArgs) -> int:
 
 
 def memory_to_read(device: str) -> Tensor:
-    """The tensor that `measure_bandwidth` sums: up to 1 GiB on a GPU; on a CPU 256 MiB in huge pages, the fastest."""
+    """The tensor that `measure_bandwidth` sums: on a CPU 256 MiB in huge pages, the fastest; on a GPU 1 GiB, or half of
+    what is free. Raises MemoryError if that is less than 256 MiB, of which the GPU's cache would hold a good part.
+    """
     if device.startswith("cuda"):
-        return torch.ones(min(1 << 30, torch.cuda.mem_get_info(device)[0] // 4) // 4, device=device)
+        n_bytes = min(1 << 30, free_memory(device) // 2)
+        if n_bytes < 1 << 28:
+            raise MemoryError(f"too little memory is left on {device}")
+        return torch.ones(n_bytes // 4, device=device)
     return in_huge_pages(1 << 28).view(torch.float32).fill_(1)
 
 
-def measure_bandwidth(device: str) -> float:
-    """Bytes per second of a plain read on this device right now, the best of 5."""
-    source, seconds = memory_to_read(device), []
+def measure_bandwidth(device: str) -> float | None:
+    """Bytes per second of a plain read on this device right now, the best of 5; None if too little memory is left."""
+    try:
+        source, seconds = memory_to_read(device), []
+    except (MemoryError, OSError, RuntimeError) as error:
+        if lacks_memory(error):
+            return None
+        raise
     for _ in range(5):
         start = time.perf_counter()
         source.sum()
@@ -136,12 +147,17 @@ def report(
     if acceptance is not None:
         lines.append(describe_acceptance(acceptance))
     peak, bandwidth = peak_memory(device), measure_bandwidth(device)  # in this order: the second allocates memory
+    moves = (
+        f"this device moves {bandwidth / 1e9:.1f} GB/s"
+        if bandwidth
+        else "too little memory is left to measure the bandwidth"
+    )
     share = ""
-    if medians["bandwidth_gb_s"] is not None:
+    if bandwidth and medians["bandwidth_gb_s"] is not None:
         share = f", so decoding reached {medians['bandwidth_gb_s'] * 1e9 / bandwidth:.0%} of it"
         if medians["bytes_per_token"] < 1e8 and device == "cpu":
             share = "; a model this small is read from the caches"
-    lines.append(f"this device moves {bandwidth / 1e9:.1f} GB/s{share}")
+    lines.append(f"{moves}{share}")
     built = f"build {seconds['build_s']:.1f} s · " if seconds["build_s"] >= 1 else ""
     rest = "load {load_s:.1f} s · compile {compile_s:.1f} s".format(**seconds)
     lines.append(f"{built}{rest} · peak memory {peak / 1e9:.2f} GB")
@@ -151,7 +167,7 @@ def report(
         "samples": [row for sample in samples for row in sample["rows"]],
         "bytes_per_token": medians["bytes_per_token"],
         "bandwidth_gb_s": medians["bandwidth_gb_s"],
-        "measured_bandwidth_gb_s": bandwidth / 1e9,
+        "measured_bandwidth_gb_s": bandwidth and bandwidth / 1e9,
         "peak_memory_bytes": peak,
         "acceptance": acceptance,
     }

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from fast import metrics
 from fast.cli import write_json
 from fast.metrics import bytes_per_step, describe, measure_bandwidth, peak_memory, report
 from fast.quantized import QuantizedKVCache
@@ -81,6 +82,18 @@ def test_report_of_samples_that_stopped_at_their_first_token(capsys):
     assert "decoding" not in capsys.readouterr().err
     report([FIGURES | {"rows": []}] * 2, {"build_s": 12.34, "load_s": 0.0, "compile_s": 0.0}, "cpu", None)
     assert "\nbuild 12.3 s · load 0.0 s" in capsys.readouterr().err
+
+
+def test_a_run_that_filled_the_memory_is_reported(capsys, monkeypatch):
+    def full(n_bytes: int):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(metrics, "in_huge_pages", full)
+    figures = report([FIGURES | {"rows": []}], {"build_s": 0.0, "load_s": 0.0, "compile_s": 0.0}, "cpu", None)
+    assert (figures["measured_bandwidth_gb_s"], figures["bandwidth_gb_s"]) == (None, 0.26)
+    assert capsys.readouterr().err.startswith("too little memory is left to measure the bandwidth\nload 0.0 s")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((1 << 29) - 2, 1 << 35))
+    assert measure_bandwidth("cuda") is None
 
 
 def test_bandwidth_and_memory_are_of_this_machine():
