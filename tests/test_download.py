@@ -4,6 +4,7 @@ Usage: python -m pytest tests/test_download.py. A command's limit on waiting is 
 """
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -58,11 +60,30 @@ def start(tmp_path, endpoint, *args, **env):
     return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
 
 
-def run(tmp_path, endpoint, *args, **env):
-    """Run the command to its end: exit code, stdout, stderr."""
-    process = start(tmp_path, endpoint, *args, **env)
-    out, err = process.communicate(timeout=30)
-    return process.returncode, out, err
+def ask(endpoint, tmp_path, patch):
+    """Let this process ask the hub at `endpoint`, without this machine's hub settings."""
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(download_script.constants, "ENDPOINT", endpoint)
+    for module in (download_script.constants, file_download):  # the second has its own in huggingface_hub 0.x
+        patch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    patch.setattr(hf_api.api, "endpoint", endpoint)
+    patch.setattr(download_script.constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        patch.delenv(name, raising=False)
+    patch.setenv("NO_PROXY", "*")
+
+
+def run(tmp_path, endpoint, *args):
+    """Run the command to its end, in this process, which has imported torch already: exit code, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        ask(endpoint, tmp_path, patch)
+        patch.setattr(sys, "argv", ["download.py", "--checkpoint_dir", str(tmp_path / "checkpoints"), *args])
+        try:
+            code = download_script.main()
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
 
 
 def run_impatient(tmp_path, endpoint):
@@ -140,8 +161,9 @@ def test_shards_of_rejects_a_malformed_index(text):
 
 
 def test_downloads_only_what_is_needed_and_checks_it_the_second_time(hub, tmp_path):
-    code, out, err = run(tmp_path, hub.url, REPO, "--revision", "v1", HF_TOKEN="hf_secret")
-    assert code == 0, err
+    process = start(tmp_path, hub.url, REPO, "--revision", "v1", HF_TOKEN="hf_secret")
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
     assert_complete(tmp_path)
     directory = tmp_path / "checkpoints" / REPO
     assert "5 files, 0.01 GB" in out
@@ -309,12 +331,8 @@ LIES |= {"empty": b"", "web page": b"<html>Sign in</html>", "not UTF-8": b'{"id"
 
 @pytest.fixture
 def fetch(hub, tmp_path, monkeypatch):
-    """`fetch(repo)`: download it without a process of its own; return the error, which is one line, or None."""
-    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(download_script.constants, "ENDPOINT", hub.url)
-    for module in (download_script.constants, file_download):  # the second has its own in huggingface_hub 0.x
-        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    """`fetch(repo)`: download it without a command line; return the error, which is one line, or None."""
+    ask(hub.url, tmp_path, monkeypatch)
 
     def call(repo: str = REPO) -> str | None:
         error = None

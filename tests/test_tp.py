@@ -350,29 +350,27 @@ def test_a_rank_that_never_joins_ends_all(tmp_path):
 
 
 @in_proc
-def test_a_stopped_rank_ends_all_and_a_pause_of_all_none(tmp_path):
+def test_a_stopped_rank_ends_all(tmp_path):
     (script := tmp_path / "impatient.py").write_text(IMPATIENT.format(stopped=""))
     agent, ranks = started("--prompt", "The list", "--num_samples", "100000", until="decode", script=str(script))
-    pids = [int(rank.name) for rank in ranks]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    time.sleep(5)
-    for pid in pids:
-        os.kill(pid, signal.SIGCONT)
-    time.sleep(1.2)
-    assert [rank.exists() for rank in ranks] == [True, True]
-    os.kill(pids[0], signal.SIGSTOP)
+    os.kill(int(ranks[0].name), signal.SIGSTOP)
     while agent.stderr.readline() != NO_SIGN:
         assert agent.poll() is None
-    os.kill(pids[0], signal.SIGCONT)
+    os.kill(int(ranks[0].name), signal.SIGCONT)
     agent.communicate(timeout=20)
     assert agent.returncode != 0
     assert [rank.exists() for rank in ranks] == [False, False]
 
 
 @in_proc
-def test_ranks_end_with_a_killed_torchrun():
-    agent, _ = started("--prompt", "The list", "--num_samples", "100000", until="decode")
+def test_a_pause_of_all_ends_none_and_ranks_end_with_a_killed_torchrun(tmp_path):
+    (script := tmp_path / "impatient.py").write_text(IMPATIENT.format(stopped=""))
+    agent, ranks = started("--prompt", "The list", "--num_samples", "100000", until="decode", script=str(script))
+    for number, seconds in ((signal.SIGSTOP, 5), (signal.SIGCONT, 1.5)):
+        for rank in ranks:
+            os.kill(int(rank.name), number)
+        time.sleep(seconds)
+    assert [rank.exists() for rank in ranks] == [True, True]
     agent.kill()
     _, stderr = agent.communicate(timeout=10)  # until the ranks have closed it
     assert "error: torchrun has ended" in stderr or "error: another process is gone" in stderr
