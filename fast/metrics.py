@@ -147,17 +147,15 @@ def report(
     if acceptance is not None:
         lines.append(describe_acceptance(acceptance))
     peak, bandwidth = peak_memory(device), measure_bandwidth(device)  # in this order: the second allocates memory
-    moves = (
-        f"this device moves {bandwidth / 1e9:.1f} GB/s"
-        if bandwidth
-        else "too little memory is left to measure the bandwidth"
-    )
-    share = ""
-    if bandwidth and medians["bandwidth_gb_s"] is not None:
-        share = f", so decoding reached {medians['bandwidth_gb_s'] * 1e9 / bandwidth:.0%} of it"
-        if medians["bytes_per_token"] < 1e8 and device == "cpu":
-            share = "; a model this small is read from the caches"
-    lines.append(f"{moves}{share}")
+    if bandwidth is None:
+        lines.append("too little memory is left to measure the bandwidth")
+    else:
+        share = ""
+        if medians["bandwidth_gb_s"] is not None:
+            share = f", so decoding reached {medians['bandwidth_gb_s'] * 1e9 / bandwidth:.0%} of it"
+            if medians["bytes_per_token"] < 1e8 and device == "cpu":
+                share = "; a model this small is read from the caches"
+        lines.append(f"this device moves {bandwidth / 1e9:.1f} GB/s{share}")
     built = f"build {seconds['build_s']:.1f} s · " if seconds["build_s"] >= 1 else ""
     rest = "load {load_s:.1f} s · compile {compile_s:.1f} s".format(**seconds)
     lines.append(f"{built}{rest} · peak memory {peak / 1e9:.2f} GB")

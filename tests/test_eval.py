@@ -32,6 +32,7 @@ from fast.cli import DEMO
 from fast.harness import FastLM, parse_generation
 from fast.sampling import Sampling
 from fast.tokenizer import load_tokenizer
+from quantize import task_documents
 
 TEMPLATE = """{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}\
 {% if add_generation_prompt %}<assistant>{% endif %}"""
@@ -275,6 +276,11 @@ def test_new_tokens_that_leave_no_room_are_refused(both):
     request = Instance("generate_until", {}, ("The list", {"max_gen_toks": 512}), 0)
     with pytest.raises(ValueError, match="512 new tokens, which leaves no room"):
         both[1].generate_until([request], disable_tqdm=True)
+
+
+def test_tasks_to_calibrate_on_are_looked_up_as_these_are(manager):
+    with pytest.raises(ValueError, match="--calibration_tasks: the harness has no nonesuch; `lm_eval ls tasks` lists"):
+        task_documents(["nonesuch"])
 
 
 @pytest.mark.parametrize(
