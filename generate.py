@@ -40,13 +40,13 @@ from fast.cli import (
 from fast.compiling import set_compile_flags
 from fast.decoding import Steps, build_steps, stream, warm_up
 from fast.drafting import MAX_K, SPARE
+from fast.heads import Head
 from fast.layers import kernels_missing
 from fast.metrics import bytes_per_position, count_parameters, describe, free_memory, parameter_bytes, report
 from fast.prompts import DEFAULT, encode_prompts, read_prompts
 from fast.rows import Row, run_rows
 from fast.sampling import COLDEST, Sampling
 from fast.speculative import (
-    EagleHead,
     SpeculativeSteps,
     StepResult,
     build_speculative_steps,
@@ -108,7 +108,7 @@ def build_parser() -> Parser:
     add(
         "--draft_checkpoint_path",
         type=Path,
-        help="the model or EAGLE-3 head that drafts (demo/draft for the demo with --speculate_k)",
+        help="the model, EAGLE-3 or DFlash head that drafts (demo/draft for the demo with --speculate_k)",
     )
     add("--replicate_draft", action="store_true", help="under torchrun: keep the whole draft on every rank")
     add("--prompt_lookup", action="store_true", help="draft what followed in the text so far, without a model")
@@ -299,7 +299,7 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Transformer, Tr
     kind += f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""
     say(f"{args.checkpoint_path}: {count_parameters(model.args) / 1e6:.1f} M parameters, {kind}, {device}")
     if draft is not None:
-        count = draft.n_parameters if isinstance(draft, EagleHead) else count_parameters(draft.args)
+        count = draft.n_parameters if isinstance(draft, Head) else count_parameters(draft.args)
         say(f"{args.draft_checkpoint_path}: {count / 1e6:.1f} M parameters to draft")
     return model, draft, tokenizer, seconds
 

@@ -243,6 +243,8 @@ class KVCache(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023), over the text of this call or over the KV cache."""
 
+    is_causal = True  # False: all queries of a call see what the last one sees; for kernels, which take no mask
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = args.n_heads, args.n_kv_heads, args.head_dim

@@ -119,13 +119,18 @@ def fill(
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     state |= {name: stored.load(device, fixed.get(name, dtype)) for name, stored in tensors.items()}
-    if is_tied := "output.weight" not in state:
+    if is_tied := has_tied_output(model):
         state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, assign=True)
     if is_tied:
         model.output.weight = model.tok_embeddings.weight
     del state  # so that each weight is freed once it is packed
     speed_up(model.eval().requires_grad_(False), dtype)
+
+
+def has_tied_output(model: Transformer) -> bool:
+    """Whether the output projection is the embedding table; a quantised one is not."""
+    return getattr(model.output, "weight", None) is model.tok_embeddings.weight
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -171,8 +176,8 @@ def _open(path: Path) -> Checkpoint:
 
 
 def _open_hf(path: Path, config: dict[str, Any], files: list[Path]) -> Checkpoint:
-    if families.is_eagle_head(config):
-        raise ValueError(f"{path} is an EAGLE-3 head, no model: give it, as it is, to --draft_checkpoint_path")
+    if kind := families.head_kind(config):
+        raise ValueError(f"{path} is no model but a head ({kind}): give it, as it is, to --draft_checkpoint_path")
     with reading(path / "config.json"):
         args, naming, method = families.args_from_hf(config), families.family_of(config).naming, published.check(config)
     quantization = None
@@ -309,8 +314,8 @@ def match(path: Path, model: Transformer, parts: dict[str, Part], naming: famili
     reordered = {"wqkv": heads * args.head_dim, "q_norm": args.head_dim, "k_norm": args.head_dim}
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items() if t.is_meta}
     ignored = IGNORED_TENSORS + naming.left_out
-    if model.output.weight is model.tok_embeddings.weight:  # a quantised output projection is no longer tied
-        del expected["output.weight"]
+    if has_tied_output(model):
+        expected.pop("output.weight", None)
         ignored += tuple(f"{name}.weight" for name in naming.theirs("output"))
     types = {name: (buffer.dtype,) for name, buffer in model.named_buffers()}
     matched, missing, wrong, other = {}, [], [], []

@@ -37,6 +37,7 @@ class HfConfig(TypedDict, total=False):
     no_rope_layers: list[int] | None
     mlp_only_layers: list[int] | None
     eagle_config: dict[str, Any] | None
+    dflash_config: dict[str, Any] | None
     transformer_layer_config: dict[str, Any]
 
 

@@ -1,4 +1,4 @@
-"""Models that draft for another one, token by token: a smaller model here, a head in `eagle.py`.
+"""Models that draft for another one, token by token: a smaller model here, a head in `eagle.py` or `dflash.py`.
 
     drafter = DraftModel(load_model("demo/draft"), sampling)
     drafts, *q = drafter.draft(k, token, input_pos, kv_pos)

@@ -368,10 +368,13 @@ ALIASES = {"LLaMAForCausalLM": "LlamaForCausalLM", "Ernie4_5_ForCausalLM": "Erni
 NULL_IS_A_VALUE = ("num_key_value_heads", "head_dim", "sliding_window")  # elsewhere null is as good as absent
 
 
-def is_eagle_head(config: dict[str, Any]) -> bool:
-    """Whether this is the `config.json` of an EAGLE-3 head, see `eagle.py`; SafeAILab's have no name of their own."""
-    names = f"{config.get('architectures')} {config.get('speculators_model_type')}".lower()
-    return "eagle3" in names or ("draft_vocab_size" in config and "speculators_model_type" not in config)
+def head_kind(config: dict[str, Any]) -> str | None:
+    """Whether this is the `config.json` of a head that drafts: "EAGLE-3", "DFlash" or None. See `head_files.py`."""
+    names, kind = str(config.get("architectures")), config.get("speculators_model_type")
+    if kind == "dflash" or (kind is None and re.search(r"\bDFlashDraftModel\b", names)):
+        return "DFlash"
+    is_safeailab_s = "draft_vocab_size" in config and kind is None  # they have no name of their own
+    return "EAGLE-3" if "eagle3" in f"{names} {kind}".lower() or is_safeailab_s else None
 
 
 def family_of(config: dict[str, Any]) -> Family:

@@ -183,12 +183,14 @@ class FastKVCache(QuantizedKVCache):
             norms = (None, None, 0.0)
             if attention.q_norm is not None:
                 norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps
-            return self.kernel.operator(qkv, cos, sin, input_pos, attention.window, *norms, *self.buffers())
+            sees = attention.window, attention.is_causal
+            return self.kernel.operator(qkv, cos, sin, input_pos, *sees, *norms, *self.buffers())
         q, k, v = attention.heads(qkv, cos, sin)
         self.write(input_pos, k, v)
         if has_kernel:
             k, v, *scales = self.stored(len(q), n_slots)
-            y = self.kernel.operator(q, k, v, input_pos, attention.window, *scales)
+            seen_to = input_pos if attention.is_causal else input_pos[:, -1:].expand_as(input_pos)
+            y = self.kernel.operator(q, k, v, seen_to, attention.window, *scales)
         else:
             y = compiled_attention(q, *self.read(len(q), n_slots, q.dtype), mask)
         return y.transpose(1, 2).flatten(2)

@@ -40,9 +40,11 @@ from fast.decoding import (
     time_kernels,
     wait,
 )
+from fast.dflash import DFlashDraft, DFlashHead
 from fast.drafting import MAX_K, DraftModel
-from fast.eagle import EagleDraft, EagleHead, load_head
-from fast.families import is_eagle_head
+from fast.eagle import EagleDraft, EagleHead
+from fast.families import head_kind
+from fast.head_files import load_head
 from fast.layers import in_one_region
 from fast.lookup import PromptLookup
 from fast.pace import Agree, Pace
@@ -52,7 +54,7 @@ from fast.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer
 from tp import ALONE, Ranks
 
-Drafter = DraftModel | EagleDraft | PromptLookup
+Drafter = DraftModel | EagleDraft | DFlashDraft | PromptLookup
 
 LEARNERS = 4  # rows of a batch that a step's chances are learned from
 BAD_DRAFT = -2  # in place of a step's ids, if the draft model's logits are not numbers
@@ -67,14 +69,14 @@ def load_draft(
     ranks: Ranks = ALONE,
     replicate: bool = False,
 ) -> Transformer | None:
-    """The model or EAGLE-3 head at `path` that drafts for `target`. Raises ValueError if it does not fit the target.
+    """The model or head at `path` that drafts for `target`. Raises ValueError if it does not fit the target.
 
     A model must have the target's tokenizer. replicate: every rank holds all of it, and rank 0's logits are broadcast
     for each draft; else `ranks` shard it. A head is always whole on every rank.
     """
     if path is None:
         return None
-    if (path / "config.json").is_file() and is_eagle_head(read_json(path / "config.json")):
+    if (path / "config.json").is_file() and head_kind(read_json(path / "config.json")):
         return load_head(path, target, device, dtype, ranks)
     draft = load_model(path, device=device, dtype=dtype, ranks=ranks, replicate=replicate)
     ours, theirs = target.args.vocab_size, draft.args.vocab_size
@@ -98,6 +100,8 @@ def drafter_for(
         return PromptLookup()
     if isinstance(draft, EagleHead):
         return EagleDraft(draft, target, sampling, k, compile)
+    if isinstance(draft, DFlashHead):
+        return DFlashDraft(draft, target, sampling, k, compile)
     return DraftModel(draft, sampling, target.args.vocab_size, compile)
 
 

@@ -111,13 +111,13 @@ def shards_of(index_text: str, names: list[str]) -> list[str]:
 
 def check_config(path: Path) -> None:
     """Raise ValueError if `load_model` or `load_head` would refuse the `config.json` or `params.json` at `path`."""
-    from fast import eagle, families, meta, published
+    from fast import families, head_files, meta, published
     from fast.reading import read_json, reading
 
     config = read_json(path)
     with reading(path):
-        if path.name == "config.json" and families.is_eagle_head(config):
-            eagle.args_of_head(config)
+        if path.name == "config.json" and families.head_kind(config):
+            head_files.args_of_head(config)
         elif path.name == "config.json":
             families.args_from_hf(config)
             published.check(config)

@@ -232,3 +232,11 @@ def ours(tiny) -> Callable[..., Transformer]:
 @pytest.fixture(scope="session")
 def read_config() -> Callable[[Path], dict]:
     return lambda directory: json.loads((directory / "config.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory) -> tuple[PreTrainedModel, Path]:
+    """A target of eight layers."""
+    hf, path = make_tiny("llama", num_hidden_layers=8), tmp_path_factory.mktemp("deep")
+    hf.save_pretrained(path)
+    return hf, path

@@ -436,21 +436,25 @@ def attention_args(heads: int, kv_heads: int, D: int, **others) -> ModelArgs:
 
 @pytest.mark.parametrize("kv_dtype", [torch.float16, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "S", "D", "window", "qk_norm"),
+    ("heads", "kv_heads", "S", "D", "window", "qk_norm", "is_causal"),
     [
-        (4, 4, 1, 64, 100, False),
-        (6, 2, 1, 80, None, True),
-        (2, 1, 5, 32, 3, False),
-        (4, 2, 16, 48, None, True),
-        (4, 1, 3, 256, 100, True),
+        (4, 4, 1, 64, 100, False, True),
+        (6, 2, 1, 80, None, True, True),
+        (2, 1, 5, 32, 3, False, True),
+        (4, 2, 16, 48, None, True, True),
+        (4, 1, 3, 256, 100, True, True),
+        (4, 2, 9, 32, None, True, False),
+        (2, 1, 5, 32, 7, False, False),
     ],
 )
-def test_attention_over_a_cache(monkeypatch, patched_interpreter, heads, kv_heads, S, D, window, qk_norm, kv_dtype):
+def test_attention_over_a_cache(
+    monkeypatch, patched_interpreter, heads, kv_heads, S, D, window, qk_norm, is_causal, kv_dtype
+):
     """Rows of different lengths: one with nothing cached, one up to the cache's end; 2 to 8 programs share a head."""
     set_multiprocessors(monkeypatch, 6)
     args = attention_args(heads, kv_heads, D, sliding_window=window, qk_norm=qk_norm)
     positions = torch.tensor([[0], [130], [301 - S]], device=DEVICE) + torch.arange(S, device=DEVICE)
-    error = gpu_correctness.attention_error(args, positions, 301, kv_dtype, DEVICE, torch.float16)
+    error = gpu_correctness.attention_error(args, positions, 301, kv_dtype, DEVICE, torch.float16, is_causal)
     assert 0 < error < 2
 
 
@@ -506,14 +510,14 @@ def test_the_report_sees_wrong_attention(patched_interpreter, monkeypatch, wrong
     """Also where only the longest row is wrong, or only what is stored in the cache."""
     attend = torch.ops.fast_gpu.decode_attention
 
-    def wrongly(qkv, cos, sin, positions, window, q_norm, k_norm, eps, k, *others):
+    def wrongly(qkv, cos, sin, positions, window, is_causal, q_norm, k_norm, eps, k, *others):
         if wrong == "a slot less":
             positions = positions - torch.tensor([[0], [0], [1]], device=DEVICE)
         elif wrong == "no new key":
             k = k.clone()
         else:
             cos = cos * 1.01
-        return attend(qkv, cos, sin, positions, window, q_norm, k_norm, eps, k, *others)
+        return attend(qkv, cos, sin, positions, window, is_causal, q_norm, k_norm, eps, k, *others)
 
     monkeypatch.setattr(torch.ops.fast_gpu, "decode_attention", wrongly)
     positions = torch.tensor([[0], [50], [149]], device=DEVICE)
@@ -527,7 +531,7 @@ def test_attention_keeps_pytorchs_rules(patched_interpreter, kv_dtype):
     rules = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     if flash_decoding.STORED:
         rules = ("test_schema", *rules)
-    args = (qkv, cos, sin, positions, 0, None, None, 0.0, *cache.buffers())
+    args = (qkv, cos, sin, positions, 0, True, None, None, 0.0, *cache.buffers())
     torch.library.opcheck(torch.ops.fast_gpu.decode_attention.default, args, test_utils=rules)
 
 

@@ -7,18 +7,18 @@ compared, too.
 """
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import GREEDY, SIZES, make_tiny, prompt_of, relative_error
+from conftest import GREEDY, SIZES, prompt_of, relative_error
 from heads import make_head, save
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers import LlamaConfig, Qwen3Config
 
 from fast.checkpoint import load_model, open_checkpoint
 from fast.drafting import SPARE
-from fast.eagle import EagleDraft, EagleHead, load_head
+from fast.eagle import EagleDraft, EagleHead
+from fast.head_files import load_head
 from model import Transformer
 from scripts.download import check_config
 
@@ -40,14 +40,6 @@ KINDS = {
     "two-layers": ("speculators", {"num_hidden_layers": 2, "norm_before_residual": True}),
     "window": ("speculators", {"sliding_window": 3, "layer_types": ["sliding_attention"]}),
 }
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory) -> tuple[PreTrainedModel, Path]:
-    """A target of eight layers."""
-    hf, path = make_tiny("llama", num_hidden_layers=8), tmp_path_factory.mktemp("deep")
-    hf.save_pretrained(path)
-    return hf, path
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,7 +150,7 @@ def test_logits_are_those_of_speculators(deep, tmp_path, kind):
 def test_a_head_is_fetched_but_is_no_model(tmp_path):
     path = save(make_head(), tmp_path, "specforge")
     check_config(path / "config.json")
-    with pytest.raises(ValueError, match=f"{path} is an EAGLE-3 head, no model: give it, as it is, to --draft_check"):
+    with pytest.raises(ValueError, match=f"{path} is no model but a head .EAGLE-3.: give it, as it is, to --draft_"):
         open_checkpoint(path)
 
 

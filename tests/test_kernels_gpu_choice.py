@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GREEDY, prompt_of
-from heads import make_head, save
+from heads import make_dflash, make_head, save, save_dflash
 
 from fast import decoding, drafting, speculative
 from fast.decoding import time_kernels
+from fast.dflash import DFlashDraft
 from fast.drafting import SPARE
-from fast.eagle import EagleDraft, load_head
+from fast.eagle import EagleDraft
+from fast.head_files import load_head
 from kernels.gpu import choice
 
 pytest.importorskip("triton", reason="needs the package triton")
@@ -260,3 +262,18 @@ def test_a_head_s_first_draft_and_the_next_are_timed(ours, tmp_path, monkeypatch
         drafter.text = drafter.text.as_subclass(OnGpu)
         drafter.time_kernels(2)
     assert measured == [[(2, 1, 64), (2, 1)]] * 2
+
+
+def test_a_dflash_head_s_reading_and_its_blocks_are_timed(ours, tmp_path, monkeypatch):
+    target, measured = ours(), []
+    target.setup_caches(3, 64, spare=SPARE)
+    head = load_head(save_dflash(make_dflash(block_size=8), tmp_path), target, dtype=torch.float32)
+    head.setup_caches(3, 64, spare=SPARE)
+    monkeypatch.setattr(choice, "measure", lambda step, idx, *others: measured.append((step, idx.shape[1])))
+    for k, expected in (("auto", {2, 4, 8}), (5, {6})):
+        drafter, measured[:] = DFlashDraft(head, target, GREEDY, k), []
+        drafter.text = drafter.text.as_subclass(OnGpu)
+        drafter.time_kernels(2)
+        assert measured.pop(0) == (drafter._read_text, 1)
+        assert {step for step, _ in measured} == {drafter._drafted}
+        assert {n for _, n in measured} == expected

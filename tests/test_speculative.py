@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GREEDY, make_tiny, prompt_of, tokens_of
-from heads import make_head, save
+from heads import make_dflash, make_head, save, save_dflash
 
 import generate
 from fast import chat, cli, speculative
@@ -27,7 +27,7 @@ from fast.checkpoint import load_model, open_checkpoint, save_checkpoint
 from fast.cli import DEMO
 from fast.decoding import build_steps, warm_up
 from fast.drafting import SPARE, DraftModel
-from fast.eagle import load_head
+from fast.head_files import load_head
 from fast.pace import Pace
 from fast.sampling import Sampling
 from fast.speculative import SpeculativeSteps, build_speculative_steps, drafter_for, speculate, warm_up_speculation
@@ -79,16 +79,43 @@ def head(ours, tmp_path_factory) -> Path:
     return save(trained, path, "speculators")
 
 
+@pytest.fixture(scope="module")
+def dflash(ours, tmp_path_factory) -> Path:
+    """A DFlash head that sometimes knows what the tiny model says after PROMPTS."""
+    target, untrained, path = ours(), make_dflash(own_vocab=range(128)), tmp_path_factory.mktemp("dflash")
+    with torch.no_grad():
+        loaded, xs, following = (
+            load_head(save_dflash(untrained, path, "speculators"), target, dtype=torch.float32),
+            [],
+            [],
+        )
+        loaded.setup_caches(1, 96, SPARE)
+        for prompt in PROMPTS:
+            text = prompt + tokens_of(build_steps(target, GREEDY), [prompt], 32)[0]
+            idx, slots = torch.tensor([text]), loaded.slots
+            loaded.read(idx, target(idx, hidden_at=loaded.hidden_at)[1], slots[None, : len(text)], slots)
+            for at in range(len(text) - 6, len(prompt) - 1, -1):  # what a block overwrites is not needed again
+                block = torch.tensor([[text[at], 5, 5, 5, 5]])
+                xs.append(loaded.norm(loaded(block, torch.tensor([[at]]), slots))[0, 1:])
+                following.append(torch.tensor(text[at + 1 : at + 5]))
+        own = torch.cat(following).unique()
+        trained = make_dflash(own_vocab=own.tolist())
+        wanted = (torch.cat(following)[:, None] == own).float()
+        trained.lm_head.weight.copy_(10 * torch.linalg.lstsq(torch.cat(xs), wanted, driver="gelsd").solution.T)
+    return save_dflash(trained, path, "speculators")
+
+
 @pytest.fixture
-def drafted(ours, stranger, head):
+def drafted(ours, stranger, head, dflash):
     """`drafted(by, k)`: speculative steps for the tiny model, drafted by itself, a stranger, a head or lookup."""
 
     def make(by: str, k, sampling=GREEDY, rows=1, capacity=64, family="llama", compile=False) -> SpeculativeSteps:
         target = with_cache(ours(family, capacity=capacity), rows, capacity)
         if by == "lookup":
             draft = None
-        elif by == "head":
-            draft = with_cache(load_head(head, target, dtype=torch.float32), rows, capacity)
+        elif by in ("head", "dflash"):
+            path = head if by == "head" else dflash
+            draft = with_cache(load_head(path, target, dtype=torch.float32), rows, capacity)
         else:
             draft = ours(family, capacity=capacity) if by == "itself" else load_model(stranger, dtype=torch.float32)
             draft = with_cache(draft, rows, capacity)
@@ -112,7 +139,7 @@ def rows_of(steps: SpeculativeSteps, prompts: list[list[int]], n: int, cached: i
 # --- greedy: token for token -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", ["itself", "stranger", "head", "lookup"])
+@pytest.mark.parametrize("by", ["itself", "stranger", "head", "dflash", "lookup"])
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
 def test_greedy_tokens_are_plain_decoding_s(ours, drafted, by, k):
     plain, steps = build_steps(ours(), GREEDY), drafted(by, k)
@@ -121,7 +148,7 @@ def test_greedy_tokens_are_plain_decoding_s(ours, drafted, by, k):
             assert rows_of(steps, [prompt], n) == tokens_of(plain, [prompt], n)
 
 
-@pytest.mark.parametrize("by", ["itself", "head"])
+@pytest.mark.parametrize("by", ["itself", "head", "dflash"])
 def test_greedy_tokens_over_a_quantized_cache(ours, drafted, by):
     model, steps = ours("llama"), drafted(by, 4)
     for part, spare in ((model, 0), (steps.model, SPARE), (steps.drafter.model, SPARE)):
@@ -131,22 +158,26 @@ def test_greedy_tokens_over_a_quantized_cache(ours, drafted, by):
 
 @pytest.mark.parametrize("scheme", [{"mode": "int8"}, {"mode": "int4", "groupsize": 32}], ids=lambda s: s["mode"])
 def test_greedy_tokens_of_a_quantised_target(tiny, head, tmp_path, scheme):
+    """A DFlash head uses its quantised output projection."""
     quantize(open_checkpoint(tiny("llama-head-dim")[1]), scheme, tmp_path / "model.pth", "cpu")
     target = with_cache(load_model(tmp_path / "model.pth", dtype=torch.float32))
     expected = tokens_of(build_steps(target, GREEDY), [PROMPTS[2]], 24)
-    drafter = drafter_for(with_cache(load_head(head, target, dtype=torch.float32)), target, GREEDY, 4)
-    steps = build_speculative_steps(build_steps(target, GREEDY, run=drafter.run), drafter, GREEDY, 4)
-    assert rows_of(steps, [PROMPTS[2]], 24) == expected
+    for path in (head, save_dflash(make_dflash(), tmp_path / "dflash")):
+        loaded = with_cache(load_head(path, target, dtype=torch.float32))
+        assert (loaded.output is target.output) == (path != head)
+        drafter = drafter_for(loaded, target, GREEDY, 4)
+        steps = build_speculative_steps(build_steps(target, GREEDY, run=drafter.run), drafter, GREEDY, 4)
+        assert rows_of(steps, [PROMPTS[2]], 24) == expected
 
 
 @pytest.mark.parametrize("family", ["mistral-window", "qwen3", "qwen3-moe"])
 def test_greedy_tokens_of_other_families(ours, drafted, family):
     expected = tokens_of(build_steps(ours(family), GREEDY), [PROMPTS[2]], 24)
-    for by in ("itself", "head", "lookup"):
+    for by in ("itself", "head", "dflash", "lookup"):
         assert rows_of(drafted(by, 4, family=family), [PROMPTS[2]], 24) == expected
 
 
-@pytest.mark.parametrize("by", ["itself", "stranger", "head", "lookup"])
+@pytest.mark.parametrize("by", ["itself", "stranger", "head", "dflash", "lookup"])
 def test_rows_of_a_batch_accept_on_their_own(ours, drafted, by):
     expected = [tokens_of(build_steps(ours(), GREEDY), [prompt], 20)[0] for prompt in PROMPTS]
     steps = drafted(by, 3, rows=5)
@@ -191,7 +222,7 @@ def test_a_draft_may_have_fewer_or_more_embeddings(ours, tmp_path, n):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, 20), Sampling(0.8, None)])
-@pytest.mark.parametrize("by", ["itself", "head", "lookup"])
+@pytest.mark.parametrize("by", ["itself", "head", "dflash", "lookup"])
 def test_numbers_that_are_none_end_a_text(drafted, by, sampling):
     steps = drafted(by, 3, sampling, rows=2)
     for model in [steps.model] + ([] if by == "lookup" else [steps.drafter.model]):
@@ -222,7 +253,7 @@ class Mixed(Pace):
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-@pytest.mark.parametrize("by", ["itself", "stranger", "head", "lookup"])
+@pytest.mark.parametrize("by", ["itself", "stranger", "head", "dflash", "lookup"])
 @pytest.mark.parametrize("pace", [None, (0, 3), (2, 0, 0, 0, 15, 1, 0, 7), (0,), tuple(range(1, 16)), (15,)])
 def test_greedy_tokens_with_plain_steps_in_between(ours, drafted, monkeypatch, by, pace, ahead):
     """ahead: how many steps are launched before the last one is read, as on a GPU."""
@@ -249,10 +280,11 @@ def test_a_draft_model_reads_what_plain_steps_brought(drafted, monkeypatch, ahea
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_a_head_reads_every_position_once_it_is_known(drafted, monkeypatch, ahead):
+@pytest.mark.parametrize("by", ["head", "dflash"])
+def test_a_head_reads_every_position_once_it_is_known(drafted, monkeypatch, by, ahead):
     """Its cache before a draft is that of a head that reads the whole text at once."""
     monkeypatch.setattr(speculative, "steps_ahead", lambda model: ahead)
-    steps, whole = (drafted("head", "auto", rows=2, capacity=96) for _ in range(2))
+    steps, whole = (drafted(by, "auto", rows=2, capacity=96) for _ in range(2))
     mixed = dataclasses.replace(steps, pace=Mixed(*[0] * 20, 3, 7, 0, 0, 2))
     texts, lengths = [list(PROMPTS[1]), list(PROMPTS[3])], []
     for step in speculate(mixed, list(texts), 50):
@@ -271,9 +303,10 @@ def test_a_head_reads_every_position_once_it_is_known(drafted, monkeypatch, ahea
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_head_reads_on_where_the_last_turn_ended(drafted):
+@pytest.mark.parametrize("by", ["head", "dflash"])
+def test_a_head_reads_on_where_the_last_turn_ended(drafted, by):
     """At a later turn its cache is that of a head that reads the whole text at once, the last position apart."""
-    steps, whole = (drafted("head", 3) for _ in range(2))
+    steps, whole = (drafted(by, 3) for _ in range(2))
     mixed, prompt = dataclasses.replace(steps, pace=Mixed(3, 0, 0)), PROMPTS[2]
     text = prompt + rows_of(mixed, [prompt], 14)[0]
     cached = len(text) - 1
@@ -332,7 +365,7 @@ def continuation_probabilities(model: Transformer, prompt: list[int], sampling: 
     return table
 
 
-@pytest.mark.parametrize("by", ["model", "head", "lookup"])
+@pytest.mark.parametrize("by", ["model", "head", "dflash", "lookup"])
 @pytest.mark.parametrize("sampling", [Sampling(1.0, top_k=None), Sampling(0.8, top_k=5, top_p=0.9)])
 def test_the_first_three_tokens_are_distributed_as_the_target_s(tmp_path, by, sampling):
     V, n_samples, prompt = 7, 6000, [1, 2, 3, 1, 2]
@@ -344,10 +377,13 @@ def test_the_first_three_tokens_are_distributed_as_the_target_s(tmp_path, by, sa
     target = with_cache(load_model(tmp_path / "target", dtype=torch.float32), rows, 16)
     expected = continuation_probabilities(target, prompt, sampling, 3) * n_samples
     head = make_head(vocab_size=V, own_vocab=(0, 1, 3, 4, 6), own_embeddings=False)  # 2 and 5 it never proposes
-    head.lm_head.weight.mul_(0.5)
+    block = make_dflash(own_vocab=(0, 1, 3, 4, 6), vocab_size=V)
+    for head_ in (head, block):
+        head_.lm_head.weight.mul_(0.5)
     draft = {
         "model": lambda: load_model(tmp_path / "draft", dtype=torch.float32),
         "head": lambda: load_head(save(head, tmp_path / "head", "speculators"), target, dtype=torch.float32),
+        "dflash": lambda: load_head(save_dflash(block, tmp_path, "speculators"), target, dtype=torch.float32),
         "lookup": lambda: None,
     }[by]()
     drafter = drafter_for(draft and with_cache(draft, rows, 16), target, sampling, 2)
@@ -381,7 +417,8 @@ def test_the_first_three_tokens_are_distributed_as_the_target_s(tmp_path, by, sa
 
 
 @pytest.mark.parametrize(
-    ("by", "rows", "backend"), [("stranger", 1, "inductor"), ("stranger", 2, "aot_eager"), ("head", 2, "inductor")]
+    ("by", "rows", "backend"),
+    [("stranger", 1, "inductor"), ("stranger", 2, "aot_eager"), ("head", 2, "inductor"), ("dflash", 2, "inductor")],
 )
 def test_compiled_is_eager_for_any_length_and_k_without_recompilation(drafted, monkeypatch, by, rows, backend):
     """What is recompiled does not depend on the backend, of which Inductor takes long."""
@@ -402,12 +439,14 @@ def test_compiled_is_eager_for_any_length_and_k_without_recompilation(drafted, m
             torch.testing.assert_close(*caches, rtol=1e-4, atol=1e-4)
 
 
-def test_a_compiled_prefill_of_any_length_is_read_by_a_head(ours, head):
+@pytest.mark.parametrize("by", ["head", "dflash"])
+def test_a_compiled_prefill_of_any_length_is_read_by_a_head(ours, head, dflash, by):
     torch._dynamo.reset()
     rows = []
     for compile in (False, True):
         target = with_cache(ours())
-        drafter = drafter_for(with_cache(load_head(head, target, dtype=torch.float32)), target, GREEDY, 2)
+        path = head if by == "head" else dflash
+        drafter = drafter_for(with_cache(load_head(path, target, dtype=torch.float32)), target, GREEDY, 2)
         plain = build_steps(target, GREEDY, compile_prefill=compile, run=drafter.run)
         steps = build_speculative_steps(plain, drafter, GREEDY, 2)
         rows.append([rows_of(steps, [prompt], 8) for prompt in PROMPTS] + steps.pace.tallies[2].counts)
@@ -416,13 +455,14 @@ def test_a_compiled_prefill_of_any_length_is_read_by_a_head(ours, head):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("by", ["model", "head", "lookup"])
-def test_on_a_gpu_a_step_never_waits_and_equals_plain(ours, head, by):
+@pytest.mark.parametrize("by", ["model", "head", "dflash", "lookup"])
+def test_on_a_gpu_a_step_never_waits_and_equals_plain(ours, head, dflash, by):
     torch._dynamo.reset()
     target = with_cache(ours(rows=2, capacity=300, device="cuda"), 2, 300)
     draft = {
         "model": lambda: ours(rows=2, capacity=300, device="cuda"),
         "head": lambda: load_head(head, target, "cuda", torch.float32),
+        "dflash": lambda: load_head(dflash, target, "cuda", torch.float32),
         "lookup": lambda: None,
     }[by]()
     drafter = drafter_for(draft and with_cache(draft, 2, 300), target, GREEDY, 4, compile=True)
@@ -460,10 +500,13 @@ def main(capsys):
 
 
 @pytest.fixture
-def demo_head(tmp_path) -> Path:
-    """A random head for the demo."""
-    sizes = {"hidden_size": 256, "num_attention_heads": 2, "vocab_size": 2048, "own_embeddings": False}
-    return save(make_head(256, (2, 3, 4), **sizes), tmp_path / "head", "specforge")
+def demo_heads(tmp_path) -> dict[str, Path]:
+    """Random heads for the demo."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 2, "vocab_size": 2048}
+    return {
+        "EAGLE": save(make_head(256, (2, 3, 4), own_embeddings=False, **sizes), tmp_path / "eagle", "specforge"),
+        "DFLASH": save_dflash(make_dflash(256, (2, 3, 4), block_size=9, **sizes), tmp_path / "dflash"),
+    }
 
 
 def tokens_in(path: Path) -> list[list[int]]:
@@ -474,11 +517,12 @@ def tokens_in(path: Path) -> list[list[int]]:
     "flags",
     [
         ("--speculate_k", 4), ("--prompt_lookup",), ("--speculate_k", "auto"), ("--prompt_lookup", "--compare"),
-        ("--draft_checkpoint_path", "HEAD"), ("--draft_checkpoint_path", "HEAD", "--speculate_k", 4, "--compare"),
+        ("--draft_checkpoint_path", "EAGLE"), ("--draft_checkpoint_path", "EAGLE", "--speculate_k", 4, "--compare"),
+        ("--draft_checkpoint_path", "DFLASH"), ("--draft_checkpoint_path", "DFLASH", "--speculate_k", 4, "--compare"),
     ],
 )  # fmt: skip
-def test_the_command_line_gives_the_plain_text(main, tmp_path, demo_head, flags):
-    flags = [demo_head if flag == "HEAD" else flag for flag in flags]
+def test_the_command_line_gives_the_plain_text(main, tmp_path, demo_heads, flags):
+    flags = [demo_heads.get(flag, flag) for flag in flags]
     lines = tmp_path / "prompts.txt"
     lines.write_text("She could not\nThe name of the house\nA\n")
     for name, more in (("plain", ()), ("speculative", flags)):
@@ -523,10 +567,10 @@ def test_a_stop_id_inside_an_accepted_run_ends_the_sample(main, monkeypatch, tmp
     assert (code, sample["tokens"], sample["finish_reason"]) == (0, tokens[: at + 1], "stop")
 
 
-def test_a_conversation_may_speculate(main, monkeypatch, demo_head):
-    answers, by_head = [], ("--draft_checkpoint_path", demo_head)
+def test_a_conversation_may_speculate(main, monkeypatch, demo_heads):
+    answers, by_head = [], [("--draft_checkpoint_path", path) for path in demo_heads.values()]
     ways = [(), ("--speculate_k", 3), ("--speculate_k", "auto"), ("--prompt_lookup",)]
-    for flags in [*ways, by_head, (*by_head, "--speculate_k", 3)]:
+    for flags in [*ways, *by_head, *((*flags, "--speculate_k", 3) for flags in by_head)]:
         lines = iter(["The list of", " names", " and the"])
         monkeypatch.setattr(chat, "ask", lambda _, lines=lines: next(lines, None))
         code, out, err = main("--interactive", *flags)
@@ -546,10 +590,14 @@ def test_a_conversation_may_speculate(main, monkeypatch, demo_head):
         (["--checkpoint_path", DEMO.parent / "draft", "--speculate_k", 3], "needs --draft_checkpoint_path DRAFT or"),
         (["--compare"], "--compare needs speculative decoding"),
         (["--draft_checkpoint_path", "nowhere"], "nowhere"),
+        (
+            ["--draft_checkpoint_path", "DFLASH", "--speculate_k", 9],
+            "speculate_k 9 must be 1 to 8, the drafts in a block",
+        ),
     ],
 )
-def test_bad_flags_are_one_line(main, flags, message):
-    code, out, err = main(*flags)
+def test_bad_flags_are_one_line(main, demo_heads, flags, message):
+    code, out, err = main(*(demo_heads.get(flag, flag) for flag in flags))
     assert code == 2
     assert err.splitlines()[-1].startswith("error: ")
     assert message in err.splitlines()[-1]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, GREEDY, make_tiny, prompt_of, tokens_of
-from heads import make_head, save
+from heads import make_dflash, make_head, save, save_dflash
 from test_checkpoint import write_meta
 
 import tp
@@ -202,10 +202,13 @@ def test_tokens_are_those_of_one_process(checkpoints, tmp_path, n_ranks):
     for replicate in (False, True):  # the draft: the target, rounded to int8
         draft = {"draft": str(checkpoints["int8"]), "replicate": replicate, "k": 3}
         cases.append({**cases[0], "path": str(checkpoints["wide"]), "prompts": ragged, **draft})
-    head = str(save(make_head(own_embeddings=False), tmp_path / "head", "specforge"))
-    cases.append({**cases[0], "path": str(checkpoints["wide"]), "prompts": ragged, "head": head, "k": 3})
-    cases += [{**cases[-2], "temperature": 1.0}, {**cases[-2], "temperature": 1.0, "k": "auto", "n": 40}]
-    cases.append({**cases[-3], "temperature": 1.0})
+    drafted = cases[-1]
+    paths = (
+        save(make_head(own_embeddings=False), tmp_path / "eagle", "specforge"),
+        save_dflash(make_dflash(), tmp_path / "dflash"),
+    )
+    heads = [{**cases[0], "path": str(checkpoints["wide"]), "prompts": ragged, "head": str(p), "k": 3} for p in paths]
+    cases += heads + [{**case, "temperature": 1.0} for case in (drafted, {**drafted, "k": "auto", "n": 40}, *heads)]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     flags = "--standalone", f"--nproc_per_node={n_ranks}"
     run = torchrun(*flags, "tests/tp_driver.py", str(tmp_path / "cases.json"), str(tmp_path))
@@ -214,7 +217,7 @@ def test_tokens_are_those_of_one_process(checkpoints, tmp_path, n_ranks):
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(n_ranks)]
     assert all(result == results[0] for result in results)
     assert all(result["steps"] < case["n"] for case, result in zip(cases, results[0], strict=True) if "draft" in case)
-    for case, result in zip(cases[:-3], results[0], strict=False):  # not the last: their drafts change what is sampled
+    for case, result in zip(cases[:-4], results[0], strict=False):  # not the last: their drafts change what is sampled
         model = load_model(case["path"], dtype=torch.float32)
         model.setup_caches(3, 64)
         torch.manual_seed(0)

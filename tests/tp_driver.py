@@ -19,7 +19,7 @@ from fast.checkpoint import load_model
 from fast.compiling import set_compile_flags
 from fast.decoding import build_steps, stream
 from fast.drafting import SPARE
-from fast.eagle import load_head
+from fast.head_files import load_head
 from fast.metrics import parameter_bytes
 from fast.sampling import Sampling
 from fast.speculative import build_speculative_steps, drafter_for, speculate

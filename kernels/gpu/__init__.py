@@ -43,7 +43,7 @@ def missing(device: torch.device | str, dtype: torch.dtype) -> str | None:
         OVERLAP = capability >= (9, 0)  # try it as `product` will set it for a quantised weight
         qkv, turn = (torch.zeros(1, 1, n, device=device, dtype=kind) for n, kind in ((192, dtype), (32, torch.float32)))
         cache = torch.zeros(2, 1, 1, 1, 64, device=device, dtype=dtype)
-        flash_decoding.decode_attention(qkv, turn, turn, turn[..., 0].long(), 0, None, None, 0.0, *cache)
+        flash_decoding.decode_attention(qkv, turn, turn, turn[..., 0].long(), 0, True, None, None, 0.0, *cache)
         x, weight = (torch.zeros(16, 64, device=device, dtype=kind) for kind in (dtype, torch.int8))
         products.linear(x[:1], weight, torch.zeros(16, device=device))
         torch.cuda.synchronize(device)

@@ -1,6 +1,6 @@
 """Attention for a few new positions on a GPU, in Triton: RoPE, writing to the KV cache, the softmax over its slots.
 
-    y = torch.ops.fast_gpu.decode_attention(qkv, cos, sin, positions, 0, None, None, 0.0, *cache.buffers())
+    y = torch.ops.fast_gpu.decode_attention(qkv, cos, sin, positions, 0, True, None, None, 0.0, *cache.buffers())
 
 One program per key head would be 8 to 32 programs for a row, too few for a GPU: so several programs share a head's
 slots, and a second kernel combines their results (Flash-Decoding, Dao et al. 2023). Each program applies RoPE to the
@@ -105,6 +105,7 @@ def _attend_share(
     HEADS: tl.constexpr,  # query heads per key head
     D: tl.constexpr,
     WINDOW: tl.constexpr,
+    CAUSAL: tl.constexpr,
     ROWS: tl.constexpr,
     NEW: tl.constexpr,  # the largest S
     BLOCK_D: tl.constexpr,
@@ -122,7 +123,9 @@ def _attend_share(
     n_cached = tl.load(positions_ptr + batch * S).to(tl.int32)
     row, d, half = tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_HALF)
     row_ok, d_ok, half_ok = row < HEADS * S, d < D, half < HALF
-    position, token = n_cached + row % S, batch * S + row % S
+    token, last_seen = batch * S + row % S, row * 0 + S - 1  # of the new positions
+    if CAUSAL:
+        last_seen = row % S
     q_at = token * WIDTH + (head * HEADS + row // S) * D
     q_left, q_right = _rotated(qkv_ptr, q_at, row_ok, q_norm_ptr, eps, cos_ptr, sin_ptr, token, D, BLOCK_HALF)
     first = 0
@@ -149,7 +152,7 @@ def _attend_share(
             v_scales = tl.load(v_scales_ptr + slot_0 + slot, mask=slot_ok, other=0.0)
         visible = slot_ok[None, :] & row_ok[:, None]
         if WINDOW > 0:
-            visible = visible & (slot[None, :] > position[:, None] - WINDOW)
+            visible = visible & (slot[None, :] > n_cached + last_seen[:, None] - WINDOW)
         peak, total, sums = _attend(
             q_left, q_right, k_left, k_right, v, k_scales, v_scales, visible, peak, total, sums, scale
         )
@@ -177,9 +180,9 @@ def _attend_share(
         tl.store(k_ptr + to[:, None] * D + half[None, :], new_left, mask=new_ok[:, None] & half_ok[None, :])
         tl.store(k_ptr + to[:, None] * D + HALF + half[None, :], new_right, mask=new_ok[:, None] & half_ok[None, :])
         tl.store(v_ptr + to[:, None] * D + d[None, :], new_v, mask=new_ok[:, None] & d_ok[None, :])
-        new_seen = row_ok[:, None] & (new[None, :] <= row[:, None] % S)
+        new_seen = row_ok[:, None] & (new[None, :] <= last_seen[:, None])
         if WINDOW > 0:
-            new_seen = new_seen & (new[None, :] > row[:, None] % S - WINDOW)
+            new_seen = new_seen & (new[None, :] > last_seen[:, None] - WINDOW)
         peak, total, sums = _attend(
             q_left, q_right, new_left, new_right, new_v, new_k_scales, new_v_scales, new_seen, peak, total, sums, scale
         )
@@ -230,6 +233,7 @@ def decode_attention(
     sin: Tensor,
     positions: Tensor,
     window: int,
+    is_causal: bool,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
@@ -243,7 +247,8 @@ def decode_attention(
     `positions [B, S]`, S <= 16, are consecutive along S. RoPE rotates queries and keys by `cos` and `sin`, float32
     `[B, S, D / 2]`, after RMSNorm with the weights `q_norm` and `k_norm` `[D]`, if given. Keys and values are stored at
     their positions in the whole cache, `k`, `v` `[B or more, KV, L, D]` of qkv's type, or int8 or fp8 with float32
-    scales `[B or more, KV, L]`. A query sees the slots up to its position; with a `window`, only so many of them.
+    scales `[B or more, KV, L]`. A query sees the slots up to its position, or if not `is_causal` what the last one
+    sees; with a `window`, only so many of them.
     Positions are not checked against the cache's size.
     """
     (B, S, width), (_, KV, L, D) = qkv.shape, k.shape
@@ -257,7 +262,7 @@ def decode_attention(
     def at_the_end() -> Tensor:
         """The call at the end of the cache, where it takes longest. Later tokens overwrite what it stores there."""
         last = positions + (L - S - positions[:, :1])
-        return decode_attention(qkv, cos, sin, last, window, q_norm, k_norm, eps, k, v, k_scales, v_scales)
+        return decode_attention(qkv, cos, sin, last, window, is_causal, q_norm, k_norm, eps, k, v, k_scales, v_scales)
 
     key = f"attention of {B} x {KV} heads, {rows} rows, {k.dtype} {D} wide, below {1 << L.bit_length()} slots"
     key += f", a window of {window}" if window else ""
@@ -270,16 +275,16 @@ def decode_attention(
     with torch.cuda.device_of(qkv):
         _attend_share[B * KV, splits](
             *(x.contiguous() for x in (qkv, cos, sin, positions)), q_norm, k_norm, k, v, k_scales, v_scales, sums,
-            peaks, totals, D**-0.5, eps, L, S, **shape, WINDOW=window, ROWS=max(16, triton.next_power_of_2(rows)),
-            NEW=MAX_POSITIONS, BLOCK_HALF=max(16, triton.next_power_of_2(D // 2)), BLOCK=block,
-            num_warps=4 if rows <= 32 else 8,
+            peaks, totals, D**-0.5, eps, L, S, **shape, WINDOW=window, CAUSAL=is_causal, NEW=MAX_POSITIONS,
+            ROWS=max(16, triton.next_power_of_2(rows)), BLOCK_HALF=max(16, triton.next_power_of_2(D // 2)),
+            BLOCK=block, num_warps=4 if rows <= 32 else 8,
         )  # fmt: skip
         _join_shares[B * KV, rows](sums, peaks, totals, y, S, **shape)
     return y
 
 
 @decode_attention.register_fake
-def _fake(qkv, cos, sin, positions, window, q_norm, k_norm, eps, k, *others):
+def _fake(qkv, cos, sin, positions, window, is_causal, q_norm, k_norm, eps, k, *others):
     return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * k.shape[1] * k.shape[3])
 
 

@@ -107,7 +107,13 @@ def product_errors(mode: str, args: ModelArgs, device: str, dtype: torch.dtype, 
 
 
 def attention_error(
-    args: ModelArgs, positions: Tensor, n_slots: int, kv_dtype: torch.dtype, device: str, dtype: torch.dtype
+    args: ModelArgs,
+    positions: Tensor,
+    n_slots: int,
+    kv_dtype: torch.dtype,
+    device: str,
+    dtype: torch.dtype,
+    is_causal: bool = True,
 ) -> float:
     """The largest error of our attention kernel at `positions [B, S]` and of what it caches, in units of `dtype`'s eps.
 
@@ -118,6 +124,7 @@ def attention_error(
     """
     B, S = positions.shape
     attention = Attention(args).to(device, dtype).requires_grad_(False)
+    attention.is_causal = is_causal
     for norm in (attention.q_norm, attention.k_norm):
         if norm is not None:
             norm.weight.uniform_(0.5, 2)
@@ -132,7 +139,7 @@ def attention_error(
     twin = copy.deepcopy(cache)
     q, k, v = attention.heads(qkv, cos, sin)
     twin.write(positions, k, v)
-    mask = attention_mask(args, positions, slots)
+    mask = attention_mask(args, positions if is_causal else positions[:, -1:].expand(B, S), slots)
     for buffer in list(cache.buffers())[-2:]:
         buffer[(slots >= positions[:, :1])[:, None].expand(shape[:3])] = torch.nan
     y = cache.attend(attention, qkv, cos, sin, positions, n_slots, mask).unflatten(-1, (-1, args.head_dim))
@@ -169,8 +176,10 @@ def kernel_rows(card: Card) -> Iterator[Row]:
     has_fp8 = torch.cuda.get_device_capability(card.device) >= (8, 9)
     for kv_dtype in (card.dtype, *KV_DTYPES[: 2 if has_fp8 else 1]):
         errors = [
-            attention_error(shape, first + torch.arange(n, device=card.device), 8192, kv_dtype, card.device, card.dtype)
-            for n, shape in ((1, args), (6, args), (2, normed))
+            attention_error(
+                shape, first + torch.arange(n, device=card.device), 8192, kv_dtype, card.device, card.dtype, c
+            )
+            for n, shape, c in ((1, args, True), (6, args, True), (2, normed, True), (6, normed, False))
         ]
         yield error_row(f"attention over a cache in {str(kv_dtype).removeprefix('torch.')}", errors)
 
