@@ -108,18 +108,18 @@ def _dflash(config: dict[str, Any], args: ModelArgs, target: ModelArgs) -> DFlas
     if args.dim != target.dim:
         raise ValueError(f"hidden_size is {args.dim}; expected {target.dim}, its target's")
     options = {**config, **(config.get("dflash_config") or {})}
-    if options.get("is_causal") or options.get("final_logit_softcapping"):
-        raise ValueError("a DFlash head with is_causal or final_logit_softcapping is not supported")
+    for name in ("is_causal", "final_logit_softcapping"):
+        if options.get(name):
+            raise ValueError(f"{name} is {options[name]!r:.80}, which is not supported; expected none")
     is_z_lab_s = "speculators_model_type" not in config  # it names layers by their outputs
     key = "target_layer_ids" if is_z_lab_s else "aux_hidden_state_layer_ids"
     from_last = read(options, "sample_from_anchor", bool, False)
     block_size = read(options, "block_size", int, None, 0 if from_last else 1)
     mask_id = read(options, "mask_token_id", int, None, -1, args.vocab_size - 1)
-    layers = {"qk_norm": True}  # whatever the type of its layers, they are Qwen 3's
     scales = {"embedding_scale": "input_embedding_scale", "logits_scale": "output_multiplier"}
     scales = {ours: read(options, theirs, float, 1.0) for ours, theirs in scales.items()}
     return DFlashHead(
-        replace(args, **layers, **scales),
+        replace(args, qk_norm=True, **scales),  # whatever the type of its layers, they are Qwen 3's
         _hidden_at(key, options.get(key), int(is_z_lab_s), target.n_layers),
         read(config, "draft_vocab_size", int, args.vocab_size),
         mask_id,

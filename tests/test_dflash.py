@@ -224,8 +224,8 @@ def test_a_step_of_more_drafts_than_a_block_has(ours, tmp_path):
         ({"block_size": None}, {}, "it has no block_size"),
         ({"block_size": 1}, {}, "block_size is 1; expected a whole number above 1"),
         ({"input_embedding_scale": "big"}, {}, "input_embedding_scale is 'big'; expected a number above 0"),
-        ({"final_logit_softcapping": 30.0}, {}, "with is_causal or final_logit_softcapping is not supported"),
-        ({}, {"is_causal": True}, "with is_causal or final_logit_softcapping is not supported"),
+        ({"final_logit_softcapping": 30.0}, {}, "final_logit_softcapping is 30.0, which is not supported"),
+        ({}, {"is_causal": True}, "is_causal is True, which is not supported"),
         ({}, {"model_type": "gpt_oss"}, "the head's layers are of type 'gpt_oss'; supported: llama, qwen3"),
         ({}, {"num_hidden_layers": 3, "layer_types": None}, "missing tensors: layers.2.input_layernorm.weight"),
         (
