@@ -76,11 +76,12 @@ class DFlashDraft(HeadDraft):
         most = min(head.max_k, MAX_K)
         if k != "auto" and k > most:
             raise ValueError(f"speculate_k {k} must be 1 to {most}, the drafts in a block of this head")
-        several = tuple(sorted({max(1, most // 4), max(1, most // 2), most}))
+        several = tuple(sorted({max(min(2, most), n) for n in (most // 4, most // 2, most)}))
         super().__init__(head, target, sampling, several if k == "auto" else (k,), compile)
         self._flush, self._block = self._read_text, self._drafted
         if compile:
-            any_k = None if target.slots.is_cuda else 1  # a GPU compiles each k for itself
+            # A GPU compiles each k for itself, a CPU any k above 1.
+            any_k = None if target.slots.is_cuda or max(self.ks) == 1 else 1
             self._flush = compile_step(self._read_text, (None, None, 0))
             self._block = compile_step(self._drafted, (any_k, None, 0))
 

@@ -369,8 +369,13 @@ NULL_IS_A_VALUE = ("num_key_value_heads", "head_dim", "sliding_window")  # elsew
 
 
 def head_kind(config: dict[str, Any]) -> str | None:
-    """Whether this is the `config.json` of a head that drafts: "EAGLE-3", "DFlash" or None. See `head_files.py`."""
+    """Whether this is the `config.json` of a head that drafts: "EAGLE-3", "DFlash" or None. See `head_files.py`.
+
+    Raises ValueError for a head of another kind.
+    """
     names, kind = str(config.get("architectures")), config.get("speculators_model_type")
+    if kind not in (None, "eagle3", "dflash"):
+        raise ValueError(f"speculators_model_type is {kind!r:.80}; supported: eagle3, dflash")
     if kind == "dflash" or (kind is None and re.search(r"\bDFlashDraftModel\b", names)):
         return "DFlash"
     is_safeailab_s = "draft_vocab_size" in config and kind is None  # they have no name of their own

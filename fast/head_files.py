@@ -120,7 +120,8 @@ def _dflash(config: dict[str, Any], args: ModelArgs, target: ModelArgs) -> DFlas
     scales = {ours: read(options, theirs, float, 1.0) for ours, theirs in scales.items()}
     return DFlashHead(
         replace(args, qk_norm=True, **scales),  # whatever the type of its layers, they are Qwen 3's
-        _hidden_at(key, options.get(key), int(is_z_lab_s), target.n_layers),
+        # Of the last layer's output z-lab takes the norm, others do not.
+        _hidden_at(key, options.get(key), int(is_z_lab_s), target.n_layers - is_z_lab_s),
         read(config, "draft_vocab_size", int, args.vocab_size),
         mask_id,
         block_size - (not from_last),
@@ -145,11 +146,11 @@ def args_of_head(config: dict[str, Any]) -> ModelArgs:
     return args
 
 
-def _hidden_at(key: str, found: Any, offset: int, n_layers: int) -> tuple[int, ...]:
-    """The layers of the target whose inputs the head takes: `found` under `key`, plus `offset`."""
-    fits = isinstance(found, list) and found and all(type(i) is int and 0 <= i + offset <= n_layers for i in found)
+def _hidden_at(key: str, found: Any, offset: int, last: int) -> tuple[int, ...]:
+    """The layers of the target whose inputs the head takes: `found` under `key`, plus `offset`, at most `last`."""
+    fits = isinstance(found, list) and found and all(type(i) is int and 0 <= i + offset <= last for i in found)
     if not fits or found != sorted(set(found)):
-        wanted = f"ascending numbers of the target's {n_layers} layers"
+        wanted = f"ascending numbers of the target's layers, up to {last - offset}"
         raise ValueError(f"{key} is {found!r:.80}; expected {wanted}")
     return tuple(i + offset for i in found)
 

@@ -70,6 +70,7 @@ class HeadDraft(Chain):
         width = len(head.hidden_at) * target.args.dim
         self.register_buffer("text", slots.new_full((*shape, 2), -1))  # ids and their positions
         self.register_buffer("hidden", torch.zeros(*shape, width, device=weight.device, dtype=weight.dtype))
+        self.register_buffer("first", slots.new_zeros(()))  # position that the ring may hold; those before it are read
         self._unread = 0  # positions whose states the head may not have read
 
     def run(self, idx: Tensor, input_pos: Tensor, kv_pos: Tensor, logits_at: Tensor | None = None) -> Tensor:
@@ -80,6 +81,7 @@ class HeadDraft(Chain):
         logits, hidden = self.target(idx, input_pos, kv_pos, logits_at, self.model.hidden_at)
         positions = input_pos.expand_as(idx)
         if logits_at is not None:
+            self.text.fill_(-1)  # no state of an earlier text must be taken for one of this
             self.model.read(idx.roll(-1, 1), hidden, positions, kv_pos)
             last = logits_at + torch.arange(1 - self.window, 1, device=idx.device)
             last = last.clamp(min=0)
@@ -90,11 +92,15 @@ class HeadDraft(Chain):
         return logits
 
     def begin(self, prompts: list[list[int]], cached: int, layout: tuple[Tensor, ...]) -> None:
-        """Read the last positions before `cached`, if the ring holds them; `run` reads the prompts."""
+        """Read the last positions before `cached`, as far as the ring holds them; `run` reads the prompts."""
         idx, _, kv_pos, _ = layout
-        positions = torch.arange(max(0, cached - self.window), cached, device=idx.device)
-        if cached and self.text[: len(idx), positions % self.size, 1].eq(positions).all():
+        first = min(cached, max(cached - self.window, int(self.first)))
+        positions = torch.arange(first, cached, device=idx.device)
+        is_held = self.text[: len(idx), positions % self.size, 1].eq(positions).all(0)
+        if n_held := int(is_held.flip(0).cumprod(0).sum()):
+            self.first.fill_(cached - n_held)
             self._read(idx[:, :1], torch.full_like(idx[:, :1], cached), kv_pos)
+        self.first.fill_(cached)
         self._unread = 0
 
     def follow(self, previous: Tensor, input_pos: Tensor, kv_pos: Tensor) -> None:
@@ -111,7 +117,7 @@ class HeadDraft(Chain):
 
     def _read(self, token: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, Tensor]:
         """Read the positions before `token [B, 1]`: what `Head.read` gives, and the positions, `[B, window]`."""
-        positions = (input_pos - self.window).clamp(min=0) + torch.arange(self.window, device=token.device)
+        positions = torch.maximum(input_pos - self.window, self.first) + torch.arange(self.window, device=token.device)
         rows = torch.arange(len(token), device=token.device)[:, None]
         idx = torch.where(positions + 1 == input_pos, token, self.text[rows, (positions + 1) % self.size, 0])
         return self.model.read(idx, self.hidden[rows, positions % self.size], positions, kv_pos), positions

@@ -48,7 +48,7 @@ from fast.head_files import load_head
 from fast.layers import in_one_region
 from fast.lookup import PromptLookup
 from fast.pace import Agree, Pace
-from fast.reading import read_json
+from fast.reading import read_json, reading
 from fast.sampling import Sampling, draw
 from fast.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer
@@ -76,8 +76,11 @@ def load_draft(
     """
     if path is None:
         return None
-    if (path / "config.json").is_file() and head_kind(read_json(path / "config.json")):
-        return load_head(path, target, device, dtype, ranks)
+    if (config := path / "config.json").is_file():
+        with reading(config):
+            is_head = head_kind(read_json(config))
+        if is_head:
+            return load_head(path, target, device, dtype, ranks)
     draft = load_model(path, device=device, dtype=dtype, ranks=ranks, replicate=replicate)
     ours, theirs = target.args.vocab_size, draft.args.vocab_size
     probe = "The quick brown fox: jumps_over(13) lazy dogs? \u00dcn\u00efcode, 42.\n"

@@ -182,7 +182,7 @@ class DFlash(nn.Module):
 
 
 def make_dflash(
-    target_dim: int = 64, hidden_at: tuple[int, ...] = (1, 2), own_vocab: list[int] | None = None, **sizes
+    target_dim: int = 64, hidden_at: tuple[int, ...] = (0, 1), own_vocab: list[int] | None = None, **sizes
 ) -> DFlash:
     """The same weights at every call. sizes: what differs from the tests' models, and DFLASH_OPTIONS."""
     head = DFlash(target_dim, hidden_at, own_vocab, **{"mask_token_id": 5, "block_size": 16, **sizes})

@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config
 
 from fast.checkpoint import load_model, open_checkpoint
+from fast.cli import DEMO
 from fast.dflash import DFlashDraft, DFlashHead
 from fast.drafting import SPARE
 from fast.head_files import load_head
 from fast.sampling import Sampling
+from fast.speculative import load_draft
+from fast.tokenizer import load_tokenizer
 from model import Transformer
 from scripts.download import check_config
 
@@ -198,7 +201,7 @@ def test_a_head_is_fetched_but_is_no_model(tmp_path, layout):
 
 def test_a_step_of_more_drafts_than_a_block_has(ours, tmp_path):
     target = cached(ours())
-    for size, ks in ((2, (1,)), (8, (1, 3, 7)), (16, (3, 7, 15)), (40, (3, 7, 15))):
+    for size, ks in ((2, (1,)), (3, (2,)), (8, (2, 3, 7)), (16, (3, 7, 15)), (40, (3, 7, 15))):
         head = cached(load_head(save_dflash(make_dflash(block_size=size), tmp_path), target, dtype=torch.float32))
         assert DFlashDraft(head, target, GREEDY).ks == ks
         if size < 16:
@@ -213,9 +216,9 @@ def test_a_step_of_more_drafts_than_a_block_has(ours, tmp_path):
         ({}, {"hidden_size": 32}, "hidden_size is 32; expected 64, its target's"),
         ({}, {"dflash_config": 5}, "dflash_config is 5; expected an object"),
         (
-            {"target_layer_ids": [2]},
+            {"target_layer_ids": [1]},
             {},
-            r"target_layer_ids is \[2\]; expected ascending numbers of the target's 2",
+            r"target_layer_ids is \[1\]; expected ascending numbers of the target's layers, up to 0",
         ),
         ({"target_layer_ids": None}, {}, "target_layer_ids is None; expected ascending numbers of the"),
         ({"target_layer_ids": [0]}, {}, r"fc.weight is \[64, 128\], expected \[64, 64\]"),
@@ -241,7 +244,7 @@ def test_a_bad_configuration_is_one_line(ours, tmp_path, inside, changes, messag
     config = {**config, "dflash_config": {**config["dflash_config"], **inside}, **changes}
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message) as raised:
-        (open_checkpoint if "DFlash2" in message else lambda path: load_head(path, ours(), dtype=torch.float32))(path)
+        load_draft(path, ours(), load_tokenizer(DEMO), "cpu", torch.float32)
     assert "\n" not in str(raised.value)
 
 

@@ -270,7 +270,7 @@ def test_a_dflash_head_s_reading_and_its_blocks_are_timed(ours, tmp_path, monkey
     head = load_head(save_dflash(make_dflash(block_size=8), tmp_path), target, dtype=torch.float32)
     head.setup_caches(3, 64, spare=SPARE)
     monkeypatch.setattr(choice, "measure", lambda step, idx, *others: measured.append((step, idx.shape[1])))
-    for k, expected in (("auto", {2, 4, 8}), (5, {6})):
+    for k, expected in (("auto", {3, 4, 8}), (5, {6})):
         drafter, measured[:] = DFlashDraft(head, target, GREEDY, k), []
         drafter.text = drafter.text.as_subclass(OnGpu)
         drafter.time_kernels(2)

@@ -82,13 +82,11 @@ def head(ours, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def dflash(ours, tmp_path_factory) -> Path:
     """A DFlash head that sometimes knows what the tiny model says after PROMPTS."""
-    target, untrained, path = ours(), make_dflash(own_vocab=range(128)), tmp_path_factory.mktemp("dflash")
+    target, path = ours(), tmp_path_factory.mktemp("dflash")
+    untrained = make_dflash(hidden_at=(1, 2), own_vocab=range(128))
     with torch.no_grad():
-        loaded, xs, following = (
-            load_head(save_dflash(untrained, path, "speculators"), target, dtype=torch.float32),
-            [],
-            [],
-        )
+        loaded = load_head(save_dflash(untrained, path, "speculators"), target, dtype=torch.float32)
+        xs, following = [], []
         loaded.setup_caches(1, 96, SPARE)
         for prompt in PROMPTS:
             text = prompt + tokens_of(build_steps(target, GREEDY), [prompt], 32)[0]
@@ -99,7 +97,7 @@ def dflash(ours, tmp_path_factory) -> Path:
                 xs.append(loaded.norm(loaded(block, torch.tensor([[at]]), slots))[0, 1:])
                 following.append(torch.tensor(text[at + 1 : at + 5]))
         own = torch.cat(following).unique()
-        trained = make_dflash(own_vocab=own.tolist())
+        trained = make_dflash(hidden_at=(1, 2), own_vocab=own.tolist())
         wanted = (torch.cat(following)[:, None] == own).float()
         trained.lm_head.weight.copy_(10 * torch.linalg.lstsq(torch.cat(xs), wanted, driver="gelsd").solution.T)
     return save_dflash(trained, path, "speculators")
@@ -318,6 +316,27 @@ def test_a_head_reads_on_where_the_last_turn_ended(drafted, by):
         caches = (getattr(part.drafter.model.layers[0].attention.kv_cache, name) for part in (steps, whole))
         found, expected = (cache[:, :, : len(text) - 1] for cache in caches)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("back", [0, 2, 9, 30, 45])
+@pytest.mark.parametrize("by", ["head", "dflash"])
+def test_a_head_reads_on_where_an_earlier_text_was_left(drafted, by, back):
+    """Another text continues the first `cached` positions of the last one, as after a turn that was taken back.
+
+    An EAGLE-3 head may have read the last of them, whose state is gone, with the token that followed there before.
+    """
+    steps, whole = (drafted(by, 7, capacity=128) for _ in range(2))
+    last = PROMPTS[3] + rows_of(dataclasses.replace(steps, pace=Mixed(3, 0, 0, 7)), [PROMPTS[3]], 21)[0]
+    cached = len(last) - 1 - back
+    text = last[:cached] + [7, 8]
+    text += rows_of(dataclasses.replace(steps, pace=Mixed(0, 2, 7, 0)), [text[cached:]], 15, cached)[0]
+    deque(speculate(steps, [text[-1:]], 1, len(text) - 1), maxlen=0)
+    slots = whole.model.slots[: len(text)]
+    whole.plain.prefill(torch.tensor([text]), slots, slots, torch.tensor([[len(text) - 1]]))
+    same = [i for i in range(len(text) - 1) if by == "dflash" or i != cached - 1]
+    for name in ("k", "v"):
+        caches = (getattr(part.drafter.model.layers[0].attention.kv_cache, name) for part in (steps, whole))
+        torch.testing.assert_close(*(cache[:, :, same] for cache in caches), rtol=1e-4, atol=1e-4)
 
 
 # --- acceptance, and the caches afterwards ---------------------------------------------------------------------------
