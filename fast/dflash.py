@@ -78,12 +78,8 @@ class DFlashDraft(HeadDraft):
             raise ValueError(f"speculate_k {k} must be 1 to {most}, the drafts in a block of this head")
         several = tuple(sorted({max(min(2, most), n) for n in (most // 4, most // 2, most)}))
         super().__init__(head, target, sampling, several if k == "auto" else (k,), compile)
-        self._flush, self._block = self._read_text, self._drafted
-        if compile:
-            # A GPU compiles each k for itself, a CPU any k above 1.
-            any_k = None if target.slots.is_cuda or max(self.ks) == 1 else 1
-            self._flush = compile_step(self._read_text, (None, None, 0))
-            self._block = compile_step(self._drafted, (any_k, None, 0))
+        any_k = None if target.slots.is_cuda or max(self.ks) == 1 else 1  # a GPU compiles each k for itself
+        self._block = compile_step(self._drafted, (any_k, None, 0)) if compile else self._drafted
 
     def time_kernels(self, n_rows: int) -> None:
         """As `decoding.time_kernels`, for reading the text and for blocks of every length."""
@@ -95,7 +91,7 @@ class DFlashDraft(HeadDraft):
                     choice.measure(self._drafted, self._masked(k, zeros), zeros + 1, slots)
 
     def _drafts(self, k: int, token: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, ...]:
-        self._flush(token, input_pos, kv_pos)
+        self._read_step(token, input_pos, kv_pos)
         return self._block(self._masked(k, token), input_pos, kv_pos)
 
     def _masked(self, k: int, token: Tensor) -> Tensor:

@@ -95,35 +95,37 @@ class EagleDraft(HeadDraft):
         super().__init__(head, target, sampling, self.ks if k == "auto" else (k,), compile)
         self._first, self._next = self._first_draft, self._next_draft
         if compile:
-            self._first = compile_step(self._first_draft, (None, None, 0))
+            self._first = compile_step(self._first_draft, (None,))
             self._next = compile_step(self._next_draft, (None, None, None, 0))
-        self._flush = self._first
 
     def time_kernels(self, n_rows: int) -> None:
-        """As `decoding.time_kernels`, for the first draft and those after it."""
+        """As `decoding.time_kernels`, for reading the text and for the drafts after the first."""
         if self.text.is_cuda:
             zeros, slots = self.text.new_zeros(n_rows, 1), self.model.slots
             with torch.cuda.device_of(zeros):
                 x = self.hidden.new_zeros(n_rows, 1, self.model.args.dim)
-                choice.measure(self._first_draft, zeros, zeros + 1, slots)
+                choice.measure(self._read_text, zeros, zeros + 1, slots)
                 choice.measure(self._next_draft, zeros, x, zeros + 1, slots)
 
     def _drafts(self, k: int, token: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, ...]:
-        x, *drawn = self._first(token, input_pos, kv_pos)
-        found = [drawn]
+        x = self._read_step(token, input_pos, kv_pos)
+        found = [self._first(x)]
         for i in range(k - 1):
             x, *drawn = self._next(found[-1][0], x, input_pos + i, kv_pos)
             found.append(drawn)
         return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
 
-    def _first_draft(self, token: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, ...]:
-        """Read up to the text's last `token`, then draft as `_next_draft` does."""
+    def _read_text(self, token: Tensor, input_pos: Tensor, kv_pos: Tensor) -> Tensor:
+        """What leaves the head, `[B, 1, dim]`, where the text's last `token` follows."""
         x, positions = self._read(token, input_pos, kv_pos)
-        x = at(x, input_pos - 1 - positions[:, :1])
-        return x, *self._drawn(self.model.logits(x))
+        return at(x, input_pos - 1 - positions[:, :1])
+
+    def _first_draft(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The first draft, `[B, 1]`, and its distribution, `[B, 1, V]`."""
+        return self._drawn(self.model.logits(x))
 
     def _next_draft(self, draft: Tensor, x: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, ...]:
-        """What left the head, `[B, 1, dim]`, the next draft, `[B, 1]`, and its distribution, `[B, 1, V]`."""
+        """What left the head, `[B, 1, dim]`, and as `_first_draft`."""
         x = self.model(draft, x, input_pos, kv_pos)
         return x, *self._drawn(self.model.logits(x))
 

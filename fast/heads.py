@@ -15,8 +15,9 @@ many positions as the longest step brings, whatever a row accepted: so shapes st
 import torch
 from torch import Tensor
 
+from fast.compiling import compile_step
 from fast.drafting import Chain
-from fast.layers import NormedOutput
+from fast.layers import NormedOutput, in_one_region
 from fast.sampling import Sampling, draw
 from model import Linear, ModelArgs, Sharding, Transformer
 
@@ -57,8 +58,8 @@ class Head(Transformer):
 class HeadDraft(Chain):
     """Drafts by a head. The target must be called by `run`; the caches of both are set up with spare slots.
 
-    ks: how many a step may draft. A subclass has `_drafts`, as `Chain` says, and `_flush`, which reads as `_read`
-    does, compiled if that is asked for.
+    ks: how many a step may draft. A subclass has `_drafts`, as `Chain` says, and `_read_text`, which calls `_read` and
+    returns a tensor; `_read_step` is the latter, compiled if that is asked for.
     """
 
     def __init__(self, head: Head, target: Transformer, sampling: Sampling, ks: tuple[int, ...], compile: bool = False):
@@ -71,6 +72,7 @@ class HeadDraft(Chain):
         self.register_buffer("text", slots.new_full((*shape, 2), -1))  # ids and their positions
         self.register_buffer("hidden", torch.zeros(*shape, width, device=weight.device, dtype=weight.dtype))
         self.register_buffer("first", slots.new_zeros(()))  # position that the ring may hold; those before it are read
+        self._read_step = compile_step(self._read_text, (None, None, 0)) if compile else self._read_text
         self._unread = 0  # positions whose states the head may not have read
 
     def run(self, idx: Tensor, input_pos: Tensor, kv_pos: Tensor, logits_at: Tensor | None = None) -> Tensor:
@@ -107,7 +109,7 @@ class HeadDraft(Chain):
         """Note that a step brought the tokens up to `input_pos [B, 1]`, where `previous [B, 1]` is the last but one."""
         self._unread += 1
         if self._unread > self.window:  # else the ring would lose what the head has not read
-            self._flush(previous, input_pos - 1, kv_pos)
+            in_one_region(self.model, self._read_step)(previous, input_pos - 1, kv_pos)
             self._unread = 1
 
     def draft(self, k: int, token: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, ...]:

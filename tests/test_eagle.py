@@ -90,7 +90,8 @@ def forced(head: EagleHead, target: Transformer, text: list[int]) -> torch.Tenso
     drafter, found, kept = EagleDraft(head, target, GREEDY, 4), [], head.logits
     read(drafter, text[:8])
     head.logits = lambda x: found.append(kept(x)) or found[-1]
-    x, _ = drafter._first(torch.tensor([text[8:9]]), torch.tensor([[8]]), target.slots[:20])
+    x = drafter._read_step(torch.tensor([text[8:9]]), torch.tensor([[8]]), target.slots[:20])
+    drafter._first(x)
     for i in range(3):
         x, _ = drafter._next(torch.tensor([[text[9 + i]]]), x, torch.tensor([[8 + i]]), target.slots[:20])
     head.logits = kept
