@@ -443,7 +443,7 @@ def attention_args(heads: int, kv_heads: int, D: int, **others) -> ModelArgs:
         (2, 1, 5, 32, 3, False, True),
         (4, 2, 16, 48, None, True, True),
         (4, 1, 3, 256, 100, True, True),
-        (4, 2, 9, 32, None, True, False),
+        (2, 1, 9, 32, None, True, False),
         (2, 1, 5, 32, 7, False, False),
     ],
 )

@@ -4,6 +4,7 @@ python -m pytest tests/test_sampling.py
 """
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -215,8 +216,9 @@ class Cutoff(Sampling):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_sampler_is_added_by_its_probabilities(ours, compiled):
+def test_a_sampler_is_added_by_its_probabilities(ours, monkeypatch, compiled):
     """Only `probs` changes, as docs/extending.md says; plain decoding and a speculative step both draw from it."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # Inductor takes long
     model, sampling = ours("llama"), Cutoff(temperature=2.0, top_k=None)
     model.setup_caches(1, 64, SPARE)
     plain = build_steps(model, sampling, compiled)

@@ -458,6 +458,14 @@ def test_compiled_is_eager_for_any_length_and_k_without_recompilation(drafted, m
             torch.testing.assert_close(*caches, rtol=1e-4, atol=1e-4)
 
 
+def test_a_compiled_block_may_draft_one_token(ours, drafted, monkeypatch):
+    """Its length is not dynamic: the drafts' would be 1."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    steps, plain = drafted("dflash", 1, compile=True), build_steps(ours(), GREEDY)
+    assert rows_of(steps, [PROMPTS[2]], 24) == tokens_of(plain, [PROMPTS[2]], 24)
+
+
 @pytest.mark.parametrize(("by", "backend"), [("head", "inductor"), ("dflash", "aot_eager")])
 def test_a_compiled_prefill_of_any_length_is_read_by_a_head(ours, head, dflash, monkeypatch, by, backend):
     torch._dynamo.reset()
