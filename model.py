@@ -287,6 +287,11 @@ class Attention(nn.Module):
         return grouped_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
+def last_seen(positions: Tensor, is_causal: bool) -> Tensor:
+    """The last position that each query at `positions [B, S]` sees: its own, or if not `is_causal` the last query's."""
+    return positions if is_causal else positions[:, -1:].expand_as(positions)
+
+
 def attention_mask(args: ModelArgs, positions: Tensor, kv_pos: Tensor) -> Tensor | None:
     """Which slots `kv_pos [L]` the queries at `positions [B, S]` see, bool `[B, 1, S, L]`. None: plain causal."""
     if kv_pos.shape[0] == positions.shape[1] and args.sliding_window is None:

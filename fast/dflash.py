@@ -15,7 +15,7 @@ from fast.heads import Head, HeadDraft
 from fast.metrics import bytes_per_step
 from fast.sampling import Sampling
 from kernels.gpu import choice
-from model import ModelArgs, RMSNorm, Transformer, attention_mask
+from model import ModelArgs, RMSNorm, Transformer, attention_mask, last_seen
 
 
 class DFlashHead(Head):
@@ -53,10 +53,9 @@ class DFlashHead(Head):
     def forward(self, block: Tensor, input_pos: Tensor, kv_pos: Tensor) -> Tensor:
         """What leaves the last layer for the tokens `block [B, S]` from the positions `input_pos [B, 1]` on."""
         positions = input_pos + torch.arange(block.shape[1], device=block.device)
-        last = positions[:, -1:].expand_as(positions)
         tables, n_slots, x = self._tables(positions), kv_pos.shape[0], self.embed(block)
         masks = [
-            attention_mask(kind, positions if is_causal else last, kv_pos)
+            attention_mask(kind, last_seen(positions, is_causal), kv_pos)
             for kind, is_causal in zip(self.kinds, self.is_causal, strict=True)
         ]
         for layer, kind in zip(self.layers, self.kind_of_layer, strict=True):

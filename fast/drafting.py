@@ -1,4 +1,4 @@
-"""Models that draft for another one, token by token: a smaller model here, a head in `eagle.py` or `dflash.py`.
+"""Models that draft for another one: a smaller model here, heads in `eagle.py` and `dflash.py`.
 
     drafter = DraftModel(load_model("demo/draft"), sampling)
     drafts, *q = drafter.draft(k, token, input_pos, kv_pos)
@@ -27,7 +27,7 @@ SPARE = MAX_K + 1  # extra cache slots, for drafts past `max_seq_length`
 
 
 class Chain(nn.Module):
-    """Drafts k tokens, each from the one before; on a GPU one CUDA graph for each k.
+    """Drafts k tokens; on a GPU one CUDA graph for each k.
 
     model: what drafts, with a cache like the target's. A subclass has `_drafts(k, *tensors, kv_pos)`, the drafts, int
     `[B, k]`, and unless temperature is 0 the distributions they were drawn from, `[B, k, V]`. A draft is -1 where the

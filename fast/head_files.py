@@ -111,7 +111,7 @@ def _dflash(config: dict[str, Any], args: ModelArgs, target: ModelArgs) -> DFlas
     for name in ("is_causal", "final_logit_softcapping"):
         if options.get(name):
             raise ValueError(f"{name} is {options[name]!r:.80}, which is not supported; expected none")
-    is_z_lab_s = "speculators_model_type" not in config  # it names layers by their outputs
+    is_z_lab_s = config.get("speculators_model_type") is None  # it names layers by their outputs
     key = "target_layer_ids" if is_z_lab_s else "aux_hidden_state_layer_ids"
     from_last = read(options, "sample_from_anchor", bool, False)
     block_size = read(options, "block_size", int, None, 0 if from_last else 1)

@@ -27,6 +27,7 @@ from model import (
     TransformerBlock,
     gated,
     grouped_attention,
+    last_seen,
     multiply,
 )
 
@@ -189,8 +190,7 @@ class FastKVCache(QuantizedKVCache):
         self.write(input_pos, k, v)
         if has_kernel:
             k, v, *scales = self.stored(len(q), n_slots)
-            seen_to = input_pos if attention.is_causal else input_pos[:, -1:].expand_as(input_pos)
-            y = self.kernel.operator(q, k, v, seen_to, attention.window, *scales)
+            y = self.kernel.operator(q, k, v, last_seen(input_pos, attention.is_causal), attention.window, *scales)
         else:
             y = compiled_attention(q, *self.read(len(q), n_slots, q.dtype), mask)
         return y.transpose(1, 2).flatten(2)

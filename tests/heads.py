@@ -5,12 +5,13 @@ save(head, directory, "specforge")
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from conftest import SIZES
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama import modeling_llama as llama
@@ -21,6 +22,13 @@ MODULES = {
     "qwen3": (Qwen3Config, qwen3.Qwen3DecoderLayer, qwen3.Qwen3RotaryEmbedding),
 }
 FLAGS = ("norm_before_residual", "norm_output", "norm_before_fc", "fc_norm")
+
+
+def change_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Let `change` edit the tensors of the head saved in `path`."""
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
 
 
 class Head(nn.Module):

@@ -11,8 +11,7 @@ import json
 import pytest
 import torch
 from conftest import GREEDY, SIZES, prompt_of, relative_error
-from heads import make_dflash, make_head, save, save_dflash
-from safetensors.torch import load_file, save_file
+from heads import change_tensors, make_dflash, make_head, save, save_dflash
 from transformers import Qwen3Config
 
 from fast.checkpoint import load_model, open_checkpoint
@@ -263,9 +262,7 @@ def test_a_bad_configuration_is_one_line(ours, tmp_path, inside, changes, messag
 )
 def test_bad_tensors_are_one_line(ours, tmp_path, change, message):
     path = save_dflash(make_dflash(own_vocab=list(range(64))), tmp_path, "speculators")
-    tensors = load_file(path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, path / "model.safetensors")
+    change_tensors(path, change)
     with pytest.raises(ValueError, match=message):
         load_head(path, ours(), dtype=torch.float32)
 
@@ -274,9 +271,7 @@ def test_a_head_uses_the_target_s_embeddings_and_output(ours, tmp_path):
     """An EAGLE-3 head without an output projection of its own, too, if it has the target's vocabulary."""
     target = ours("llama-tied")
     eagle = save(make_head(own_embeddings=False, own_vocab=range(128)), tmp_path / "eagle", "specforge")
-    tensors = load_file(eagle / "model.safetensors")
-    tensors.pop("lm_head.weight")
-    save_file(tensors, eagle / "model.safetensors")
+    change_tensors(eagle, lambda tensors: tensors.pop("lm_head.weight"))
     for path in (save_dflash(make_dflash(), tmp_path / "dflash"), eagle):
         head = load_head(path, target, dtype=torch.float32)
         for name in ("tok_embeddings", "output"):

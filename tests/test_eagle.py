@@ -11,8 +11,7 @@ import json
 import pytest
 import torch
 from conftest import GREEDY, SIZES, prompt_of, relative_error
-from heads import make_head, save
-from safetensors.torch import load_file, save_file
+from heads import change_tensors, make_head, save
 from transformers import LlamaConfig, Qwen3Config
 
 from fast.checkpoint import load_model, open_checkpoint
@@ -210,9 +209,7 @@ def test_a_bad_configuration_is_one_line(ours, tmp_path, changes, message):
 def test_bad_tensors_are_one_line(ours, tmp_path, change, message):
     narrow = {"hidden_size": 32} if " wide" in message else {}
     path = save(make_head(**narrow), tmp_path, "specforge")
-    tensors = load_file(path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, path / "model.safetensors")
+    change_tensors(path, change)
     with pytest.raises(ValueError, match=message):
         load_head(path, ours(), dtype=torch.float32)
 

@@ -34,6 +34,7 @@ from model import (
     Transformer,
     attention_mask,
     grouped_attention,
+    last_seen,
     rope_table,
 )
 from scripts.bench.gpu_card import MODELS, MODES, WHOLE_MODELS, Card, Part, Row, within
@@ -139,7 +140,7 @@ def attention_error(
     twin = copy.deepcopy(cache)
     q, k, v = attention.heads(qkv, cos, sin)
     twin.write(positions, k, v)
-    mask = attention_mask(args, positions if is_causal else positions[:, -1:].expand(B, S), slots)
+    mask = attention_mask(args, last_seen(positions, is_causal), slots)
     for buffer in list(cache.buffers())[-2:]:
         buffer[(slots >= positions[:, :1])[:, None].expand(shape[:3])] = torch.nan
     y = cache.attend(attention, qkv, cos, sin, positions, n_slots, mask).unflatten(-1, (-1, args.head_dim))
