@@ -40,7 +40,8 @@ def compile_step(step: Callable, dynamic_dims: tuple[Dims, ...], record: bool = 
     def run(*tensors: Tensor) -> Outputs:
         for tensor, dims in zip(tensors, dynamic_dims, strict=False):
             for dim in dims if isinstance(dims, tuple) else (dims,):
-                if dim is not None and dim < tensor.dim() and tensor.shape[dim] > 1:
+                is_marked = dim in getattr(tensor, "_dynamo_dynamic_indices", ())  # by an earlier call
+                if dim is not None and not is_marked and dim < tensor.dim() and tensor.shape[dim] > 1:
                     torch._dynamo.mark_dynamic(tensor, dim)
             if dims is None and tensor.is_cuda:  # kernels are chosen by it; a second size would make it dynamic
                 torch._dynamo.mark_static(tensor)

@@ -8,6 +8,7 @@ the next step before it reads a token, so that the GPU need not wait. `generate.
 Worth knowing: logits that are not numbers give the id -1, which the host finds when it reads the token, without a sync.
 """
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -91,19 +92,21 @@ def kv_slots(n: int, capacity: int) -> int:
     return min(round_up(n, at_least=128, per_octave=4), capacity)
 
 
-def slots_to_read(model: Transformer, n: int) -> Tensor:
-    """`kv_pos` of a decode step after which `n` slots are valid, in as few sizes as `kv_slots` has.
+def slots_to_read(model: Transformer) -> Callable[[int], Tensor]:
+    """What gives `kv_pos` of a decode step after which n slots are valid, in as few sizes as `kv_slots` has.
 
     All slots if a GPU's kernel attends: it finds on the device how many are valid, and one CUDA graph serves them all.
     """
-    kernel = getattr(model.layers[0].attention.kv_cache, "kernel", None)
-    is_found = kernel is not None and kernel.takes_qkv
-    return model.slots if is_found else model.slots[: kv_slots(n, len(model.slots))]
+    slots, kernel = model.slots, getattr(model.layers[0].attention.kv_cache, "kernel", None)
+    if kernel is not None and kernel.takes_qkv:
+        return lambda n: slots
+    capacity, view = len(slots), functools.cache(lambda size: slots[:size])  # 20 us, if each step made its own
+    return lambda n: view(kv_slots(n, capacity))
 
 
 def every_size(model: Transformer, counts: Iterable[int]) -> Iterable[Tensor]:
     """The different `slots_to_read` for these numbers of valid slots."""
-    return {len(slots): slots for slots in (slots_to_read(model, n) for n in counts)}.values()
+    return {len(slots): slots for slots in map(slots_to_read(model), counts)}.values()
 
 
 def round_up(n: int, at_least: int, per_octave: int) -> int:
@@ -127,17 +130,17 @@ def stream(steps: Steps, prompts: list[list[int]], max_new_tokens: int, cached: 
     `prompts` continues them. Raises ValueError when the text would outgrow the cache, or logits are not numbers.
     """
     check_fit(steps.model, prompts, max_new_tokens, cached)
-    in_flight: deque = deque()
+    in_flight, ahead = deque(), int(steps.model.slots.is_cuda)
     for n, copy in enumerate(_launch(steps, prompts, max_new_tokens, cached)):
         in_flight.append((n, copy))
-        if len(in_flight) > steps.model.slots.is_cuda:  # a GPU runs the next step while the host reads a token
+        if len(in_flight) > ahead:  # a GPU runs the next step while the host reads a token
             yield _read(steps.model, *in_flight.popleft())
     for n, copy in in_flight:
         yield _read(steps.model, n, copy)
 
 
 def _read(model: Transformer, n: int, copy: tuple[Tensor, torch.cuda.Event | None]) -> list[int]:
-    ids = wait(*copy)[:, 0].tolist()
+    ids = [row[0] for row in wait(*copy).tolist()]
     if min(ids) < 0:
         raise no_numbers(model, f"new token {n + 1}")
     return ids
@@ -176,12 +179,12 @@ def lay_out(model: Transformer, prompts: list[list[int]], cached: int) -> tuple[
 
 def _launch(steps: Steps, prompts: list[list[int]], max_new_tokens: int, cached: int):
     """Enqueue prefill and decode steps; yield each step's tokens as a copy to the host that may still be running."""
-    model, valid = steps.model, cached + max(map(len, prompts))
+    model, valid, kv_pos_of = steps.model, cached + max(map(len, prompts)), slots_to_read(steps.model)
     layout = lay_out(model, prompts, cached)
     tokens, input_pos = steps.prefill(*layout), cached + layout[-1] + 1
     for n in range(valid + 1, valid + max_new_tokens):
         yield copy_to_host(tokens)
-        tokens, input_pos = steps.decode(tokens, input_pos, slots_to_read(model, n))
+        tokens, input_pos = steps.decode(tokens, input_pos, kv_pos_of(n))
     yield copy_to_host(tokens)
 
 

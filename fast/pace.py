@@ -1,7 +1,7 @@
 """Speculation that pays: before every step, the choice between a plain step and one of k drafts.
 
     pace = Pace((2, 5, 15), prior=(0.5, 0.8))
-    k = pace.choose(pace.chances.expected(first=1, k=15), n_rows=1)  # 0: a plain step
+    k = pace.choose(partial(pace.chances.expected, 1))  # 0: a plain step
     pace.add(k, tokens=[3], progress=3, n_rows=1, draft_s=0.001, verify_s=0.02)
 
 A step of k drafts takes c(k) seconds and brings 1 + E(k) tokens, E(k) being the drafts accepted on average: the most
@@ -14,6 +14,7 @@ and compute all else from the tokens, which they share.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from statistics import median
 from typing import Any
 
@@ -21,7 +22,7 @@ Agree = Callable[[list[float]], list[float]]  # rank 0's numbers, given each ran
 
 GAIN = 1.05  # drafting must promise this many times plain decoding's speed
 START, RESERVE = 2.0, 8.0  # plain steps that drafts may lose: at first, and at most, having gained them before
-ALLOWANCE = 0.01  # and as a share of all steps
+ALLOWANCE = 0.01  # and as a share of all steps, or less where drafts would gain little even if all were accepted
 PROBE = 16  # plain steps before drafts are tried that promise no gain
 GUESS = 0.05  # what each drafted token adds to the cost of a step, in plain steps, before the first was timed
 REFRESH = 4  # drafting steps for each plain step timed lately (3 to 9), then one is timed again
@@ -104,32 +105,38 @@ class Pace:
         self.chances = Chances(prior)
         self.tallies = {k: Tally(k) for k in (0, *ks)}
         self._recent: dict[int, deque[float]] = {k: deque(maxlen=9) for k in self.tallies}
-        self._costs: dict[int, float] = {}
+        self._costs: dict[int, float] = {}  # of a step, in plain steps, for each k that may be chosen
         self._steps = self._since_plain = self._since_draft = 0
-        self._account = START  # plain steps that drafts may still lose
+        self._account, self._allowance = START, ALLOWANCE  # plain steps that drafts may still lose, more with each step
 
-    def choose(self, expected: Sequence[float], n_rows: int) -> int:
-        """How many drafts the next step takes. expected[k]: how many of k the row that is behind accepts on average."""
+    def choose(self, expected: Callable[[int], Sequence[float]]) -> int:
+        """How many drafts the next step takes.
+
+        expected(k): how many of 0, 1, ... k drafts the row that is behind accepts on average.
+        """
         if not self.adapts:
             return self.ks[0]
         n_plain = len(self._recent[0])
         if n_plain < PLAIN_FIRST or self._since_plain >= REFRESH * n_plain:
             return 0
-        is_measured = any(self._costs[k] for k in self.ks)
-        costs = {k: self._cost(k, n_rows) for k in (self.ks if is_measured else self.ks[:1])}
-        affordable = [((1 + expected[k]) / cost, k) for k, cost in costs.items() if cost - 1 <= self._account]
-        gain, best = max(affordable, default=(0.0, 0))
+        affordable = [k for k in self.ks if self._costs.get(k, inf) - 1 <= self._account]
+        if not affordable:
+            return 0
+        sums = expected(affordable[-1])
+        gain, best = max(((1 + sums[k]) / self._costs[k], k) for k in affordable)
         if gain > GAIN:
             return best
-        may_probe = self.probes and self._since_draft >= PROBE and self._account >= max(1, costs[self.ks[0]] - 1)
+        may_probe = self.probes and self._since_draft >= PROBE and self._account >= 1 and affordable[0] == self.ks[0]
         return self.ks[0] if may_probe else 0
 
-    def _cost(self, k: int, n_rows: int) -> float:
-        """In plain steps; before it was measured, what a draft costs at another k, times k."""
-        if self._costs[k]:
-            return self._costs[k] / self._costs[0]
-        each = [(self._costs[other] / self._costs[0] - 1) / other for other in self.ks if self._costs[other]]
-        return 1 + k * max(each, default=GUESS * n_rows)
+    def _learn_costs(self, n_rows: int) -> None:
+        """Of a k that was not measured, what a draft costs at another k, times k; if none was, of the first alone."""
+        plain, *costs = self.agree([min(recent, default=0.0) for recent in self._recent.values()])
+        measured = {k: cost / plain for k, cost in zip(self.ks, costs, strict=True) if cost}
+        each = max(((cost - 1) / k for k, cost in measured.items()), default=GUESS * n_rows)
+        self._costs = {k: measured.get(k, 1 + k * each) for k in (self.ks if measured else self.ks[:1])}
+        most = max((1 + k) / cost for k, cost in self._costs.items()) - 1  # that can be gained
+        self._allowance = ALLOWANCE * min(1.0, max(0.0, most))
 
     def add(self, k: int, tokens: list[int], progress: float, n_rows: int, draft_s: float, verify_s: float) -> None:
         """Count a step of `n_rows`: the tokens it brought each row that still runs, and its seconds.
@@ -150,12 +157,11 @@ class Pace:
                 self._recent[other].clear()
         self._recent[k].append(draft_s + verify_s)
         if self._steps % 16 == 0 or len(self._recent[k]) < 9:
-            costs = self.agree([min(recent, default=0.0) for recent in self._recent.values()])
-            self._costs = dict(zip(self._recent, costs, strict=True))
+            self._learn_costs(n_rows)
         if k:
-            self._account = min(RESERVE, self._account + progress - self._cost(k, n_rows))
+            self._account = min(RESERVE, self._account + progress - self._costs[k])
         else:
-            self._account = max(self._account, min(START, self._account + ALLOWANCE))
+            self._account = max(self._account, min(START, self._account + self._allowance))
 
     def figures(self) -> dict[str, Any]:
         """The entry in `--metrics_path`: of all steps that drafted, and under "by_k" of each k, plain steps first."""

@@ -19,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -200,11 +199,16 @@ class StepResult:
 
 @dataclass
 class Launched:
-    """A step whose ids the host has not read yet: `new_ids` and how many count, on their way to it, and time stamps."""
+    """A step whose ids the host has not read yet: `new_ids` and how many are accepted, on their way to it.
+
+    Time stamps: when it began, had drafted, and had verified; None for the prefill.
+    """
 
     k: int
     copy: tuple[Tensor, torch.cuda.Event | None]
-    marks: list[Any]
+    began: Any = None
+    drafted: Any = None
+    ended: Any = None
 
 
 def speculate(
@@ -222,63 +226,61 @@ def speculate(
     ahead = steps_ahead(model)
     check_fit(model, prompts, max_new_tokens, cached)
     layout = lay_out(model, prompts, cached)
+    kv_pos_of = slots_to_read(model)
     drafter.begin(prompts, cached, layout)
     token, input_pos = steps.plain.prefill(*layout), cached + layout[-1] + 1
     last_pos = input_pos + max_new_tokens - 1  # a finished row stays there until all have finished
     previous = layout[0].gather(1, layout[-1])
     drafter.follow(previous, input_pos, layout[2])
-    in_flight = deque([Launched(0, copy_to_host(token), [])])
+    in_flight = deque([Launched(0, copy_to_host(token))])
     lengths, produced = [cached + len(prompt) for prompt in prompts], [0] * len(prompts)
-    end = None
-
-    def running() -> tuple[list[int], list[int]]:
-        """The rows that still run, and those of them with the fewest tokens, which set the pace."""
+    ended = None
+    while True:
         live = [row for row, done in enumerate(produced) if done < max_new_tokens and is_live(row)]
         fewest = min((produced[row] for row in live), default=0)
-        return live, [row for row in live if produced[row] == fewest]
-
-    while True:
+        behind = [row for row in live if produced[row] == fewest]  # these set the pace
+        known = max(length + min(done, max_new_tokens) for length, done in zip(lengths, produced, strict=True))
         while len(in_flight) < 1 + ahead and min(produced) + len(in_flight) < max_new_tokens:
-            k = pace.choose(drafter.expected(MAX_K, running()[1], pace.chances), len(prompts))
+            k = pace.choose(lambda k, behind=behind: drafter.expected(k, behind, pace.chances))
             if k and drafter.waits and in_flight:
                 break  # these drafts need the ids of the last step
-            known = max(length + min(done, max_new_tokens) for length, done in zip(lengths, produced, strict=True))
-            kv_pos = slots_to_read(model, known + sum(1 + step.k for step in in_flight) + k)
-            marks = [end or _mark(on_gpu)]
+            kv_pos = kv_pos_of(known + sum(1 + step.k for step in in_flight) + k)
+            began = drafted = ended or _mark(on_gpu)
             if k:
                 drafts = drafter.draft(k, token, input_pos, kv_pos)
-                marks.append(_mark(on_gpu))
+                drafted = _mark(on_gpu)
                 new_ids, n, previous, token, input_pos = steps.verify(token, input_pos, kv_pos, last_pos, *drafts)
                 out = torch.cat((new_ids, n), 1)
             else:
-                marks.append(marks[0])
                 previous, (out, input_pos) = token, steps.plain.decode(token, input_pos, kv_pos)
                 token = out
                 if len(prompts) > 1:
                     input_pos = torch.minimum(input_pos, last_pos)
             drafter.follow(previous, input_pos, kv_pos)
-            marks.append(_mark(on_gpu))
-            end = marks[-1] if on_gpu else None  # a GPU's step includes what the GPU waited for it
-            in_flight.append(Launched(k, copy_to_host(out), marks))
+            now = _mark(on_gpu)
+            in_flight.append(Launched(k, copy_to_host(out), began, drafted, now))
+            ended = now if on_gpu else None  # a GPU's step includes what the GPU waited for it
         if not in_flight:
             return
         step = in_flight.popleft()
-        rows = wait(*step.copy).tolist()
-        counts = [row.pop() + 1 if step.k else 1 for row in rows]
-        ids = [row[:n] if done < max_new_tokens else [] for row, n, done in zip(rows, counts, produced, strict=True)]
-        flat = [i for row in ids for i in row]
-        if BAD_DRAFT in flat:
-            raise no_numbers(drafter.model, f"a draft of new token {min(produced) + 1}", "the draft model's")
-        if min(flat, default=0) < 0:  # a GPU's last step may have been launched for nothing
-            raise no_numbers(model, f"new token {min(produced) + 1}")
-        live, behind = running()
-        produced = [done + len(row) for done, row in zip(produced, ids, strict=True)]
-        result = StepResult(ids, step.k, *(_seconds(*span) for span in pairwise(step.marks)))
+        ids = wait(*step.copy).tolist()
+        if step.k:
+            ids = [row[: row[-1] + 1] for row in ids]
+        for row, done in enumerate(produced):
+            if done >= max_new_tokens:  # a GPU's last step may have been launched for nothing
+                ids[row] = []
+            elif (least := min(ids[row])) < 0:
+                at = f"new token {done + 1}"
+                if least == BAD_DRAFT:
+                    raise no_numbers(drafter.model, f"a draft of {at}", "the draft model's")
+                raise no_numbers(model, at)
+            produced[row] += len(ids[row])
         drafter.take(ids, step.k, behind[:LEARNERS], pace.chances)
-        if step.marks:
+        result = StepResult(ids, step.k)
+        if step.began is not None:
+            result.draft_s, result.verify_s = _seconds(step.began, step.drafted), _seconds(step.drafted, step.ended)
             progress = sum(len(ids[row]) for row in behind) / max(1, len(behind))
-            brought = [len(ids[row]) for row in live]
-            pace.add(step.k, brought, progress, len(ids), result.draft_s, result.verify_s)
+            pace.add(step.k, [len(ids[row]) for row in live], progress, len(ids), result.draft_s, result.verify_s)
         yield result
 
 

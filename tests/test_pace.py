@@ -7,6 +7,7 @@ Worth knowing: steps take simulated seconds here, so that the bounds are exact.
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -24,7 +25,7 @@ def simulate(
     """
     rng, done, spent = random.Random(seed), 0, 0.0
     while done < n:
-        k, accepted = pace.choose(pace.chances.expected(1, 15), 1), 0
+        k, accepted = pace.choose(partial(pace.chances.expected, 1)), 0
         while accepted < k and rng.random() < chance(done + accepted):
             accepted += 1
         for place in range(1, min(accepted + 1, k) + 1):
@@ -47,6 +48,13 @@ def test_drafts_that_are_seldom_accepted_cost_at_most_3_percent(chance, per_draf
     for seed in range(20):
         found = simulate(Pace(**MODEL), 300, lambda i: chance, lambda k: 1 + per_draft * k, seed=seed)
         assert found >= 0.97, seed
+
+
+def test_drafts_that_would_gain_little_at_best_are_seldom_tried():
+    """A step of 7 drafts costs 5.5 plain ones and brings at most 8 tokens."""
+    pace = Pace(**MODEL)
+    assert simulate(pace, 1000, lambda i: 0.0, lambda k: 1 + 0.6 * k + 0.3 * (k > 0)) > 0.992
+    assert 0 < pace.figures()["steps"] <= 5
 
 
 def test_a_text_that_stops_repeating_goes_back_to_plain_steps():
@@ -87,7 +95,7 @@ def test_the_costs_are_measured_again():
 def test_a_number_always_drafts_as_many():
     pace = Pace((5,), (0.1,), adapts=False)
     for _ in range(100):
-        assert pace.choose(pace.chances.expected(1, 15), 1) == 5
+        assert pace.choose(partial(pace.chances.expected, 1)) == 5
         pace.add(5, [1], 1, 1, 1.0, 1.0)
 
 
@@ -98,7 +106,7 @@ def test_ranks_whose_clocks_differ_choose_alike():
     rank_1 = Pace(**MODEL, agree=lambda costs: shared[-1])
     rng = random.Random(0)
     for _ in range(500):
-        ks = [pace.choose(pace.chances.expected(1, 15), 2) for pace in (rank_0, rank_1)]
+        ks = [pace.choose(partial(pace.chances.expected, 1)) for pace in (rank_0, rank_1)]
         assert ks[0] == ks[1]
         chosen.append(ks[0])
         tokens = [1 + rng.randrange(ks[0] + 1) for _ in range(2)]

@@ -246,7 +246,7 @@ class Mixed(Pace):
         super().__init__(tuple(set(ks) - {0}), (0.5,), adapts=False)
         self.order = itertools.cycle(ks)
 
-    def choose(self, expected, n_rows):
+    def choose(self, expected):
         return next(self.order)
 
 

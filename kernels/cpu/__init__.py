@@ -75,17 +75,19 @@ def in_one_region(step: Callable[..., Any]) -> Callable[..., Any]:
     Other operators run on one thread inside it, but oneDNN's (a product of bfloat16) give wrong results there.
     """
 
-    def run(*args: Any) -> Any:
-        result, error = None, KeyboardInterrupt()  # raised if Ctrl-C arrives before the `try` in `call`
+    args, result, error = (), None, None
 
-        @ctypes.CFUNCTYPE(None)
-        def call() -> None:
-            nonlocal result, error
-            try:
-                result, error = step(*args), None
-            except BaseException as problem:
-                error = problem
+    @ctypes.CFUNCTYPE(None)
+    def call() -> None:
+        nonlocal result, error
+        try:
+            result, error = step(*args), None
+        except BaseException as problem:
+            error = problem
 
+    def run(*given: Any) -> Any:
+        nonlocal args, error
+        args, error = given, KeyboardInterrupt()  # raised if Ctrl-C arrives before the `try` in `call`
         hook, sys.unraisablehook = sys.unraisablehook, _unless_interrupted
         try:
             build.in_a_team(call)

@@ -150,7 +150,7 @@ def time_replays(card: Card, model: Transformer, batch: int, context: int) -> fl
     step = build_steps(model, Sampling()).decode
     step = compile_step(step, dynamic_dims=(None, None, 0)) if card.compile else step
     tokens, position = torch.zeros(2, batch, 1, dtype=torch.long, device=card.device)
-    return replay_seconds(card.device, step, tokens, position + context, slots_to_read(model, context + 1))
+    return replay_seconds(card.device, step, tokens, position + context, slots_to_read(model)(context + 1))
 
 
 def time_stream(steps: Steps, yardstick: Yardstick, mode: str, batch: int, context: int) -> tuple[float, float]:
