@@ -130,20 +130,23 @@ def stream(steps: Steps, prompts: list[list[int]], max_new_tokens: int, cached: 
     `prompts` continues them. Raises ValueError when the text would outgrow the cache, or logits are not numbers.
     """
     check_fit(steps.model, prompts, max_new_tokens, cached)
-    in_flight, ahead = deque(), int(steps.model.slots.is_cuda)
-    for n, copy in enumerate(_launch(steps, prompts, max_new_tokens, cached)):
-        in_flight.append((n, copy))
-        if len(in_flight) > ahead:  # a GPU runs the next step while the host reads a token
-            yield _read(steps.model, *in_flight.popleft())
-    for n, copy in in_flight:
-        yield _read(steps.model, n, copy)
+    model, valid, kv_pos_of = steps.model, cached + max(map(len, prompts)), slots_to_read(steps.model)
+    layout, ahead = lay_out(model, prompts, cached), steps_ahead(model)
+    tokens, input_pos = steps.prefill(*layout), cached + layout[-1] + 1
+    in_flight = deque([copy_to_host(tokens)])
+    for n in range(max_new_tokens):
+        while len(in_flight) < 1 + ahead and n + len(in_flight) < max_new_tokens:
+            tokens, input_pos = steps.decode(tokens, input_pos, kv_pos_of(valid + n + len(in_flight)))
+            in_flight.append(copy_to_host(tokens))
+        ids = [row[0] for row in wait(*in_flight.popleft()).tolist()]
+        if min(ids) < 0:
+            raise no_numbers(model, f"new token {n + 1}")
+        yield ids
 
 
-def _read(model: Transformer, n: int, copy: tuple[Tensor, torch.cuda.Event | None]) -> list[int]:
-    ids = [row[0] for row in wait(*copy).tolist()]
-    if min(ids) < 0:
-        raise no_numbers(model, f"new token {n + 1}")
-    return ids
+def steps_ahead(model: Transformer) -> int:
+    """How many steps the host launches before it reads the one before: on a GPU one, so that it need not wait."""
+    return int(model.slots.is_cuda)
 
 
 def no_numbers(model: Transformer, where: str, whose: str = "the model's") -> ValueError:
@@ -175,17 +178,6 @@ def lay_out(model: Transformer, prompts: list[list[int]], cached: int) -> tuple[
     input_pos = model.slots[cached : cached + S].clone()  # clone, or torch.compile specialises on the view's offset
     kv_pos = model.slots[: kv_slots(cached + S, model.max_seq_length) if cached else S]
     return idx, input_pos, kv_pos, torch.tensor(lengths, device=device)[:, None] - 1
-
-
-def _launch(steps: Steps, prompts: list[list[int]], max_new_tokens: int, cached: int):
-    """Enqueue prefill and decode steps; yield each step's tokens as a copy to the host that may still be running."""
-    model, valid, kv_pos_of = steps.model, cached + max(map(len, prompts)), slots_to_read(steps.model)
-    layout = lay_out(model, prompts, cached)
-    tokens, input_pos = steps.prefill(*layout), cached + layout[-1] + 1
-    for n in range(valid + 1, valid + max_new_tokens):
-        yield copy_to_host(tokens)
-        tokens, input_pos = steps.decode(tokens, input_pos, kv_pos_of(n))
-    yield copy_to_host(tokens)
 
 
 def copy_to_host(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -74,7 +74,7 @@ class DFlashDraft(HeadDraft):
     ):
         most = min(head.max_k, MAX_K)
         if k != "auto" and k > most:
-            raise ValueError(f"speculate_k {k} must be 1 to {most}, the drafts in a block of this head")
+            raise ValueError(f"--speculate_k {k} must be 1 to {most}, the drafts in a block of this head, or auto")
         several = tuple(sorted({max(min(2, most), n) for n in (most // 4, most // 2, most)}))
         super().__init__(head, target, sampling, several if k == "auto" else (k,), compile)
         any_k = None if target.slots.is_cuda or max(self.ks) == 1 else 1  # a GPU compiles each k for itself

@@ -12,6 +12,9 @@ Worth knowing: `HeadDraft` keeps the states of the last positions alone, in a ri
 many positions as the longest step brings, whatever a row accepted: so shapes stay the same, and the host need not know.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -93,6 +96,11 @@ class HeadDraft(Chain):
         self.hidden[rows, positions % self.size] = hidden
         return logits
 
+    @functools.cached_property
+    def _read_apart(self) -> Callable[..., Tensor]:
+        """`_read_step`, to be called outside of `_drafts`."""
+        return in_one_region(self.model, self._read_step)
+
     def begin(self, prompts: list[list[int]], cached: int, layout: tuple[Tensor, ...]) -> None:
         """Read the last positions before `cached`, as far as the ring holds them; `run` reads the prompts."""
         idx, _, kv_pos, _ = layout
@@ -109,7 +117,7 @@ class HeadDraft(Chain):
         """Note that a step brought the tokens up to `input_pos [B, 1]`, where `previous [B, 1]` is the last but one."""
         self._unread += 1
         if self._unread > self.window:  # else the ring would lose what the head has not read
-            in_one_region(self.model, self._read_step)(previous, input_pos - 1, kv_pos)
+            self._read_apart(previous, input_pos - 1, kv_pos)
             self._unread = 1
 
     def draft(self, k: int, token: Tensor, input_pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, ...]:

@@ -23,10 +23,10 @@ Agree = Callable[[list[float]], list[float]]  # rank 0's numbers, given each ran
 GAIN = 1.05  # drafting must promise this many times plain decoding's speed
 START, RESERVE = 2.0, 8.0  # plain steps that drafts may lose: at first, and at most, having gained them before
 ALLOWANCE = 0.01  # and as a share of all steps, or less where drafts would gain little even if all were accepted
-PROBE = 16  # plain steps before drafts are tried that promise no gain
+PROBE = 12  # plain steps before drafts are tried that promise no gain
 GUESS = 0.05  # what each drafted token adds to the cost of a step, in plain steps, before the first was timed
 REFRESH = 4  # drafting steps for each plain step timed lately (3 to 9), then one is timed again
-FORGET = 256  # steps after which the costs of drafting are measured anew
+FORGET = 256  # steps after which the costs of drafting are measured anew, if a plain step may be lost for that
 PLAIN_FIRST = 3  # plain steps before the first draft, to know their cost; the first after a prompt is slow
 
 
@@ -106,6 +106,7 @@ class Pace:
         self.tallies = {k: Tally(k) for k in (0, *ks)}
         self._recent: dict[int, deque[float]] = {k: deque(maxlen=9) for k in self.tallies}
         self._costs: dict[int, float] = {}  # of a step, in plain steps, for each k that may be chosen
+        self._least = inf  # the least loss that one of these may bring
         self._steps = self._since_plain = self._since_draft = 0
         self._account, self._allowance = START, ALLOWANCE  # plain steps that drafts may still lose, more with each step
 
@@ -116,12 +117,12 @@ class Pace:
         """
         if not self.adapts:
             return self.ks[0]
+        if self._account < self._least:
+            return 0
         n_plain = len(self._recent[0])
         if n_plain < PLAIN_FIRST or self._since_plain >= REFRESH * n_plain:
             return 0
-        affordable = [k for k in self.ks if self._costs.get(k, inf) - 1 <= self._account]
-        if not affordable:
-            return 0
+        affordable = [k for k, cost in self._costs.items() if cost - 1 <= self._account]
         sums = expected(affordable[-1])
         gain, best = max(((1 + sums[k]) / self._costs[k], k) for k in affordable)
         if gain > GAIN:
@@ -129,12 +130,18 @@ class Pace:
         may_probe = self.probes and self._since_draft >= PROBE and self._account >= 1 and affordable[0] == self.ks[0]
         return self.ks[0] if may_probe else 0
 
+    def expect(self, k: int, seconds: float) -> None:
+        """Take `seconds`, measured before, for what a step of k drafts costs, unless one was made."""
+        if not self._recent[k]:
+            self._recent[k].append(seconds)
+
     def _learn_costs(self, n_rows: int) -> None:
         """Of a k that was not measured, what a draft costs at another k, times k; if none was, of the first alone."""
         plain, *costs = self.agree([min(recent, default=0.0) for recent in self._recent.values()])
         measured = {k: cost / plain for k, cost in zip(self.ks, costs, strict=True) if cost}
         each = max(((cost - 1) / k for k, cost in measured.items()), default=GUESS * n_rows)
         self._costs = {k: measured.get(k, 1 + k * each) for k in (self.ks if measured else self.ks[:1])}
+        self._least = min(self._costs.values()) - 1
         most = max((1 + k) / cost for k, cost in self._costs.items()) - 1  # that can be gained
         self._allowance = ALLOWANCE * min(1.0, max(0.0, most))
 
@@ -152,7 +159,7 @@ class Pace:
             return
         self._steps += 1
         self._since_plain, self._since_draft = (self._since_plain + 1, 0) if k else (0, self._since_draft + 1)
-        if self._steps % FORGET == 0:
+        if self._steps % FORGET == 0 and self._account >= 1:
             for other in self.ks:
                 self._recent[other].clear()
         self._recent[k].append(draft_s + verify_s)

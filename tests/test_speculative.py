@@ -620,7 +620,7 @@ def test_a_conversation_may_speculate(main, monkeypatch, demo_heads):
         (["--draft_checkpoint_path", "nowhere"], "nowhere"),
         (
             ["--draft_checkpoint_path", "DFLASH", "--speculate_k", 9],
-            "speculate_k 9 must be 1 to 8, the drafts in a block",
+            "--speculate_k 9 must be 1 to 8, the drafts in a block of this head, or auto",
         ),
     ],
 )
