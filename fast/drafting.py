@@ -7,8 +7,10 @@ Worth knowing: nothing here waits for the device. How many drafts were accepted 
 again what it may have read before: the keys and values are the same, and those of rejected drafts are overwritten.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,7 @@ class Chain(nn.Module):
 
     model: what drafts, with a cache like the target's. A subclass has `_drafts(k, *tensors, kv_pos)`, the drafts, int
     `[B, k]`, and unless temperature is 0 the distributions they were drawn from, `[B, k, V]`. A draft is -1 where the
-    logits are not numbers.
+    logits are not numbers. `_read_step(*tensors, kv_pos)` reads tokens of the text, as many as kernels for few rows.
     """
 
     ks, probes, waits = (2, 4, 7), True, False
@@ -50,6 +52,11 @@ class Chain(nn.Module):
             drafts = replayed(drafts, in_place) if self.is_compiled else drafts
             self._by_k[k] = in_one_region(self.model, drafts)
         return self._by_k[k](*tensors)
+
+    @functools.cached_property
+    def _read_apart(self) -> Callable[..., Any]:
+        """`_read_step`, to be called outside of `_drafts`."""
+        return in_one_region(self.model, self._read_step)
 
     def take(self, ids: list[list[int]], k: int, behind: Sequence[int], chances: Chances) -> None:
         """Let `chances` learn how many of a step's k drafts the rows that are `behind` accepted."""
@@ -79,7 +86,7 @@ class DraftModel(Chain):
         self.vocab_size = vocab_size or model.args.vocab_size
         self._unread: list[tuple[Tensor, Tensor]] = []  # tokens that the draft's cache lacks, positions of the next
         any_length = None if model.slots.is_cuda else 1
-        self._step = compile_step(self._next, (any_length, any_length, 0)) if compile else self._next
+        self._read_step = compile_step(self._next, (any_length, any_length, 0)) if compile else self._next
 
     def time_kernels(self, n_rows: int) -> None:
         """As `decoding.time_kernels`, for the first draft, which two tokens precede, and those after it."""
@@ -89,16 +96,19 @@ class DraftModel(Chain):
     def begin(self, prompts: list[list[int]], cached: int, layout: tuple[Tensor, ...]) -> None:
         """Read prompts that continue `cached` positions, laid out as `lay_out` does."""
         idx, input_pos, kv_pos, last = layout
-        if cached:
-            self._read(self._unread, kv_pos)
+        if cached and self._unread:
+            self._read(len(self._unread), kv_pos)
         self._unread = []
         self._logits(idx, input_pos, kv_pos, last[:, :0])
 
-    def _read(self, unread: list[tuple[Tensor, Tensor]], kv_pos: Tensor) -> None:
-        """Store the keys and values of tokens, each `[B, 1]` and with the position of the one after it."""
-        if unread:
-            tokens, following = (torch.cat(parts, 1) for parts in zip(*unread, strict=True))
+    def _read(self, n: int, kv_pos: Tensor) -> None:
+        """Store the keys and values of the first `n` unread tokens."""
+        tokens, following = (torch.cat(parts, 1) for parts in zip(*self._unread[:n], strict=True))
+        self._unread = self._unread[n:]
+        if tokens.is_cuda or tokens.numel() > SPARE:
             self._logits(tokens, following - 1, kv_pos, tokens[:, :0])
+        else:  # what is not led by the decode step's threads waits for them, up to 15 ms
+            self._read_apart(tokens, following - 1, kv_pos)
 
     def _logits(self, idx: Tensor, input_pos: Tensor, kv_pos: Tensor, logits_at: Tensor) -> Tensor:
         """Logits for the target's vocabulary; a token that the draft does not have is -inf, and read as its last."""
@@ -118,7 +128,7 @@ class DraftModel(Chain):
     def _drafts(self, k: int, tokens: Tensor, pos: Tensor, kv_pos: Tensor) -> tuple[Tensor, ...]:
         found = []
         for _ in range(k):
-            found.append(self._step(tokens, pos, kv_pos))
+            found.append(self._read_step(tokens, pos, kv_pos))
             tokens, pos = found[-1][0], pos[:, -1:] + 1
         return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
 
@@ -131,11 +141,11 @@ class DraftModel(Chain):
 
         token: the text's last, `[B, 1]` at `input_pos [B, 1]`. A draft is -1 where the logits are not numbers.
         """
-        unread, self._unread = self._unread, []
         # What is recorded takes two tokens, what is compiled as many as the kernels for few rows.
-        if 1 + len(unread) > (2 if token.is_cuda else max(2, SPARE // len(token))):
-            self._read(unread[:-1], kv_pos)
-            unread = unread[-1:]
-        before, following = zip(*unread, strict=True)
+        at_once = 2 if token.is_cuda else max(2, SPARE // len(token))
+        while len(self._unread) >= at_once:
+            self._read(at_once - 1 if at_once > 2 else len(self._unread) - 1, kv_pos)
+        before, following = zip(*self._unread, strict=True)
+        self._unread = []
         tokens, pos = torch.cat((*before, token), 1), torch.cat((*following, input_pos + 1), 1) - 1
         return self._chained(k, tokens, pos, kv_pos)

@@ -12,15 +12,12 @@ Worth knowing: `HeadDraft` keeps the states of the last positions alone, in a ri
 many positions as the longest step brings, whatever a row accepted: so shapes stay the same, and the host need not know.
 """
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from fast.compiling import compile_step
 from fast.drafting import Chain
-from fast.layers import NormedOutput, in_one_region
+from fast.layers import NormedOutput
 from fast.sampling import Sampling, draw
 from model import Linear, ModelArgs, Sharding, Transformer
 
@@ -95,11 +92,6 @@ class HeadDraft(Chain):
         self.text[rows, positions % self.size] = torch.stack((idx, positions), -1)
         self.hidden[rows, positions % self.size] = hidden
         return logits
-
-    @functools.cached_property
-    def _read_apart(self) -> Callable[..., Tensor]:
-        """`_read_step`, to be called outside of `_drafts`."""
-        return in_one_region(self.model, self._read_step)
 
     def begin(self, prompts: list[list[int]], cached: int, layout: tuple[Tensor, ...]) -> None:
         """Read the last positions before `cached`, as far as the ring holds them; `run` reads the prompts."""

@@ -6,7 +6,7 @@
 
 A step of k drafts takes c(k) seconds and brings 1 + E(k) tokens, E(k) being the drafts accepted on average: the most
 tokens per second win. Of a batch's rows the one that is behind counts, since the batch ends with it. A cost is the
-least that such a step took lately. A small account bounds what a mistake can cost.
+median of such steps lately. A small account bounds what a mistake can cost.
 Worth knowing: nothing here reads a clock. Tensor-parallel ranks, whose clocks differ, `agree` on costs now and then,
 and compute all else from the tokens, which they share.
 """
@@ -15,12 +15,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 Agree = Callable[[list[float]], list[float]]  # rank 0's numbers, given each rank's own
 
-GAIN = 1.05  # drafting must promise this many times plain decoding's speed
+GAIN = 1.1  # drafting must promise this many times plain decoding's speed
 START, RESERVE = 2.0, 8.0  # plain steps that drafts may lose: at first, and at most, having gained them before
 ALLOWANCE = 0.01  # and as a share of all steps, or less where drafts would gain little even if all were accepted
 PROBE = 12  # plain steps before drafts are tried that promise no gain
@@ -137,7 +137,7 @@ class Pace:
 
     def _learn_costs(self, n_rows: int) -> None:
         """Of a k that was not measured, what a draft costs at another k, times k; if none was, of the first alone."""
-        plain, *costs = self.agree([min(recent, default=0.0) for recent in self._recent.values()])
+        plain, *costs = self.agree([median_low(recent or [0.0]) for recent in self._recent.values()])
         measured = {k: cost / plain for k, cost in zip(self.ks, costs, strict=True) if cost}
         each = max(((cost - 1) / k for k, cost in measured.items()), default=GUESS * n_rows)
         self._costs = {k: measured.get(k, 1 + k * each) for k in (self.ks if measured else self.ks[:1])}
@@ -158,11 +158,14 @@ class Pace:
         if not self.adapts or not tokens:
             return
         self._steps += 1
-        self._since_plain, self._since_draft = (self._since_plain + 1, 0) if k else (0, self._since_draft + 1)
+        is_timed = k > 0 or self._since_draft > 0 or not self._recent[0]  # after a draft, a plain step is slower
+        self._since_plain = 0 if k == 0 and is_timed else self._since_plain + 1
+        self._since_draft = 0 if k else self._since_draft + 1
         if self._steps % FORGET == 0 and self._account >= 1:
             for other in self.ks:
                 self._recent[other].clear()
-        self._recent[k].append(draft_s + verify_s)
+        if is_timed:
+            self._recent[k].append(draft_s + verify_s)
         if self._steps % 16 == 0 or len(self._recent[k]) < 9:
             self._learn_costs(n_rows)
         if k:
