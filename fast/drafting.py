@@ -33,7 +33,7 @@ class Chain(nn.Module):
 
     model: what drafts, with a cache like the target's. A subclass has `_drafts(k, *tensors, kv_pos)`, the drafts, int
     `[B, k]`, and unless temperature is 0 the distributions they were drawn from, `[B, k, V]`. A draft is -1 where the
-    logits are not numbers. `_read_step(*tensors, kv_pos)` reads tokens of the text, as many as kernels for few rows.
+    logits are not numbers. `_read_step(*tensors, kv_pos)` reads a few tokens of the text.
     """
 
     ks, probes, waits = (2, 4, 7), True, False

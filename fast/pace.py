@@ -106,7 +106,8 @@ class Pace:
         self.tallies = {k: Tally(k) for k in (0, *ks)}
         self._recent: dict[int, deque[float]] = {k: deque(maxlen=9) for k in self.tallies}
         self._costs: dict[int, float] = {}  # of a step, in plain steps, for each k that may be chosen
-        self._least = inf  # the least loss that one of these may bring
+        self._plain = 0.0  # seconds of a plain step
+        self._least = inf  # the least loss that a step of drafts may bring
         self._steps = self._since_plain = self._since_draft = 0
         self._account, self._allowance = START, ALLOWANCE  # plain steps that drafts may still lose, more with each step
 
@@ -130,15 +131,10 @@ class Pace:
         may_probe = self.probes and self._since_draft >= PROBE and self._account >= 1 and affordable[0] == self.ks[0]
         return self.ks[0] if may_probe else 0
 
-    def expect(self, k: int, seconds: float) -> None:
-        """Take `seconds`, measured before, for what a step of k drafts costs, unless one was made."""
-        if not self._recent[k]:
-            self._recent[k].append(seconds)
-
     def _learn_costs(self, n_rows: int) -> None:
         """Of a k that was not measured, what a draft costs at another k, times k; if none was, of the first alone."""
-        plain, *costs = self.agree([median_low(recent or [0.0]) for recent in self._recent.values()])
-        measured = {k: cost / plain for k, cost in zip(self.ks, costs, strict=True) if cost}
+        self._plain, *costs = self.agree([median_low(recent or [0.0]) for recent in self._recent.values()])
+        measured = {k: cost / self._plain for k, cost in zip(self.ks, costs, strict=True) if cost}
         each = max(((cost - 1) / k for k, cost in measured.items()), default=GUESS * n_rows)
         self._costs = {k: measured.get(k, 1 + k * each) for k in (self.ks if measured else self.ks[:1])}
         self._least = min(self._costs.values()) - 1
@@ -158,18 +154,25 @@ class Pace:
         if not self.adapts or not tokens:
             return
         self._steps += 1
-        is_timed = k > 0 or self._since_draft > 0 or not self._recent[0]  # after a draft, a plain step is slower
+        # After a draft a plain step is slower, and after plain steps a draft model first reads what they brought.
+        switches = self.probes and self._since_draft > 0 if k else self._since_draft == 0
+        is_timed = not switches or not self._recent[k]
         self._since_plain = 0 if k == 0 and is_timed else self._since_plain + 1
         self._since_draft = 0 if k else self._since_draft + 1
         if self._steps % FORGET == 0 and self._account >= 1:
             for other in self.ks:
                 self._recent[other].clear()
+        seconds = draft_s + verify_s
         if is_timed:
-            self._recent[k].append(draft_s + verify_s)
+            self._recent[k].append(seconds)
         if self._steps % 16 == 0 or len(self._recent[k]) < 9:
             self._learn_costs(n_rows)
         if k:
-            self._account = min(RESERVE, self._account + progress - self._costs[k])
+            cost = self._costs[k]
+            if switches:
+                (seconds,) = self.agree([seconds])
+                cost = max(cost, seconds / self._plain)
+            self._account = max(-START, min(RESERVE, self._account + progress - cost))
         else:
             self._account = max(self._account, min(START, self._account + self._allowance))
 

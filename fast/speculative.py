@@ -48,7 +48,7 @@ from fast.families import head_kind
 from fast.head_files import load_head
 from fast.layers import in_one_region
 from fast.lookup import PromptLookup
-from fast.pace import Agree, Pace, Tally
+from fast.pace import Agree, Pace
 from fast.reading import read_json, reading
 from fast.sampling import Sampling, draw
 from fast.tokenizer import Tokenizer, load_tokenizer
@@ -300,23 +300,17 @@ def _seconds(start: Any, end: Any) -> float:
 
 
 def warm_up_speculation(steps: SpeculativeSteps, prompts: list[list[int]], max_new_tokens: int) -> float:
-    """Compile the steps, and on a GPU time their kernels and record them for every cache size; tell `steps.pace` what
-    they cost. Returns the seconds taken. The plain steps are `warm_up`'s.
+    """Compile the steps, and on a GPU time their kernels and record them for every cache size. Returns the seconds
+    taken. The plain steps are `warm_up`'s.
     """
     start, model, drafter = time.perf_counter(), steps.model, steps.drafter
     drafter.time_kernels(len(prompts))
     if not steps.plain.prefill_is_compiled and not model.slots.is_cuda:
         prompts = [prompt[:2] for prompt in prompts]  # a longer prompt would compile nothing more
-
-    def run(k: int, n_steps: int) -> Tally:
-        only = dataclasses.replace(steps, pace=pace_of(drafter, k))
-        results = speculate(only, prompts, min(n_steps * (k + 1) + 1, max_new_tokens))
-        deque(islice(results, 1 + n_steps), maxlen=0)  # the prefill, too
-        return only.pace.tallies[k]
-
     for k in steps.pace.ks:
         time_kernels(model, len(prompts), k + 1)
-        run(k, 2)
+        only = dataclasses.replace(steps, pace=pace_of(drafter, k))
+        deque(islice(speculate(only, prompts, min(2 * k + 3, max_new_tokens)), 3), maxlen=0)  # prefill and two steps
         if model.slots.is_cuda and max_new_tokens > 1:
             zeros = torch.zeros(len(prompts), 1, dtype=torch.long, device=model.slots.device)
             longest = max(map(len, prompts)) + k + 1
@@ -326,7 +320,4 @@ def warm_up_speculation(steps: SpeculativeSteps, prompts: list[list[int]], max_n
                     drafts = drafter.draft(k, zeros, zeros + 1, kv_pos)
                     steps.verify(zeros, zeros + 1, kv_pos, zeros.clone(), *drafts)
             torch.cuda.synchronize()
-        tally = run(k, 3)
-        if tally.verify_s:
-            steps.pace.expect(k, min(map(sum, zip(tally.draft_s, tally.verify_s, strict=True))))
     return time.perf_counter() - start

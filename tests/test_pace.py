@@ -6,6 +6,7 @@ Worth knowing: steps take simulated seconds here, so that the bounds are exact.
 """
 
 import random
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -101,9 +102,9 @@ def test_a_number_always_drafts_as_many():
 
 def test_ranks_whose_clocks_differ_choose_alike():
     """Rank 1 reads other times, but rank 0's are agreed on."""
-    rank_0, shared, chosen = Pace(**MODEL), [], []
+    rank_0, shared, chosen = Pace(**MODEL), deque(), []
     rank_0.agree = lambda costs: shared.append(costs) or costs
-    rank_1 = Pace(**MODEL, agree=lambda costs: shared[-1])
+    rank_1 = Pace(**MODEL, agree=lambda costs: shared.popleft())
     rng = random.Random(0)
     for _ in range(500):
         ks = [pace.choose(partial(pace.chances.expected, 1)) for pace in (rank_0, rank_1)]

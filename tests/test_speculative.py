@@ -264,11 +264,12 @@ def test_greedy_tokens_with_plain_steps_in_between(ours, drafted, monkeypatch, b
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_a_draft_model_reads_what_plain_steps_brought(drafted, monkeypatch, ahead):
+@pytest.mark.parametrize("n_plain", [3, 18])  # 18 are more than it reads at once
+def test_a_draft_model_reads_what_plain_steps_brought(drafted, monkeypatch, ahead, n_plain):
     """Drafting for itself it would be wrong sometimes, if its cache lacked a token; nor does a later turn's."""
     monkeypatch.setattr(speculative, "steps_ahead", lambda model: ahead)
     steps = drafted("itself", "auto", rows=2)
-    mixed = dataclasses.replace(steps, pace=Mixed(0, 3, 0, 0, 0, 5))
+    mixed = dataclasses.replace(steps, pace=Mixed(0, 3, *[0] * n_plain, 5))
     first = rows_of(mixed, [PROMPTS[2], PROMPTS[3]], 15)
     (text,) = first[:1]
     assert rows_of(mixed, [text[5:8], text[5:8]], 20, cached=len(PROMPTS[2]) + 5)[0][:7] == text[8:15]

@@ -15,7 +15,6 @@ import shlex
 import sys
 import textwrap
 from collections import Counter
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from fast.prompts import encode_chat
 from fast.reading import read_text
 from fast.rows import Row, run_rows
 from fast.sampling import Sampling
-from fast.speculative import SpeculativeSteps
+from fast.speculative import SpeculativeSteps, pace_of
 from fast.tokenizer import Tokenizer
 from scripts.bench.command_line import report
 from tp import ALONE
@@ -72,12 +71,12 @@ def answer(steps: Steps | SpeculativeSteps, tokenizer: Tokenizer, prompts: list[
 def measure(steps: SpeculativeSteps, tokenizer: Tokenizer, batches: list[list[list[int]]], args: Any) -> dict[str, Any]:
     """How the steps went over these batches, and their speed as a multiple of plain decoding's, batch by batch.
 
-    Each answer begins with a pace that knows what steps cost, and nothing of what is accepted.
+    Each answer begins with a pace that has learned nothing.
     """
     ratios, tallies = [[] for _ in batches], Counter()
     for n in range(args.repeats):
         for batch, of_batch in zip(batches, ratios, strict=True):
-            fresh = replace(steps, pace=deepcopy(steps.pace))
+            fresh = replace(steps, pace=pace_of(steps.drafter, args.speculate_k))
             pair = (fresh, steps.plain) if n % 2 else (steps.plain, fresh)
             rates = {isinstance(one, SpeculativeSteps): answer(one, tokenizer, batch, args) for one in pair}
             if all(rates.values()):
