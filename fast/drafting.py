@@ -7,9 +7,8 @@ Worth knowing: nothing here waits for the device. How many drafts were accepted 
 again what it may have read before: the keys and values are the same, and those of rejected drafts are overwritten.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ class Chain(nn.Module):
             self._by_k[k] = in_one_region(self.model, drafts)
         return self._by_k[k](*tensors)
 
-    @functools.cached_property
+    @cached_property
     def _read_apart(self) -> Callable[..., Any]:
         """`_read_step`, to be called outside of `_drafts`."""
         return in_one_region(self.model, self._read_step)

@@ -14,7 +14,6 @@ and compute all else from the tokens, which they share.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import inf
 from statistics import median, median_low
 from typing import Any
 
@@ -107,7 +106,6 @@ class Pace:
         self._recent: dict[int, deque[float]] = {k: deque(maxlen=9) for k in self.tallies}
         self._costs: dict[int, float] = {}  # of a step, in plain steps, for each k that may be chosen
         self._plain = 0.0  # seconds of a plain step
-        self._least = inf  # the least loss that a step of drafts may bring
         self._steps = self._since_plain = self._since_draft = 0
         self._account, self._allowance = START, ALLOWANCE  # plain steps that drafts may still lose, more with each step
 
@@ -118,12 +116,12 @@ class Pace:
         """
         if not self.adapts:
             return self.ks[0]
-        if self._account < self._least:
-            return 0
         n_plain = len(self._recent[0])
         if n_plain < PLAIN_FIRST or self._since_plain >= REFRESH * n_plain:
             return 0
         affordable = [k for k, cost in self._costs.items() if cost - 1 <= self._account]
+        if not affordable:
+            return 0
         sums = expected(affordable[-1])
         gain, best = max(((1 + sums[k]) / self._costs[k], k) for k in affordable)
         if gain > GAIN:
@@ -137,7 +135,6 @@ class Pace:
         measured = {k: cost / self._plain for k, cost in zip(self.ks, costs, strict=True) if cost}
         each = max(((cost - 1) / k for k, cost in measured.items()), default=GUESS * n_rows)
         self._costs = {k: measured.get(k, 1 + k * each) for k in (self.ks if measured else self.ks[:1])}
-        self._least = min(self._costs.values()) - 1
         most = max((1 + k) / cost for k, cost in self._costs.items()) - 1  # that can be gained
         self._allowance = ALLOWANCE * min(1.0, max(0.0, most))
 
